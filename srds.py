@@ -1,0 +1,120 @@
+"""Self-Refining Diffusion Samplers (Selvam, Merchant and Ermon, NeurIPS 2024, arXiv 2412.08292): the method.
+
+The N steps of a sampler are cut into B blocks. With F_i the fine solve of block i (its steps, one after the
+other) and G_i the coarse solve (one step over the whole block), U_i^k is the state at boundary i after k
+refinements:
+
+    U_0^k     = x
+    U_{i+1}^0 = G_i(U_i^0)                                               coarse initialisation
+    U_k^k     = F_{k-1}(U_{k-1}^{k-1})                                   exact: the sequential sample's state
+    U_{i+1}^k = F_i(U_i^{k-1}) + (G_i(U_i^k) - G_i(U_i^{k-1}))   i >= k  predictor-corrector (Algorithm 1)
+
+A lane (i, k) carries U_i^k through block i, one fine step a tick; a tick is one batched model call for all
+lanes that move. The first model output of a lane serves its coarse step too, which thus costs no call.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+SCHEDULES = ("pipelined", "sweep")
+
+
+class Iterate(NamedTuple):
+    """The trajectory after k refinements, and what it has cost so far."""
+
+    k: int
+    states: torch.Tensor  # U_0^k ... U_B^k, float32, (B + 1, C, H, W)
+    ticks: int  # serial model evaluations
+    lane_steps: int  # model evaluations in all
+    exact: bool  # the sequential sample, up to the model's rounding
+
+
+@dataclass
+class Lane:
+    """The fine solve of block i from U_i^k: state x, float32 (C, H, W), has reached grid point n."""
+
+    i: int
+    k: int
+    x: torch.Tensor
+    n: int
+
+
+@torch.no_grad()
+def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
+    """Yield the initialisation (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
+
+    x: the initial noise, (C, H, W) or (1, C, H, W). A time is known here by its index in the grid, 0 to N.
+    denoise(x, n): model outputs, (L, C, H, W), for L states x at grid points n, int64 (L,).
+    step(x, m, start, end): the L states that the solver reaches at `end` from x at `start` with model outputs m.
+    boundaries: n_0 < n_1 < ... < n_B, the grid points between which the blocks lie.
+    schedule: which lanes move in a tick. "pipelined" (section on pipelining): all of them. "sweep" (Algorithm 1):
+        those of one refinement, first one by one through their first step, then together through the rest.
+    refinements: K, the last refinement to yield; min(K, B) where more are asked for, B where None.
+
+    Raises ValueError, at the first iterate, for an unknown schedule, boundaries that do not rise, or K < 0.
+    """
+    n, B = list(boundaries), len(boundaries) - 1
+    K = B if refinements is None else min(refinements, B)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if B < 1 or K < 0 or any(n[i] >= n[i + 1] for i in range(B)):
+        raise ValueError(f"boundaries must rise and refinements not be negative: {boundaries}, {refinements}")
+    if n[B] - n[0] == B:
+        K = 0  # every F_i is G_i, so the initialisation already is the sequential sample
+
+    x = x.reshape(x.shape[-3:]).float()
+    exact = [x]  # U_0^0, U_1^1, ...: the boundaries that have their final value
+    U = {0: [x]}  # U[k][i] for the iterates not yet yielded, as far as known
+    F, G = {}, {}  # F_i(U_i^k) and G_i(U_i^k) by (i, k), until refinement k + 1 has used them
+    lanes = [Lane(0, 0, x, n[0])]
+    ticks = lane_steps = k = 0
+
+    while k <= K:
+        moving = lanes if schedule == "pipelined" else sweep(lanes, n)
+        X = torch.stack([lane.x for lane in moving])
+        start = torch.tensor([lane.n for lane in moving], device=x.device)
+        m = denoise(X, start)
+        ticks, lane_steps = ticks + 1, lane_steps + len(moving)
+
+        first = [j for j, lane in enumerate(moving) if lane.n == n[lane.i]]
+        if first:
+            end = torch.tensor([n[moving[j].i + 1] for j in first], device=x.device)
+            for j, coarse in zip(first, step(X[first], m[first], start[first], end)):
+                G[moving[j].i, moving[j].k] = coarse.clone()
+        for lane, fine in zip(moving, step(X, m, start, start + 1)):
+            lane.x, lane.n = fine, lane.n + 1
+            if lane.n == n[lane.i + 1]:
+                F[lane.i, lane.k] = fine.clone()
+        # Nothing will correct what refinement K finds, so its fine solves are not needed.
+        lanes = [lane for lane in lanes if lane.n < n[lane.i + 1] and not (lane.k == K and lane.n > n[lane.i])]
+
+        for r, states in U.items():
+            i = len(states) - 1
+            if r == 0 and (i, 0) in G:
+                states.append(G[i, 0])
+            elif (i, r) in G and (i, r - 1) in F:
+                states.append(F.pop((i, r - 1)) + (G[i, r] - G.pop((i, r - 1))))
+            else:
+                continue
+            if i + 1 < B:
+                lanes.append(Lane(i + 1, r, states[-1], n[i + 1]))
+        e = len(exact) - 1
+        if e < K and (e, e) in F:
+            exact.append(F.pop((e, e)))
+            del G[e, e]
+            U[e + 1] = list(exact)
+            if e + 1 < B:
+                lanes.append(Lane(e + 1, e + 1, exact[-1], n[e + 1]))
+
+        while k in U and len(U[k]) == B + 1:
+            yield Iterate(k, torch.stack(U.pop(k)), ticks, lane_steps, exact=k == B or n[B] - n[0] == B)
+            k += 1
+
+
+def sweep(lanes, n):
+    """Of the earliest refinement's lanes, the one that has not taken its first step; all of them if each has."""
+    k = min(lane.k for lane in lanes)
+    lanes = [lane for lane in lanes if lane.k == k]
+    return [lane for lane in lanes if lane.n == n[lane.i]] or lanes

@@ -1,0 +1,265 @@
+"""What a person looks at: images, filmstrip, error plot, CSV and the run record. Every file is whole or not there."""
+
+import io
+import json
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps, font_manager
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+CELL = 192  # width of a filmstrip's picture, in pixels
+OURS = re.compile(r"([0-9]{3,}-[a-z0-9-]+/)?(srds|trajectory)_[a-z0-9_]+\.(png|csv)")  # every path that save_set writes
+
+
+class WriteError(Exception):
+    """A file that could not be written, in one line."""
+
+
+class Output:
+    """The output directory. Its `run.json` says what is in it, and a later run removes just that.
+
+    folder: the directory, made if it is not there.
+    about: what `run.json` says of the run: "settings", "environment", "model".
+    count: how many prompts there will be. Several have a folder each, and an overview at the top.
+    """
+
+    def __init__(self, folder, about, count):
+        self.folder, self.count = Path(folder), count
+        _remove_earlier(self.folder)
+        self.record = {**about, "prompts": [], "files": []}
+        self.errors = []
+        self._save_record()
+
+    def add(self, result, images, errors=None):
+        """Write one prompt's set.
+
+        result: the prompt's entry in `run.json`; "folder" is added here.
+        images: uint8 (height, width, 3) by file name without ".png".
+        errors: L2 norms of the difference to the ground truth, (refinements + 1, B); None without ground truth.
+        """
+        prompts = self.record["prompts"]
+        result["folder"] = "" if self.count == 1 else folder_name(len(prompts), result["prompt"])
+        self._save_set(result["folder"], [result], [images.__getitem__], [errors])
+        self.errors.append(errors)
+        prompts.append(result)
+        self._save_record()
+
+    def finish(self):
+        """Write the overview of several prompts."""
+        if self.count > 1:
+            results = self.record["prompts"]
+            self._save_set("", results, [self._reader(result["folder"]) for result in results], self.errors)
+
+    def _reader(self, folder):
+        return lambda name: np.asarray(Image.open(self.folder / folder / f"{name}.png").convert("RGB"))
+
+    def _save_set(self, folder, results, readers, errors):
+        """Write the pictures, table and plot of `results`, with one cell a prompt, into one folder."""
+        longest = max(len(result["iterations"]) for result in results) - 1
+        truth = errors[0] is not None
+        names = ["srds_initialized", *(f"srds_iteration_{i}" for i in range(longest)), "srds_final"]
+        names += ["srds_ddim_gt", "srds_ddim_course"] if truth else []
+        table = ["trajectory_errors_table.csv", "trajectory_errors_plot.png"] if truth else []
+        files = [f"{name}.png" for name in names] + ["srds_filmstrip.png"] + table
+        # Named before they are written: a run that is cut short leaves nothing that the next one does not know.
+        self.record["files"] += [str(Path(folder, file).as_posix()) for file in files]
+        self._save_record()
+
+        def images(name):
+            return [reader(_stage(name, result)) for reader, result in zip(readers, results)]
+
+        path, text = self.folder / folder, self._png_text(results)
+        write(path / "srds_filmstrip.png", png(filmstrip(results, images, names, self._steps), text))
+        for name in names:
+            write(path / f"{name}.png", png(grid(images(name)), text))
+        if truth:
+            together = combine_errors([np.asarray(error) for error in errors])
+            write(path / table[0], error_table(together).encode())
+            write(path / table[1], error_plot(together, results, self._steps))
+
+    @property
+    def _steps(self):
+        return self.record["settings"]["fine_steps"]
+
+    def _png_text(self, results):
+        return {
+            "prompt": "\n".join(result["prompt"] for result in results),
+            "seed": str(results[0]["seed"]),
+            "settings": json.dumps(self.record["settings"]),
+        }
+
+    def _save_record(self):
+        write(self.folder / "run.json", (json.dumps(self.record, indent=2) + "\n").encode())
+
+
+def _remove_earlier(folder):
+    try:
+        files = json.loads((folder / "run.json").read_text(encoding="utf-8"))["files"]
+        files = [name for name in files if OURS.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no earlier run, or a run.json that is not ours
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+    for name in {Path(name).parent for name in files if "/" in name}:
+        try:
+            (folder / name).rmdir()
+        except OSError:
+            pass  # it holds something that is not ours, or is gone already
+
+
+def _stage(name, result):
+    """The image that stands for `name` in an overview: a prompt that stopped earlier keeps its last one."""
+    iteration = re.fullmatch(r"srds_iteration_([0-9]+)", name)
+    return "srds_final" if iteration and int(iteration[1]) >= len(result["iterations"]) - 1 else name
+
+
+def folder_name(index, prompt):
+    """A prompt's folder: its number and first words, in ASCII that every file system takes, at most 80 characters."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.findall(r"[a-z0-9]+", plain)[:8] or ["prompt"]
+    return f"{index:03d}-{'-'.join(words)}"[:80].rstrip("-")
+
+
+def write(path, data):
+    """Write bytes to `path`, whole or not at all, making its folder. Raises WriteError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def png(image, text):
+    """PNG bytes of a uint8 (height, width, 3) image with text chunks."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        chunks.add_itxt(key, value)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png", pnginfo=chunks)
+    return file.getvalue()
+
+
+def grid(images):
+    """Images of one size side by side in rows, about as many rows as columns; the last row is filled with white."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    rest = [np.full_like(images[0], 255)] * (-len(images) % columns)
+    cells = np.stack([*images, *rest]).reshape(-1, columns, *images[0].shape)
+    return cells.transpose(0, 2, 1, 3, 4).reshape(-1, columns * images[0].shape[1], 3)
+
+
+def filmstrip(results, images, names, steps):
+    """How each prompt's image converges: a row a prompt, captioned columns from the initialisation to the truth."""
+    names = [name for name in names if name != "srds_ddim_course"]
+    columns = [images(name) for name in names]
+    height, width = columns[0][0].shape[:2]
+    size = (CELL, round(CELL * height / width))
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
+    line, gap = 18, 8
+    row = line + 6 + size[1] + 3 * line + 2 * gap
+    strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(results)), "white")
+    draw = ImageDraw.Draw(strip)
+    for r, result in enumerate(results):
+        top = r * row + gap
+        draw.text((gap, top), " ".join(result["prompt"].split())[:160], "black", font)
+        for c, name in enumerate(names):
+            left = gap + c * (CELL + gap)
+            picture = Image.fromarray(columns[c][r]).resize(size, Image.Resampling.BICUBIC)
+            strip.paste(picture, (left, top + line + 6))
+            caption = "\n".join(_caption(name, result, steps))
+            draw.multiline_text((left, top + line + 8 + size[1]), caption, "black", font, spacing=2)
+    return np.asarray(strip)
+
+
+def _caption(name, result, steps):
+    if name == "srds_ddim_gt":
+        return ["ground truth", f"{steps} evaluations"]
+    last = result["iterations"][-1]
+    if name == "srds_initialized":
+        title, at = "initialised", result["iterations"][0]
+    elif _stage(name, result) == "srds_final":
+        title, at = f"final (iteration {last['iteration']})" if last["iteration"] >= 0 else "final", last
+    else:
+        at = result["iterations"][1 + int(name.rpartition("_")[2])]
+        title = f"iteration {at['iteration']}"
+    error = at["image_error"]
+    return [title, f"{at['serial_evaluations']} evaluations", *([] if error is None else [f"difference {error:.2f}"])]
+
+
+def combine_errors(errors):
+    """Norms over all prompts together, each (refinements + 1, B); a prompt that stopped keeps its last row."""
+    longest = max(map(len, errors))
+    padded = [np.pad(error, ((0, longest - len(error)), (0, 0)), mode="edge") for error in errors]
+    return np.sqrt(np.square(padded).sum(0))
+
+
+def error_table(errors):
+    """The CSV: a row a refinement, a column a block; the initialisation, row 0 of `errors`, is left out."""
+    rows, columns = errors.shape
+    table = pd.DataFrame(errors[1:], columns=[f"Timestep_{i}" for i in range(columns)])
+    table.index = [f"Iteration_{i}" for i in range(rows - 1)]
+    return table.to_csv(float_format="%.9g", lineterminator="\n")
+
+
+def error_plot(errors, results, steps):
+    """PNG bytes. Left: error at each boundary after each refinement; right: image difference against evaluations."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    count = len(errors)
+    labelled = set(np.linspace(0, count - 1, min(count, 9)).round().astype(int))
+    floor = _zero_line(left, errors)
+    for k, row in enumerate(errors):
+        name = "initialised" if k == 0 else f"iteration {k - 1}"
+        color = colormaps["viridis"](0.9 * k / max(count - 1, 1))
+        _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9], name if k in labelled else None)
+    left.set(xlabel="boundary", ylabel="L2 error of the latents", title="Trajectory against the ground truth")
+    left.legend(fontsize=8, ncols=2 if count > 5 else 1)
+
+    shown = [[(at["serial_evaluations"], at["image_error"]) for at in result["iterations"]] for result in results]
+    floor = _zero_line(right, [error for points in shown for _, error in points])
+    for points in shown:
+        _line(right, *zip(*points), floor, "0.2" if len(shown) == 1 else "0.65", "o", None)
+    if len(shown) > 1:
+        longest = max(shown, key=len)
+        mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(len(longest))]
+        _line(right, [ticks for ticks, _ in longest], mean, floor, "black", "s", f"mean of {len(shown)} prompts")
+    right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
+    right.set(xlabel="serial evaluations", ylabel="mean absolute difference (0-255)", title="Image against the ground truth")
+    right.set_xlim(0, steps * 1.05)
+    right.legend(fontsize=8)
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def _zero_line(axes, values):
+    """Make the axis logarithmic with a place for exact zeros below all else; returns where that is."""
+    values = np.asarray(values, float)
+    positive = values[values > 0]
+    axes.set_yscale("log")
+    axes.grid(True, color="0.9")
+    floor = 10.0 ** np.floor(np.log10(positive.min()) - 0.5) if len(positive) else 1e-3
+    if (values == 0).any():
+        axes.axhline(floor, color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate("exactly 0", (0.01, floor), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                      textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
+    return floor
+
+
+def _line(axes, x, y, floor, color, marker, label):
+    y = np.asarray(y, float)
+    axes.plot(x, np.where(y > 0, y, floor), color=color, marker=marker, markersize=5, linewidth=1.4, label=label)
+    zeros = y == 0
+    axes.plot(np.asarray(x)[zeros], np.full(zeros.sum(), floor), marker, color="white", markeredgecolor=color, zorder=3)
