@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 # Before the imports that log: what the libraries say of optional packages is nothing that the user did.
 transformers_logging.set_verbosity_error()
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
-from diffusers.utils import logging as diffusers_logging  # noqa: E402
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 
 DEMO = Path(__file__).resolve().parent / "models" / "demo"
 # stabilityai withdrew this model from the hub in November 2025.
@@ -61,7 +61,7 @@ def find_model(name):
         try:
             return _read_configs(MIRRORS[name])
         except ModelError as error:
-            raise ModelError(f"{name} was withdrawn from the hub by its owner, and its mirror is no help: {error}") from None
+            raise ModelError(f"{name} was withdrawn from the hub by its owner, and of its mirror: {error}") from None
 
 
 def _read_configs(name):
@@ -94,7 +94,7 @@ def _download_configs(name):
     except HFValidationError:
         raise ModelError(f"{name} is neither a folder here nor a model id (owner/name)") from None
     except GatedRepoError:
-        raise ModelError(f"{name} is gated: accept its terms on huggingface.co and log in with `hf auth login`") from None
+        raise ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise ModelError(f"{name} is neither a folder here nor a model on huggingface.co that you may see") from None
     except LocalEntryNotFoundError:
@@ -138,7 +138,7 @@ def load_pipeline(model, device, dtype, variant=None):
         pipeline = StableDiffusionPipeline.from_pretrained(
             model.name,
             scheduler=model.scheduler,
-            torch_dtype=dtype,
+            dtype=dtype,
             variant=variant,
             use_safetensors=True,
             safety_checker=None,

@@ -1,6 +1,6 @@
 """Sample images with Self-Refining Diffusion Samplers and show how they converge.
 
-    python main.py --prompts prompts.txt --output-dir output/my_experiment
+python main.py --prompts prompts.txt --output-dir output/my_experiment
 """
 
 import argparse
@@ -85,7 +85,7 @@ def parse_arguments(argv):
     group.add_argument("--output-dir", "-o", metavar="DIR", required=True, help="where images and analysis go")
 
     group = parser.add_argument_group("algorithm")
-    add = lambda *names, **more: group.add_argument(*names, **more)  # noqa: E731
+    add = lambda *names, **more: group.add_argument(*names, **more)
     add("--coarse-steps", "-cs", metavar="B", type=integer(1), default=COARSE_STEPS, help="blocks (%(default)s)")
     add("--fine-steps", "-fs", metavar="N", type=integer(1), default=FINE_STEPS, help="DDIM steps (%(default)s)")
     add("--tolerance", "-tol", metavar="T", type=real, default=TOLERANCE,
@@ -96,7 +96,7 @@ def parse_arguments(argv):
     add("--max-iterations", metavar="K", type=integer(1), help="most refinements (as many as blocks)")
 
     group = parser.add_argument_group("generation")
-    add = lambda *names, **more: group.add_argument(*names, **more)  # noqa: E731
+    add = lambda *names, **more: group.add_argument(*names, **more)
     add("--model", default=MODEL, help="hub id, local folder, or demo (%(default)s)")
     add("--variant", help="variant of the weights, such as fp16")
     add("--guidance-scale", "-gs", metavar="S", type=real,
@@ -108,7 +108,7 @@ def parse_arguments(argv):
     add("--no-ground-truth", action="store_true", help="only sample: no sequential run to compare with")
 
     group = parser.add_argument_group("machine")
-    add = lambda *names, **more: group.add_argument(*names, **more)  # noqa: E731
+    add = lambda *names, **more: group.add_argument(*names, **more)
     add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps ... (%(default)s)")
     add("--dtype", choices=DTYPES, default=DTYPE, help="auto: float16 on cuda, float32 elsewhere")
     add("--max-batch", metavar="M", type=integer(1), help="most network samples in one call, where memory is short")
@@ -189,7 +189,7 @@ def choose_model(args):
     model = diffusion.find_model(args.model)
     most = model.scheduler.config.num_train_timesteps
     if args.fine_steps > most:
-        raise Failure(f"argument --fine-steps/-fs: {args.fine_steps} is more than the model's {most}; give at most {most}")
+        raise Failure(f"argument --fine-steps/-fs: {args.fine_steps} exceeds the model's {most}; give at most {most}")
     for side, default, native in zip(("height", "width"), (HEIGHT, WIDTH), model.native_size):
         pixels = getattr(args, side) or min(default, native)
         if pixels % model.factor:
@@ -272,7 +272,8 @@ class Problem:
         embeddings = diffusion.encode_prompt(self.pipeline, text, args.negative_prompt, args.guidance_scale)
         widest = len(embeddings) * args.coarse_steps
         pad_to = min(widest, args.max_batch or widest) if args.fixed_batch else None
-        return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, args.guidance_scale, args.max_batch, pad_to)
+        settings = args.guidance_scale, args.max_batch, pad_to
+        return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, *settings)
 
     def image(self, states):
         """The image of a trajectory's last state, uint8 (height, width, 3)."""
@@ -283,7 +284,7 @@ class Problem:
         return diffusion.decode(self.pipeline, states[-1])
 
     def warm_up(self):
-        """Make the calls that the clock will time once before: a shape's first call chooses kernels and takes memory."""
+        """Make each call that the clock will time once before: a first call chooses kernels and takes memory."""
         import diffusion
 
         denoise = self.denoiser("")
@@ -294,7 +295,7 @@ class Problem:
 
 
 def sample(args, problem, text):
-    """One prompt's entry in run.json, its images by file name, and its trajectory errors (None without ground truth)."""
+    """One prompt's entry in run.json, its images by file name, its trajectory errors (None without ground truth)."""
     import diffusion
     from srds import srds
 
@@ -418,7 +419,8 @@ def report(entry, state):
 
 def summary(results, steps):
     """The closing table: a row a prompt."""
-    rows = [("prompt", "iterations", "serial evaluations", "total", "srds s", "sequential s", "difference", "converged")]
+    header = "prompt|iterations|serial evaluations|total|srds s|sequential s|difference|converged"
+    rows = [header.split("|")]
     for result in results:
         text, error, truth = result["prompt"], result["image_error"], result["seconds"]["ground_truth"]
         rows.append((
@@ -432,10 +434,8 @@ def summary(results, steps):
             f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows
-    )
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines))
 
 
 def main(argv=None):

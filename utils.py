@@ -223,7 +223,7 @@ def error_plot(errors, results, steps):
         name = "initialised" if k == 0 else f"iteration {k - 1}"
         color = colormaps["viridis"](0.9 * k / max(count - 1, 1))
         _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9], name if k in labelled else None)
-    left.set(xlabel="boundary", ylabel="L2 error of the latents", title="Trajectory against the ground truth")
+    left.set(xlabel="boundary", ylabel="L2 error of the latents", title="Trajectory against the truth")
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
 
     shown = [[(at["serial_evaluations"], at["image_error"]) for at in result["iterations"]] for result in results]
@@ -235,7 +235,7 @@ def error_plot(errors, results, steps):
         mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(len(longest))]
         _line(right, [ticks for ticks, _ in longest], mean, floor, "black", "s", f"mean of {len(shown)} prompts")
     right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
-    right.set(xlabel="serial evaluations", ylabel="mean absolute difference (0-255)", title="Image against the ground truth")
+    right.set(xlabel="serial evaluations", ylabel="mean difference, 0-255", title="Image against the truth")
     right.set_xlim(0, steps * 1.05)
     right.legend(fontsize=8)
 

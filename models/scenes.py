@@ -79,7 +79,8 @@ def render(rng, sky, light, land):
         image = _mix(image, water, np.clip((_y - skyline) / 2 + 0.5, 0, 1))
     else:
         for layer, haze in enumerate((0.5, 0.0)):
-            below = _y - _skyline(rng, kind, skyline + layer * rng.uniform(8, 11), rng.uniform(2.5, 5) * (1 - 0.3 * layer))
+            height, relief = skyline + layer * rng.uniform(8, 11), rng.uniform(2.5, 5) * (1 - 0.3 * layer)
+            below = _y - _skyline(rng, kind, height, relief)
             color = _mix(_mix(ground, horizon, haze), ground * 0.75, np.clip(below / 32, 0, 1) * (kind == "hills"))
             mist = 0.3 * np.exp(-np.abs(below - 10) / 5) * (1 - layer)
             image = _mix(image, _mix(color, horizon, mist), np.clip(below / 2 + 0.5, 0, 1))
@@ -122,8 +123,9 @@ def read(image):
 
     # Colour of the nearest ground, against what this sky's light makes of each land.
     ground = np.median(image[-5:].reshape(-1, 3), 0)
-    shade = {"hills": 0.9, "peaks": 1.0, "flat": 1.0}
-    land = min(LANDS, key=lambda n: np.linalg.norm(ground - np.multiply(LANDS[n][0], SKIES[sky][2] * shade[LANDS[n][1]])))
+    daylight = SKIES[sky][2] * np.array([0.9 if kind == "hills" else 1.0 for _, kind in LANDS.values()])
+    shades = daylight[:, None] * [color for color, _ in LANDS.values()]
+    land = list(LANDS)[np.linalg.norm(ground - shades, axis=1).argmin()]
     return {"sky": sky, "light": light, "land": land}
 
 

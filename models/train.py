@@ -48,7 +48,13 @@ class Trainer:
 
     def __init__(self, name, modules, steps, rate, loss, decay=0.999):
         self.path, self.modules, self.steps, self.rate, self.loss, self.decay = (
-            WORK / f"{name}.pt", torch.nn.ModuleDict(modules).to(DEVICE), steps, rate, loss, decay)
+            WORK / f"{name}.pt",
+            torch.nn.ModuleDict(modules).to(DEVICE),
+            steps,
+            rate,
+            loss,
+            decay,
+        )
         self.modules.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.modules).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99))
@@ -63,8 +69,16 @@ class Trainer:
     def save(self):
         WORK.mkdir(exist_ok=True)
         part = self.path.with_suffix(".part")
-        torch.save({"modules": self.modules.state_dict(), "average": self.average.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}, part)
+        torch.save(
+            {
+                "modules": self.modules.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+            },
+            part,
+        )
         part.replace(self.path)
 
     def run(self, every=500, checkpoint=lambda: None):
@@ -88,7 +102,8 @@ class Trainer:
                 self.seconds += time.time() - started
                 started = time.time()
                 self.save()
-                print(f"{self.path.stem} {self.step}/{self.steps} loss {np.mean(total):.4f} {self.seconds:.0f} s", flush=True)
+                progress = f"{self.path.stem} {self.step}/{self.steps} loss {np.mean(total):.4f}"
+                print(f"{progress} {self.seconds:.0f} s", flush=True)
                 total = []
                 checkpoint()
         return self.average
@@ -99,8 +114,12 @@ class Trainer:
 
 def new_autoencoder():
     channels = (32, 32, 32, 32)
-    return AutoencoderTiny(encoder_block_out_channels=channels, decoder_block_out_channels=channels,
-                           num_encoder_blocks=(1, 2, 3, 4), num_decoder_blocks=(4, 3, 2, 1))
+    return AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(1, 2, 3, 4),
+        num_decoder_blocks=(4, 3, 2, 1),
+    )
 
 
 def autoencoder_loss(modules, rng, count=16):
@@ -129,8 +148,10 @@ def autoencoder_error(vae, count=256):
 
 def new_tokenizer():
     rng = np.random.default_rng(0)
-    captions = [scenes.caption(rng, **{name: str(rng.choice(values)) for name, values in scenes.ATTRIBUTES.items()})
-                for _ in range(4000)]
+    captions = [
+        scenes.caption(rng, **{name: str(rng.choice(values)) for name, values in scenes.ATTRIBUTES.items()})
+        for _ in range(4000)
+    ]
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = Whitespace()
     learner.train_from_iterator(captions, BpeTrainer(end_of_word_suffix="</w>"))
@@ -138,15 +159,29 @@ def new_tokenizer():
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: index for index, token in enumerate(vocabulary)}, merges,
-                         pad_token="<|endoftext|>", model_max_length=TOKENS)
+    return CLIPTokenizer(
+        {token: index for index, token in enumerate(vocabulary)},
+        merges,
+        pad_token="<|endoftext|>",
+        model_max_length=TOKENS,
+    )
 
 
 def new_text_encoder(tokenizer, width=128):
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 # The network: v-prediction on latents.
@@ -154,18 +189,33 @@ def new_text_encoder(tokenizer, width=128):
 
 def new_unet(channels=(96, 160), width=128):
     unet = UNet2DConditionModel(
-        sample_size=scenes.SIZE // 8, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=width, attention_head_dim=4)
+        sample_size=scenes.SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=width,
+        attention_head_dim=4,
+    )
     unet.set_attn_processor(AttnProcessor())  # twice as fast to train as the fused one on a CPU, at this size
     return unet
 
 
 def new_scheduler():
     """Zero terminal SNR: the first state is pure noise, so an image's overall brightness is the model's to choose."""
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=True, steps_offset=1, prediction_type="v_prediction",
-                         rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
 
 
 @torch.no_grad()
@@ -187,8 +237,9 @@ class DiffusionLoss:
 
     def __init__(self, latents, attributes, tokenizer, scheduler, count=64):
         self.latents, self.attributes, self.scheduler, self.count = latents, attributes, scheduler, count
-        self.tokens = functools.cache(lambda text: tokenizer(
-            text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0])
+        self.tokens = functools.cache(
+            lambda text: tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
+        )
 
     def caption(self, rng, attributes):
         if rng.uniform() < 0.12:
@@ -201,7 +252,8 @@ class DiffusionLoss:
         tokens = torch.stack([self.tokens(self.caption(rng, self.attributes[i])) for i in chosen]).to(DEVICE)
         steps = self.scheduler.config.num_train_timesteps
         # One timestep from each of `count` equal parts of the chain: less noise in the loss than independent draws.
-        t = torch.from_numpy((np.arange(self.count) + rng.uniform(size=self.count)) * steps / self.count).long().to(DEVICE)
+        t = (np.arange(self.count) + rng.uniform(size=self.count)) * steps / self.count
+        t = torch.from_numpy(t).long().to(DEVICE)
         noise = torch.randn(x0.shape).to(DEVICE)
         x = self.scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
         with autocast():
@@ -214,8 +266,12 @@ def save_demo(modules, vae, tokenizer, scheduler):
     """Write models/demo with float16 weights. The modules passed in are left as they are."""
     parts = {"vae": vae, "text_encoder": modules["text_encoder"], "unet": modules["unet"]}
     StableDiffusionPipeline(
-        **{name: copy.deepcopy(module).half() for name, module in parts.items()}, tokenizer=tokenizer,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        **{name: copy.deepcopy(module).half() for name, module in parts.items()},
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(DEMO)
     # Loaded without a dtype, diffusers makes float32 of its modules and transformers takes what the config says;
     # and AutoencoderTiny writes a key into its config that it then warns of.
@@ -227,8 +283,8 @@ def save_demo(modules, vae, tokenizer, scheduler):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--autoencoder-steps", type=int, default=5000, help="steps of 16 images (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10000, help="steps of 64 latents (default: %(default)s)")
+    parser.add_argument("--autoencoder-steps", type=int, default=7000, help="steps of 16 images (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6500, help="steps of 64 latents (default: %(default)s)")
     args = parser.parse_args()
 
     torch.manual_seed(0)

