@@ -204,37 +204,20 @@ def choose_model(args):
 # The run. torch and all that imports it wait until the arguments are known to be good.
 
 
-def run(args):
+def load(args):
+    """The `Problem` that the arguments set, and what run.json says of the run as a whole."""
     device, dtype = choose_device(args)
     model = choose_model(args)
 
+    import diffusers
+    import torch
+
     import diffusion
-    import utils
 
     if model.name in diffusion.MIRRORS.values() and model.name != args.model:
         print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
     pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
-    problem = Problem(args, pipeline)
-    problem.warm_up()
-    output = utils.Output(args.output_dir, describe(args, model, device, dtype), len(args.texts))
-    results = output.record["prompts"]
-    try:
-        for text in tqdm(args.texts, "prompts", unit="prompt", disable=None):
-            tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {text}")
-            output.add(*sample(args, problem, text))
-        output.finish()
-    except KeyboardInterrupt:
-        done = f"{len(results)} of {len(args.texts)} prompts are complete in {args.output_dir}"
-        raise Failure(f"interrupted; {done}", 130) from None
-    print(summary(results, args.fine_steps))
-
-
-def describe(args, model, device, dtype):
-    """What run.json says of the run as a whole."""
-    import diffusers
-    import torch
-
-    return {
+    about = {
         "settings": {key: value for key, value in vars(args).items() if key != "texts"},
         "environment": {
             "python": sys.version.split()[0],
@@ -250,6 +233,26 @@ def describe(args, model, device, dtype):
             "native_width": model.native_size[1],
         },
     }
+    return Problem(args, pipeline), about
+
+
+def run(args):
+    problem, about = load(args)
+
+    import utils
+
+    problem.warm_up()
+    output = utils.Output(args.output_dir, about, len(args.texts))
+    results = output.record["prompts"]
+    try:
+        for text in tqdm(args.texts, "prompts", unit="prompt", disable=None):
+            tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {text}")
+            output.add(*sample(args, problem, text))
+        output.finish()
+    except KeyboardInterrupt:
+        done = f"{len(results)} of {len(args.texts)} prompts are complete in {args.output_dir}"
+        raise Failure(f"interrupted; {done}", 130) from None
+    print(summary(results, args.fine_steps))
 
 
 class Problem:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 CELL = 192  # width of a filmstrip's picture, in pixels
@@ -224,6 +225,7 @@ def error_plot(errors, results, steps):
         color = colormaps["viridis"](0.9 * k / max(count - 1, 1))
         _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9], name if k in labelled else None)
     left.set(xlabel="boundary", ylabel="L2 error of the latents", title="Trajectory against the truth")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
 
     shown = [[(at["serial_evaluations"], at["image_error"]) for at in result["iterations"]] for result in results]
@@ -251,6 +253,8 @@ def _zero_line(axes, values):
     axes.set_yscale("log")
     axes.grid(True, color="0.9")
     floor = 10.0 ** np.floor(np.log10(positive.min()) - 0.5) if len(positive) else 1e-3
+    if not len(positive):
+        axes.set_ylim(floor / 10, 1)
     if (values == 0).any():
         axes.axhline(floor, color="0.6", linewidth=0.8, linestyle=":")
         axes.annotate("exactly 0", (0.01, floor), xycoords=("axes fraction", "data"), xytext=(0, 3),

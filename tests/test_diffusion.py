@@ -172,7 +172,9 @@ def test_decoded_image_is_diffusers_image(noise, tiny):
 def test_models_that_are_no_linear_ddim_are_refused(scheduler, changes, words, tmp_path):
     tiny_pipeline(scheduler).save_pretrained(tmp_path)
     for part, values in changes.items():
-        file = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json", "unet": "unet/config.json"}[part]
+        file = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json", "unet": "unet/config.json"}[
+            part
+        ]
         config = json.loads((tmp_path / file).read_text())
         (tmp_path / file).write_text(json.dumps(config | values))
     with pytest.raises(diffusion.ModelError, match=words) as error:

@@ -1,0 +1,113 @@
+"""How good the demo model is, and how SRDS behaves on it.
+
+    python benchmarks/demo_model.py          # writes models/samples.png and benchmarks/results/demo_model.{csv,png}
+
+Prompt adherence: 100-step DDIM at the demo's default guidance on 400 prompts, read back by `models/scenes.py`.
+SRDS: the command's defaults on `prompts.txt` and on 100 other prompts, each with a seed of its own. A prompt
+counts as good where no refinement's image error exceeds the initialisation's by more than 0.5 grey level and
+the third refinement's is at most 1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "models")]
+
+import torch
+
+import diffusion
+import main
+import scenes
+import train
+from srds import srds
+
+
+def prompts(rng, count):
+    """Random captions that state every attribute, and their attributes."""
+    drawn = [{name: str(rng.choice(values)) for name, values in scenes.ATTRIBUTES.items()} for _ in range(count)]
+    return [scenes.caption(rng, **attributes) for attributes in drawn], drawn
+
+
+def adherence(problem, count, batch=20):
+    """Share of images whose attributes are read back as asked, by attribute and for all; and the images."""
+    texts, asked = prompts(np.random.default_rng(2026), count)
+    generator, images = torch.Generator().manual_seed(0), []
+    for start in range(0, count, batch):
+        part = texts[start : start + batch]
+        positive, negative = problem.pipeline.encode_prompt(part, "cpu", 1, True, [""] * len(part))
+        x = torch.randn(len(part), *problem.x.shape[1:], generator=generator)
+        for n in range(problem.args.fine_steps):
+            at, t = torch.tensor([n]), problem.times[n]
+            with torch.no_grad():
+                pair = problem.pipeline.unet(
+                    x.repeat(2, 1, 1, 1), t, encoder_hidden_states=torch.cat([negative, positive])
+                ).sample
+            away, towards = pair.chunk(2)
+            x = problem.step(x, away + problem.args.guidance_scale * (towards - away), at, at + 1)
+        images += [diffusion.decode(problem.pipeline, latent) for latent in x]
+    read = [scenes.read(image) for image in images]
+    right = pd.DataFrame([{name: want[name] == got[name] for name in want} for want, got in zip(asked, read)])
+    return {**right.mean(), "all": right.all(axis=1).mean()}, images
+
+
+def refinement_errors(problem, text, seed, refinements):
+    """Image error to the sequential sample after 0, 1, ... refinements."""
+    x, denoise = diffusion.initial_noise(problem.pipeline, scenes.SIZE, scenes.SIZE, seed), problem.denoiser(text)
+    points = range(problem.args.fine_steps + 1)
+    truth = problem.image(diffusion.sequential(x, denoise, problem.step, points))
+    iterates = srds(x, denoise, problem.step, problem.boundaries, refinements=refinements)
+    return [main.difference(problem.image(iterate.states), truth) for iterate in iterates]
+
+
+def plot(table, path):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    errors = table.filter(like="k=").clip(lower=1e-3)
+    axes.plot(range(errors.shape[1]), errors.T, color="0.75", linewidth=0.7)
+    axes.plot(range(errors.shape[1]), errors.median(), color="black", marker="o", label="median")
+    axes.axhline(1, color="0.4", linestyle="--", label="1 grey level")
+    axes.set(yscale="log", xlabel="refinement k", ylabel="image error, grey levels", xticks=range(errors.shape[1]))
+    axes.set_title(f"{len(errors)} prompts on the demo model")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def benchmark():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=400, help="images for prompt adherence (%(default)s)")
+    parser.add_argument("--others", type=int, default=100, help="prompts beside prompts.txt (%(default)s)")
+    parser.add_argument("--refinements", type=int, default=5, help="refinements of each (%(default)s)")
+    args = parser.parse_args()
+    argv = ["--model", "demo", "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu"]
+    problem = main.load(main.parse_arguments(argv))[0]
+
+    print(f"autoencoder error: {train.autoencoder_error(problem.pipeline.vae):.2f} grey levels")
+    shares, images = adherence(problem, args.samples)
+    print(f"adherence over {args.samples} prompts:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
+    rows = [np.hstack(images[start : start + 8]) for start in range(0, 64, 8)]
+    Image.fromarray(np.vstack(rows)).resize((768, 768), Image.Resampling.BICUBIC).save(ROOT / "models" / "samples.png")
+
+    texts = problem.args.texts + prompts(np.random.default_rng(7), args.others)[0]
+    seeds = [problem.args.seed] * len(problem.args.texts) + list(range(args.others))
+    errors = np.array([refinement_errors(problem, *pair, args.refinements) for pair in zip(texts, seeds)])
+    table = pd.DataFrame(errors, columns=[f"k={k}" for k in range(errors.shape[1])])
+    table.insert(0, "prompt", texts)
+    table["good"] = (errors.max(1) <= errors[:, 0] + 0.5) & (errors[:, 3] <= 1)
+    print(table.filter(like="k=").describe(percentiles=[0.5, 0.9]).loc[["50%", "90%", "max"]].round(3).to_string())
+    named, good = len(problem.args.texts), table.good
+    print(f"good: {good[:named].sum()} of {named} in prompts.txt, {good[named:].sum()} of {args.others} others")
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    table.to_csv(results / "demo_model.csv", index=False, float_format="%.4f")
+    plot(table, results / "demo_model.png")
+
+
+if __name__ == "__main__":
+    benchmark()

@@ -1,0 +1,107 @@
+"""The demo model and its scenes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+import diffusion
+import main
+import scenes
+from srds import srds
+
+ROOT = Path(main.__file__).parent
+PROMPTS = (ROOT / "prompts.txt").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def problem():
+    argv = ["--model", "demo", "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu", "--fixed-batch"]
+    return main.load(main.parse_arguments(argv))[0]
+
+
+def test_checker_reads_scenes_back():
+    rng = np.random.default_rng(3)
+    drawn = [scenes.sample(rng) for _ in range(1000)]
+    assert np.mean([scenes.read(image) == attributes for image, attributes in drawn]) >= 0.98
+
+
+def test_no_two_scenes_of_a_caption_are_alike():
+    rng = np.random.default_rng(4)
+    one, other = (scenes.render(rng, "dusk", "red sun", "purple mountains").astype(int) for _ in range(2))
+    assert abs(one - other).mean() > 2
+
+
+def test_captions_say_what_is_asked():
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        text = scenes.caption(rng, sky="night", light="empty sky", land="a calm sea")
+        assert "at night" in text and "an empty sky" in text and "a calm sea" in text
+    assert scenes.caption(rng) == "" and scenes.caption(rng, land="green hills") == "green hills"
+
+
+def test_demo_is_small_and_safe():
+    files = [path for path in diffusion.DEMO.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 20e6
+
+
+def test_demo_loads_by_plain_diffusers_and_samples(caplog, recwarn):
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        verbosity = library.get_verbosity()
+        library.set_verbosity_warning()
+        library.enable_propagation()
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(diffusion.DEMO)
+    finally:
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.set_verbosity(verbosity)
+            library.disable_propagation()
+    # StableDiffusionPipeline's annotation names AutoencoderKL alone, and diffusers remarks on any other class.
+    assert [record for record in caplog.messages if "AutoencoderTiny" not in record] == [] and not recwarn.list
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a beautiful painting of a cat", num_inference_steps=2, height=64, width=64).images[0]
+    assert image.size == (64, 64)
+
+
+def test_demo_sequential_equals_diffusers_pipeline(problem):
+    """To a tenth of a grey level of the image's 255, and 1e-4 of the latents' scale."""
+    pipeline, scale = problem.pipeline, problem.args.guidance_scale
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.scheduler.config.timestep_spacing == "trailing"
+    for text in PROMPTS[:2]:
+        points = range(problem.args.fine_steps + 1)
+        ours = diffusion.sequential(problem.x, problem.denoiser(text), problem.step, points)
+        theirs = pipeline(text, num_inference_steps=problem.args.fine_steps, guidance_scale=scale,
+                          latents=problem.x, height=64, width=64, output_type="latent").images  # fmt: skip
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
+        assert main.difference(diffusion.decode(pipeline, ours), diffusion.decode(pipeline, theirs)) < 0.1
+
+
+def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(problem):
+    denoise = problem.denoiser(PROMPTS[0])
+    points, boundaries = range(problem.args.fine_steps + 1), problem.boundaries
+    truth = diffusion.sequential(problem.x, denoise, problem.step, points, boundaries)
+    *_, last = srds(problem.x, denoise, problem.step, boundaries)
+    assert last.exact and last.ticks == len(points) - 1 and torch.equal(last.states, truth)
+
+
+def test_readme_demo_converges_to_the_ground_truth(tmp_path):
+    """The README's demo command: no refinement is worse than the initialisation, and the third is within 1."""
+    argv = ["--prompts", "prompts.txt", "--output-dir", str(tmp_path), "--model", "demo", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stderr == ""
+    results = json.loads((tmp_path / "run.json").read_text())["prompts"]
+    assert [result["prompt"] for result in results] == PROMPTS
+    for result in results:
+        errors = [at["image_error"] for at in result["iterations"]]
+        assert result["converged"] and result["serial_evaluations"] < 100
+        assert max(errors) <= errors[0] + 0.5 and errors[:4][-1] < 1, errors
