@@ -219,7 +219,7 @@ def new_scheduler():
 
 
 @torch.no_grad()
-def latents_of_scenes(vae, count=50_000):
+def latents_of_scenes(vae, count=40_000):
     """Latents of the training scenes at unit scale, (count, 4, 8, 8), and the scenes' attributes."""
     path = WORK / "latents.pt"
     if not path.exists():
@@ -283,7 +283,7 @@ def save_demo(modules, vae, tokenizer, scheduler):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--autoencoder-steps", type=int, default=7000, help="steps of 16 images (default: %(default)s)")
+    parser.add_argument("--autoencoder-steps", type=int, default=9000, help="steps of 16 images (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6500, help="steps of 64 latents (default: %(default)s)")
     args = parser.parse_args()
 
