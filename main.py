@@ -26,9 +26,12 @@ WIDTH = 512
 SEED = 42
 SCHEDULE = "pipelined"
 STOP_RULE = "final"
+MAX_ITERATIONS = None  # as many as blocks
 NEGATIVE_PROMPT = ""
 DEVICE = "auto"
 DTYPE = "auto"
+VARIANT = None
+MAX_BATCH = None  # all lanes of a tick in one network call
 
 SCHEDULES = ("pipelined", "sweep")
 STOP_RULES = ("final", "trajectory")
@@ -80,12 +83,13 @@ def parse_arguments(argv):
     parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
 
     group = parser.add_argument_group("required: an output directory, and prompts from a file or one by one")
-    group.add_argument("--prompts", "-p", metavar="FILE", help="text file with one prompt a line, UTF-8")
-    group.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
-    group.add_argument("--output-dir", "-o", metavar="DIR", required=True, help="where images and analysis go")
+    add = group.add_argument
+    add("--prompts", "-p", metavar="FILE", help="text file with one prompt a line, UTF-8")
+    add("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
+    add("--output-dir", "-o", metavar="DIR", required=True, help="where images and analysis go")
 
     group = parser.add_argument_group("algorithm")
-    add = lambda *names, **more: group.add_argument(*names, **more)
+    add = group.add_argument
     add("--coarse-steps", "-cs", metavar="B", type=integer(1), default=COARSE_STEPS, help="blocks (%(default)s)")
     add("--fine-steps", "-fs", metavar="N", type=integer(1), default=FINE_STEPS, help="DDIM steps (%(default)s)")
     add("--tolerance", "-tol", metavar="T", type=real, default=TOLERANCE,
@@ -93,12 +97,18 @@ def parse_arguments(argv):
     add("--schedule", choices=SCHEDULES, default=SCHEDULE, help="which lanes move in a tick (%(default)s)")
     add("--stop-rule", choices=STOP_RULES, default=STOP_RULE,
         help="what must change less than the tolerance: the image, or every state as well (%(default)s)")  # fmt: skip
-    add("--max-iterations", metavar="K", type=integer(1), help="most refinements (as many as blocks)")
+    add(
+        "--max-iterations",
+        metavar="K",
+        type=integer(1),
+        default=MAX_ITERATIONS,
+        help="most refinements (as many as blocks)",
+    )
 
     group = parser.add_argument_group("generation")
-    add = lambda *names, **more: group.add_argument(*names, **more)
+    add = group.add_argument
     add("--model", default=MODEL, help="hub id, local folder, or demo (%(default)s)")
-    add("--variant", help="variant of the weights, such as fp16")
+    add("--variant", default=VARIANT, help="variant of the weights, such as fp16")
     add("--guidance-scale", "-gs", metavar="S", type=real,
         help=f"classifier-free guidance above 1 ({GUIDANCE_SCALE}; demo: {DEMO_GUIDANCE_SCALE})")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", default=NEGATIVE_PROMPT, help="what guidance leads away from")
@@ -108,10 +118,11 @@ def parse_arguments(argv):
     add("--no-ground-truth", action="store_true", help="only sample: no sequential run to compare with")
 
     group = parser.add_argument_group("machine")
-    add = lambda *names, **more: group.add_argument(*names, **more)
+    add = group.add_argument
     add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps ... (%(default)s)")
     add("--dtype", choices=DTYPES, default=DTYPE, help="auto: float16 on cuda, float32 elsewhere")
-    add("--max-batch", metavar="M", type=integer(1), help="most network samples in one call, where memory is short")
+    add("--max-batch", metavar="M", type=integer(1), default=MAX_BATCH,
+        help="most network samples in one call, where memory is short")  # fmt: skip
     add("--fixed-batch", action="store_true", help="pad every network call to one shape: reproducible to the bit")
 
     args = parser.parse_args(argv)
@@ -133,23 +144,22 @@ def read_prompts(args):
         texts = [text.strip() for text in args.prompt]
         if not all(texts):
             raise Failure("argument --prompt: '' is blank; give some text")
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise Failure(f"argument --prompt: {text!r} is not UTF-8; give text that is") from None
         return texts
-    problem = None
     try:
-        texts = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        problem = "does not exist; give a text file with one prompt a line"
-    except IsADirectoryError:
-        problem = "is a directory; give a text file with one prompt a line"
+        lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
+        texts = [line.strip() for line in lines if line.strip()]
+        problem = None if texts else "holds no prompt"
+    except OSError as error:
+        problem = error.strerror
     except UnicodeDecodeError:
-        problem = "is not UTF-8; save it as UTF-8"
-    except (OSError, ValueError) as error:
-        problem = f"cannot be read ({getattr(error, 'strerror', error)}); give a text file with one prompt a line"
-    if problem is None:
-        texts = [text.strip() for text in texts if text.strip()]
-        problem = None if texts else "holds no prompt; write one a line"
+        problem = "is not UTF-8"
     if problem:
-        raise Failure(f"argument --prompts/-p: {args.prompts!r} {problem}")
+        raise Failure(f"argument --prompts/-p: {args.prompts!r}: {problem}; give a UTF-8 text file, a prompt a line")
     return texts
 
 
@@ -246,13 +256,13 @@ def run(args):
     results = output.record["prompts"]
     try:
         for text in tqdm(args.texts, "prompts", unit="prompt", disable=None):
-            tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {text}")
+            tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {' '.join(text.split())}")
             output.add(*sample(args, problem, text))
         output.finish()
     except KeyboardInterrupt:
         done = f"{len(results)} of {len(args.texts)} prompts are complete in {args.output_dir}"
         raise Failure(f"interrupted; {done}", 130) from None
-    print(summary(results, args.fine_steps))
+    print(utils.summary(results, args.fine_steps))
 
 
 class Problem:
@@ -300,6 +310,7 @@ class Problem:
 def sample(args, problem, text):
     """One prompt's entry in run.json, its images by file name, its trajectory errors (None without ground truth)."""
     import diffusion
+    import utils
     from srds import srds
 
     cut = diffusion.cut_from_prompt(problem.pipeline, text)
@@ -340,7 +351,7 @@ def sample(args, problem, text):
                 history[-1]["image_error"] = difference(image, images["srds_ddim_gt"])
                 errors.append((states - truth)[1:].flatten(1).norm(dim=1).tolist())
             state = "converged" if iterate.exact else judge(history, args.stop_rule, args.tolerance)
-            tqdm.write(report(history[-1], state))
+            tqdm.write(utils.report(history[-1], state))
             if state == "converged":
                 break
             started = time.perf_counter()
@@ -409,40 +420,11 @@ def judge(history, rule, tolerance):
     return "growing" if grew else "continuing"
 
 
-# What is printed
-
-
-def report(entry, state):
-    """One refinement in one line."""
-    name = f"iteration {entry['iteration']}" if entry["iteration"] >= 0 else "initialised"
-    keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "error"}
-    measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
-    return f"  {name}: " + ", ".join([f"{entry['serial_evaluations']} ticks", *measured, state])
-
-
-def summary(results, steps):
-    """The closing table: a row a prompt."""
-    header = "prompt|iterations|serial evaluations|total|srds s|sequential s|difference|converged"
-    rows = [header.split("|")]
-    for result in results:
-        text, error, truth = result["prompt"], result["image_error"], result["seconds"]["ground_truth"]
-        rows.append((
-            text if len(text) <= 40 else text[:37] + "...",
-            str(len(result["iterations"]) - 1),
-            f"{result['serial_evaluations']} of {steps}",
-            str(result["total_evaluations"]),
-            f"{result['seconds']['srds']:.2f}",
-            "-" if truth is None else f"{truth:.2f}",
-            "-" if error is None else f"{error:.3f}",
-            f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
-        ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines))
-
-
 def main(argv=None):
     """Run the command and return its exit status: 0; 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
     try:
         run(parse_arguments(argv))
     except Failure as failure:

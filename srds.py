@@ -61,17 +61,19 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
         raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
     if B < 1 or K < 0 or any(n[i] >= n[i + 1] for i in range(B)):
         raise ValueError(f"boundaries must rise and refinements not be negative: {boundaries}, {refinements}")
-    if n[B] - n[0] == B:
-        K = 0  # every F_i is G_i, so the initialisation already is the sequential sample
+    fine_is_coarse = n[B] - n[0] == B
+    if fine_is_coarse:
+        K = 0  # the initialisation already is the sequential sample
 
     x = x.reshape(x.shape[-3:]).float()
-    exact = [x]  # U_0^0, U_1^1, ...: the boundaries that have their final value
-    U = {0: [x]}  # U[k][i] for the iterates not yet yielded, as far as known
-    F, G = {}, {}  # F_i(U_i^k) and G_i(U_i^k) by (i, k), until refinement k + 1 has used them
+    exact = [x]  # U_0^0, U_1^1, ...
+    U = {0: [x]}  # U[k][i] of the iterates that are not complete yet, as far as it is known
+    F, G = {}, {}  # F[i, k] = F_i(U_i^k) and G[i, k] = G_i(U_i^k), until refinement k + 1 has used them
     lanes = [Lane(0, 0, x, n[0])]
     ticks = lane_steps = k = 0
 
     while k <= K:
+        # One tick: a model output for every lane that moves, its fine step, and its coarse step if it has yet to start.
         moving = lanes if schedule == "pipelined" else sweep(lanes, n)
         X = torch.stack([lane.x for lane in moving])
         start = torch.tensor([lane.n for lane in moving], device=x.device)
@@ -82,14 +84,15 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
         if first:
             end = torch.tensor([n[moving[j].i + 1] for j in first], device=x.device)
             for j, coarse in zip(first, step(X[first], m[first], start[first], end)):
-                G[moving[j].i, moving[j].k] = coarse.clone()
+                G[moving[j].i, moving[j].k] = coarse.clone()  # not a view, which would keep the whole batch alive
         for lane, fine in zip(moving, step(X, m, start, start + 1)):
             lane.x, lane.n = fine, lane.n + 1
             if lane.n == n[lane.i + 1]:
                 F[lane.i, lane.k] = fine.clone()
-        # Nothing will correct what refinement K finds, so its fine solves are not needed.
-        lanes = [lane for lane in lanes if lane.n < n[lane.i + 1] and not (lane.k == K and lane.n > n[lane.i])]
+        # Lanes end with their block; those of refinement K after their first step, as nothing corrects it.
+        lanes = [lane for lane in lanes if lane.n < n[lane.i + 1] and (lane.k < K or lane.n == n[lane.i])]
 
+        # Every state that this makes known starts a lane.
         for r, states in U.items():
             i = len(states) - 1
             if r == 0 and (i, 0) in G:
@@ -100,16 +103,16 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
                 continue
             if i + 1 < B:
                 lanes.append(Lane(i + 1, r, states[-1], n[i + 1]))
-        e = len(exact) - 1
-        if e < K and (e, e) in F:
-            exact.append(F.pop((e, e)))
-            del G[e, e]
-            U[e + 1] = list(exact)
-            if e + 1 < B:
-                lanes.append(Lane(e + 1, e + 1, exact[-1], n[e + 1]))
+        i = len(exact) - 1
+        if i < K and (i, i) in F:
+            exact.append(F.pop((i, i)))
+            del G[i, i]
+            U[i + 1] = list(exact)
+            if i + 1 < B:
+                lanes.append(Lane(i + 1, i + 1, exact[-1], n[i + 1]))
 
         while k in U and len(U[k]) == B + 1:
-            yield Iterate(k, torch.stack(U.pop(k)), ticks, lane_steps, exact=k == B or n[B] - n[0] == B)
+            yield Iterate(k, torch.stack(U.pop(k)), ticks, lane_steps, exact=k == B or fine_is_coarse)
             k += 1
 
 

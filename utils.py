@@ -1,4 +1,7 @@
-"""What a person looks at: images, filmstrip, error plot, CSV and the run record. Every file is whole or not there."""
+"""What a person looks at: images, filmstrip, error plot, CSV, run record and the lines printed.
+
+Every file is whole or not there.
+"""
 
 import io
 import json
@@ -267,3 +270,36 @@ def _line(axes, x, y, floor, color, marker, label):
     axes.plot(x, np.where(y > 0, y, floor), color=color, marker=marker, markersize=5, linewidth=1.4, label=label)
     zeros = y == 0
     axes.plot(np.asarray(x)[zeros], np.full(zeros.sum(), floor), marker, color="white", markeredgecolor=color, zorder=3)
+
+
+def report(entry, state):
+    """One refinement in one line."""
+    name = f"iteration {entry['iteration']}" if entry["iteration"] >= 0 else "initialised"
+    keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "error"}
+    measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
+    return f"  {name}: " + ", ".join([f"{entry['serial_evaluations']} ticks", *measured, state])
+
+
+def summary(results, steps):
+    """The closing table: a row a prompt."""
+    header = "prompt|iterations|serial evaluations|total|srds s|sequential s|difference|converged"
+    rows = [header.split("|")]
+    for result in results:
+        text, error, truth = (
+            " ".join(result["prompt"].split()),
+            result["image_error"],
+            result["seconds"]["ground_truth"],
+        )
+        rows.append((
+            text if len(text) <= 40 else text[:37] + "...",
+            str(len(result["iterations"]) - 1),
+            f"{result['serial_evaluations']} of {steps}",
+            str(result["total_evaluations"]),
+            f"{result['seconds']['srds']:.2f}",
+            "-" if truth is None else f"{truth:.2f}",
+            "-" if error is None else f"{error:.3f}",
+            f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines))

@@ -182,14 +182,15 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny, tmp_path, capsys)
 # Bad input
 
 BAD = [
-    (["-p", "missing.txt"], "--prompts/-p: 'missing.txt' does not exist"),
-    (["-p", "folder"], "--prompts/-p: 'folder' is a directory"),
-    (["-p", "empty.txt"], "--prompts/-p: 'empty.txt' holds no prompt"),
-    (["-p", "blank.txt"], "--prompts/-p: 'blank.txt' holds no prompt"),
-    (["-p", "latin.txt"], "--prompts/-p: 'latin.txt' is not UTF-8"),
+    (["-p", "missing.txt"], "--prompts/-p: 'missing.txt': No such file"),
+    (["-p", "folder"], "--prompts/-p: 'folder': Is a directory"),
+    (["-p", "empty.txt"], "--prompts/-p: 'empty.txt': holds no prompt"),
+    (["-p", "blank.txt"], "--prompts/-p: 'blank.txt': holds no prompt"),
+    (["-p", "latin.txt"], "--prompts/-p: 'latin.txt': is not UTF-8"),
     ([], "--prompts/-p or --prompt: neither"),
     (["-p", "good.txt", "--prompt", "a"], "--prompts/-p or --prompt: both"),
     (["--prompt", " "], "--prompt: '' is blank"),
+    (["--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' is not UTF-8"),
     (["--prompt", "a", "-cs", "0"], "--coarse-steps/-cs: '0'"),
     (["--prompt", "a", "-fs", "0"], "--fine-steps/-fs: '0'"),
     (["--prompt", "a", "-fs", "ten"], "--fine-steps/-fs: 'ten'"),
