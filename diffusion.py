@@ -1,6 +1,8 @@
 """The model's side: loading, time grid, DDIM as a table, the guided denoiser, sequential sampling, decoding."""
 
 import json
+import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,21 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-# Before the imports that log: what the libraries say of optional packages is nothing that the user did.
+# Before the imports that log. What matters of what the libraries say is said here, in one line.
+hub_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+
+diffusers_logging.set_verbosity_error()
 
 DEMO = Path(__file__).resolve().parent / "models" / "demo"
 # stabilityai withdrew this model from the hub in November 2025.
@@ -65,12 +65,12 @@ def find_model(name):
 
 
 def _read_configs(name):
-    folder = Path(name) if Path(name).is_dir() else _download_configs(name)
+    folder = Path(name) if name and os.path.isdir(name) else _download_configs(name)
 
     def config(file):
         try:
-            return json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return dict(json.loads((folder / file).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             raise ModelError(f"{name} is not a diffusers model: it has no readable {file}") from None
 
     kind = config("model_index.json").get("_class_name")
@@ -102,7 +102,7 @@ def _download_configs(name):
             f"{name} is not a folder here, not in the download cache, and huggingface.co cannot be reached; "
             "`--model demo` needs no download"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the network, the proxy or the disk, each library with its own
         raise ModelError(f"{name} could not be downloaded: {_first_line(error)}") from None
 
 
@@ -115,11 +115,11 @@ def _ddim_scheduler(name, config):
         raise ModelError(f"{name} predicts {prediction!r}; epsilon, v_prediction and sample are supported")
     if config.get("thresholding"):
         raise ModelError(f"{name} has a scheduler with thresholding, which is not linear in the model's output")
-    diffusers_logging.set_verbosity_error()  # silent about the keys of another scheduler's config
     try:
-        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing")
-    except NotImplementedError:
-        raise ModelError(f"{name} has beta_schedule {config['beta_schedule']!r}, which DDIM does not know") from None
+        # Latents are never clipped; an offset does nothing to trailing spacing, but diffusers warns of others than 1.
+        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name} has a scheduler config that DDIM cannot take: {_first_line(error)}") from None
     if prediction == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
         raise ModelError(f"{name} predicts epsilon from zero terminal SNR, where epsilon does not determine the image")
     return scheduler
@@ -146,11 +146,19 @@ def load_pipeline(model, device, dtype, variant=None):
             requires_safety_checker=False,
         )
     except Exception as error:  # files of all kinds, read by several libraries, each with errors of its own
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if out_of_memory(error):
             raise
-        kind = f" of variant {variant!r}" if variant else ""
-        raise ModelError(f"{model.name} has no loadable safetensors weights{kind}: {_first_line(error)}") from error
+        kind = f" variant {variant!r}" if variant else ""
+        raise ModelError(
+            f"{model.name}: its safetensors weights{kind} cannot be loaded: {_first_line(error)}"
+        ) from error
     return pipeline.to(device)
+
+
+def out_of_memory(error):
+    """Whether an exception, of any of the libraries, says that memory ran out."""
+    words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 def _first_line(error):
@@ -206,11 +214,11 @@ def ddim_step(scheduler, times, device="cpu"):
 # The denoiser
 
 
+@torch.no_grad()
 def encode_prompt(pipeline, prompt, negative_prompt="", guidance_scale=1.0):
     """Embeddings of one prompt, (1, tokens, width); with guidance (scale above 1), (2, ...), the negative first."""
     guided = guidance_scale > 1
-    with torch.no_grad():
-        positive, negative = pipeline.encode_prompt(prompt, pipeline.device, 1, guided, negative_prompt)
+    positive, negative = pipeline.encode_prompt(prompt, pipeline.device, 1, guided, negative_prompt)
     return torch.cat([negative, positive]) if guided else positive
 
 
@@ -220,13 +228,23 @@ def cut_from_prompt(pipeline, prompt):
     return tokenizer.decode(tokenizer(prompt).input_ids[tokenizer.model_max_length - 1 : -1])
 
 
+def fixed_batch(widest, max_batch=None):
+    """The one batch shape for calls of up to `widest` network samples: the next multiple of 4, within max_batch.
+
+    Of other counts (5, 6, 7, 9, 10, 11 on two cores), MKL gives a sample other bits in other places of the batch.
+    """
+    size = -(-widest // 4) * 4
+    return size if max_batch is None or size <= max_batch else max_batch // 4 * 4 or max_batch
+
+
 class Denoiser:
     """The network under classifier-free guidance (Ho and Salimans, 2022): L states in, L guided outputs out.
 
     embeddings: as `encode_prompt` gives them.
     times: the grid's timesteps, int64 (N,).
     max_batch: most network samples in one call; more make several calls. None: all lanes of a tick in one.
-    pad_to: network samples in every call, filled up with copies, so that every call has one shape; None: no padding.
+    pad_to: network samples in every call, filled up with copies, so that every call has one shape (in place of
+        max_batch; `fixed_batch` chooses it). None: no padding.
     """
 
     def __init__(self, unet, embeddings, times, guidance_scale=1.0, max_batch=None, pad_to=None):
@@ -240,7 +258,7 @@ class Denoiser:
         samples = x.to(self.unet.dtype).repeat(pair, 1, 1, 1)
         times = self.times[n].repeat(pair)
         embeddings = self.embeddings.repeat_interleave(lanes, 0)
-        most = self.max_batch or self.pad_to or pair * lanes
+        most = self.pad_to or self.max_batch or pair * lanes
         parts = zip(samples.split(most), times.split(most), embeddings.split(most))
         outputs = torch.cat([self._network(*part) for part in parts]).float()
         if pair == 1:
@@ -285,8 +303,13 @@ def sequential(x, denoise, step, points, keep=None):
 
 @torch.no_grad()
 def decode(pipeline, latent):
-    """The image of a latent, (C, H, W) or (1, C, H, W): uint8, (height, width, 3)."""
+    """The image of a latent, (C, H, W) or (1, C, H, W): uint8, (height, width, 3).
+
+    Raises FloatingPointError where the latent or what the autoencoder makes of it is not finite.
+    """
     vae = pipeline.vae
     latent = latent.reshape(1, *latent.shape[-3:]).to(vae.dtype)  # always a batch of one: always the same kernels
     image = vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0]
+    if not (latent.isfinite().all() and image.isfinite().all()):
+        raise FloatingPointError(f"the latents or the image are not finite in {str(vae.dtype).removeprefix('torch.')}")
     return np.asarray(pipeline.image_processor.postprocess(image, output_type="pil")[0])

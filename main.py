@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import math
 import os
-import re
+import stat
 import sys
 import time
 from pathlib import Path
@@ -33,7 +33,7 @@ DTYPE = "auto"
 VARIANT = None
 MAX_BATCH = None  # all lanes of a tick in one network call
 
-SCHEDULES = ("pipelined", "sweep")
+SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
 STOP_RULES = ("final", "trajectory")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -140,18 +140,19 @@ def parse_arguments(argv):
 
 
 def read_prompts(args):
+    """The prompts, stripped, none blank."""
+    for name, text in [("prompt", text) for text in args.prompt or []] + [("negative-prompt", args.negative_prompt)]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Failure(f"argument --{name}: {text!r} is not UTF-8; give text that is") from None
     if args.prompt is not None:
         texts = [text.strip() for text in args.prompt]
         if not all(texts):
             raise Failure("argument --prompt: '' is blank; give some text")
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise Failure(f"argument --prompt: {text!r} is not UTF-8; give text that is") from None
         return texts
     try:
-        lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
         texts = [line.strip() for line in lines if line.strip()]
         problem = None if texts else "holds no prompt"
     except OSError as error:
@@ -164,13 +165,22 @@ def read_prompts(args):
 
 
 def check_output_dir(folder):
-    path = Path(folder)
-    if not folder or (path.exists() and not path.is_dir()):
-        raise Failure(f"argument --output-dir/-o: {folder!r} is not a directory; give one, existing or new")
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-        raise Failure(f"argument --output-dir/-o: {folder!r} cannot be written; give a directory that can")
+    """Raise Failure unless the directory is there, or can be made, and can be written. Nothing is made yet."""
+    path, problem = Path(folder), "" if folder else "is empty"
+    while not problem:
+        try:
+            writable = os.access(path, os.W_OK | os.X_OK)
+            problem = (
+                "is not a directory" if not stat.S_ISDIR(path.stat().st_mode) else not writable and "is not writable"
+            )
+            break
+        except FileNotFoundError:
+            problem = "is a broken link" if path.is_symlink() else ""
+            path = path.parent
+        except OSError as error:
+            problem = f"cannot be used ({error.strerror})"
+    if problem:
+        raise Failure(f"argument --output-dir/-o: {folder!r} {problem}; give a directory, existing or new")
 
 
 def choose_device(args):
@@ -224,9 +234,15 @@ def load(args):
 
     import diffusion
 
-    if model.name in diffusion.MIRRORS.values() and model.name != args.model:
+    try:
+        pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
+    except diffusion.ModelError:
+        if model.name not in diffusion.MIRRORS:
+            raise
+        model = diffusion.find_model(diffusion.MIRRORS[model.name])
+        pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
+    if model.name == diffusion.MIRRORS.get(args.model):
         print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
-    pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
     about = {
         "settings": {key: value for key, value in vars(args).items() if key != "texts"},
         "environment": {
@@ -247,17 +263,38 @@ def load(args):
 
 
 def run(args):
-    problem, about = load(args)
-
+    import diffusion
     import utils
 
-    problem.warm_up()
-    output = utils.Output(args.output_dir, about, len(args.texts))
-    results = output.record["prompts"]
     try:
+        problem, about = load(args)
+        problem.warm_up()
+        sample_all(problem, about)
+    except (diffusion.ModelError, utils.WriteError) as error:
+        raise Failure(error, 1) from error
+    except FloatingPointError as error:
+        raise Failure(f"argument --dtype: {args.dtype!r}: {error}; try --dtype float32 or bfloat16", 1) from error
+    except (MemoryError, RuntimeError) as error:
+        if not diffusion.out_of_memory(error):
+            raise
+        raise Failure(
+            f"argument --max-batch: {args.max_batch}: out of memory; give a smaller one, 1 at least", 1
+        ) from error
+
+
+def sample_all(problem, about):
+    """Sample every prompt and write what comes of it."""
+    import utils
+
+    args, results = problem.args, []
+    try:
+        output = utils.Output(args.output_dir, about, len(args.texts))
+        results = output.record["prompts"]
+        if args.guidance_scale > 1:
+            warn_if_cut(problem, args.negative_prompt)
         for text in tqdm(args.texts, "prompts", unit="prompt", disable=None):
             tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {' '.join(text.split())}")
-            output.add(*sample(args, problem, text))
+            output.add(*sample(problem, text))
         output.finish()
     except KeyboardInterrupt:
         done = f"{len(results)} of {len(args.texts)} prompts are complete in {args.output_dir}"
@@ -283,8 +320,9 @@ class Problem:
 
         args = self.args
         embeddings = diffusion.encode_prompt(self.pipeline, text, args.negative_prompt, args.guidance_scale)
-        widest = len(embeddings) * args.coarse_steps
-        pad_to = min(widest, args.max_batch or widest) if args.fixed_batch else None
+        pad_to = None
+        if args.fixed_batch:
+            pad_to = diffusion.fixed_batch(len(embeddings) * args.coarse_steps, args.max_batch)
         settings = args.guidance_scale, args.max_batch, pad_to
         return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, *settings)
 
@@ -292,8 +330,6 @@ class Problem:
         """The image of a trajectory's last state, uint8 (height, width, 3)."""
         import diffusion
 
-        if not states.isfinite().all():
-            raise Failure(f"argument --dtype: with {self.args.dtype!r} the latents are not finite; try float32", 1)
         return diffusion.decode(self.pipeline, states[-1])
 
     def warm_up(self):
@@ -307,27 +343,36 @@ class Problem:
         self.image(self.x)
 
 
-def sample(args, problem, text):
-    """One prompt's entry in run.json, its images by file name, its trajectory errors (None without ground truth)."""
+def warn_if_cut(problem, text):
     import diffusion
-    import utils
-    from srds import srds
 
     cut = diffusion.cut_from_prompt(problem.pipeline, text)
     if cut:
-        tqdm.write(f"warning: the prompt is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
-    denoise, images, truth, truth_seconds = problem.denoiser(text), {}, None, None
+        tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
 
-    if not args.no_ground_truth:
-        started = time.perf_counter()
-        with ticking(denoise, "ground truth", args.fine_steps) as ticks:
-            points = range(args.fine_steps + 1)
-            truth = diffusion.sequential(problem.x, ticks, problem.step, points, problem.boundaries)
-        images["srds_ddim_gt"] = problem.image(truth)
-        truth_seconds = time.perf_counter() - started
-        images["srds_ddim_course"] = problem.image(
-            diffusion.sequential(problem.x, denoise, problem.step, problem.boundaries)
-        )
+
+def ground_truth(problem, denoise):
+    """The sequential states at the boundaries, its image and the coarse one's by file name, its seconds."""
+    import diffusion
+
+    started = time.perf_counter()
+    with ticking(denoise, "ground truth", problem.args.fine_steps) as ticks:
+        points = range(problem.args.fine_steps + 1)
+        truth = diffusion.sequential(problem.x, ticks, problem.step, points, problem.boundaries)
+    image = problem.image(truth)
+    seconds = time.perf_counter() - started
+    coarse = diffusion.sequential(problem.x, denoise, problem.step, problem.boundaries)
+    return truth, {"srds_ddim_gt": image, "srds_ddim_course": problem.image(coarse)}, seconds
+
+
+def sample(problem, text):
+    """One prompt's entry in run.json, its images by file name, its trajectory errors (None without ground truth)."""
+    import utils
+    from srds import srds
+
+    args, denoise = problem.args, problem.denoiser(text)
+    warn_if_cut(problem, text)
+    truth, images, truth_seconds = (None, {}, None) if args.no_ground_truth else ground_truth(problem, denoise)
 
     history, errors, states, image, seconds = [], [], None, None, 0.0
     most = args.fine_steps if args.schedule == "pipelined" else None
@@ -349,7 +394,7 @@ def sample(args, problem, text):
             images[f"srds_iteration_{iterate.k - 1}" if iterate.k else "srds_initialized"] = image
             if truth is not None:
                 history[-1]["image_error"] = difference(image, images["srds_ddim_gt"])
-                errors.append((states - truth)[1:].flatten(1).norm(dim=1).tolist())
+                errors.append((states - truth)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
             state = "converged" if iterate.exact else judge(history, args.stop_rule, args.tolerance)
             tqdm.write(utils.report(history[-1], state))
             if state == "converged":
@@ -423,8 +468,8 @@ def judge(history, rule, tolerance):
 def main(argv=None):
     """Run the command and return its exit status: 0; 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a prompt may hold what the terminal cannot show
+        if hasattr(stream, "reconfigure"):  # a prompt may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         run(parse_arguments(argv))
     except Failure as failure:
@@ -433,18 +478,11 @@ def main(argv=None):
         return complain("interrupted; nothing was written", 130)
     except SystemExit as done:  # --help
         return done.code
-    except Exception as error:
-        # By name, because the modules that define them are imported late.
-        if type(error).__name__ in ("ModelError", "WriteError"):
-            return complain(error, 1)
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-            return complain("argument --max-batch: out of memory; give it, or a smaller one (1 needs least)", 1)
-        raise
     return 0
 
 
 def complain(message, status):
-    print(f"main.py: error: {message}", file=sys.stderr)
+    print("main.py: error:", " ".join(str(message).split()), file=sys.stderr)
     return status
 
 

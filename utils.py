@@ -109,7 +109,10 @@ def _remove_earlier(folder):
     except (OSError, ValueError, KeyError, TypeError):
         return  # no earlier run, or a run.json that is not ours
     for name in files:
-        (folder / name).unlink(missing_ok=True)
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"{folder / name}, of an earlier run, cannot be removed: {error.strerror}") from error
     for name in {Path(name).parent for name in files if "/" in name}:
         try:
             (folder / name).rmdir()
@@ -165,8 +168,7 @@ def grid(images):
 def filmstrip(results, images, names, steps):
     """How each prompt's image converges: a row a prompt, captioned columns from the initialisation to the truth."""
     names = [name for name in names if name != "srds_ddim_course"]
-    columns = [images(name) for name in names]
-    height, width = columns[0][0].shape[:2]
+    height, width = images(names[0])[0].shape[:2]
     size = (CELL, round(CELL * height / width))
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
     line, gap = 18, 8
@@ -174,14 +176,14 @@ def filmstrip(results, images, names, steps):
     strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(results)), "white")
     draw = ImageDraw.Draw(strip)
     for r, result in enumerate(results):
-        top = r * row + gap
-        draw.text((gap, top), " ".join(result["prompt"].split())[:160], "black", font)
-        for c, name in enumerate(names):
-            left = gap + c * (CELL + gap)
-            picture = Image.fromarray(columns[c][r]).resize(size, Image.Resampling.BICUBIC)
-            strip.paste(picture, (left, top + line + 6))
+        draw.text((gap, r * row + gap), " ".join(result["prompt"].split())[:160], "black", font)
+    for c, name in enumerate(names):
+        left = gap + c * (CELL + gap)
+        for r, (result, image) in enumerate(zip(results, images(name))):
+            top = r * row + gap + line + 6
+            strip.paste(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), (left, top))
             caption = "\n".join(_caption(name, result, steps))
-            draw.multiline_text((left, top + line + 8 + size[1]), caption, "black", font, spacing=2)
+            draw.multiline_text((left, top + size[1] + 2), caption, "black", font, spacing=2)
     return np.asarray(strip)
 
 
@@ -232,16 +234,17 @@ def error_plot(errors, results, steps):
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
 
     shown = [[(at["serial_evaluations"], at["image_error"]) for at in result["iterations"]] for result in results]
-    floor = _zero_line(right, [error for points in shown for _, error in points])
-    for points in shown:
-        _line(right, *zip(*points), floor, "0.2" if len(shown) == 1 else "0.65", "o", None)
+    longest = max(shown, key=len)
+    mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(len(longest))]
+    floor = _zero_line(right, mean + [error for points in shown for _, error in points])
     if len(shown) > 1:
-        longest = max(shown, key=len)
-        mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(len(longest))]
-        _line(right, [ticks for ticks, _ in longest], mean, floor, "black", "s", f"mean of {len(shown)} prompts")
+        for points in shown:
+            _line(right, *zip(*points), floor, "0.65", "o", None)
+    label = "SRDS" if len(shown) == 1 else f"SRDS, mean of {len(shown)} prompts"
+    _line(right, [ticks for ticks, _ in longest], mean, floor, "black", "s", label)
     right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
     right.set(xlabel="serial evaluations", ylabel="mean difference, 0-255", title="Image against the truth")
-    right.set_xlim(0, steps * 1.05)
+    right.set_xlim(0, 1.05 * max(steps, longest[-1][0]))
     right.legend(fontsize=8)
 
     file = io.BytesIO()

@@ -30,9 +30,12 @@ from srds import srds
 
 
 def prompts(rng, count):
-    """Random captions that state every attribute, and their attributes."""
-    drawn = [{name: str(rng.choice(values)) for name, values in scenes.ATTRIBUTES.items()} for _ in range(count)]
-    return [scenes.caption(rng, **attributes) for attributes in drawn], drawn
+    """Different captions that state every attribute, drawn at random, and their attributes."""
+    drawn = {}
+    while len(drawn) < count:
+        attributes = {name: str(rng.choice(values)) for name, values in scenes.ATTRIBUTES.items()}
+        drawn[scenes.caption(rng, **attributes)] = attributes
+    return list(drawn), list(drawn.values())
 
 
 def adherence(problem, count, batch=20):
@@ -99,7 +102,7 @@ def benchmark():
     errors = np.array([refinement_errors(problem, *pair, args.refinements) for pair in zip(texts, seeds)])
     table = pd.DataFrame(errors, columns=[f"k={k}" for k in range(errors.shape[1])])
     table.insert(0, "prompt", texts)
-    table["good"] = (errors.max(1) <= errors[:, 0] + 0.5) & (errors[:, 3] <= 1)
+    table["good"] = (errors.max(1) <= errors[:, 0] + 0.5) & (errors[:, :4][:, -1] <= 1)
     print(table.filter(like="k=").describe(percentiles=[0.5, 0.9]).loc[["50%", "90%", "max"]].round(3).to_string())
     named, good = len(problem.args.texts), table.good
     print(f"good: {good[:named].sum()} of {named} in prompts.txt, {good[named:].sum()} of {args.others} others")

@@ -1,12 +1,13 @@
 """What the engine costs beside the network: the share of a pipelined run that is not spent in `denoise`.
 
-python benchmarks/engine.py           # demo model, N = 100, B = 10, on the CPU
+python benchmarks/engine.py           # demo model, N = 100, on the CPU; writes benchmarks/results/engine.csv
 """
 
 import sys
 import time
 from pathlib import Path
-from statistics import median
+
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,11 +34,16 @@ def measure(problem):
 
 
 if __name__ == "__main__":
-    problem = main.load(main.parse_arguments(["--model", "demo", "--prompt", "-", "-o", "output", "--device", "cpu"]))[
-        0
-    ]
-    measure(problem)
-    runs = [measure(problem) for _ in range(5)]
-    shares = sorted(100 * (total - inside) / total for total, inside in runs)
-    print(f"run {median(total for total, _ in runs):.2f} s, of which the engine "
-          f"{median(shares):.2f} % (5 runs: {shares[0]:.2f} to {shares[-1]:.2f} %)")  # fmt: skip
+    rows = []
+    for blocks in (5, 10, 20):
+        argv = ["--model", "demo", "--prompt", "-", "-o", "output", "--device", "cpu", "-cs", str(blocks)]
+        problem, _ = main.load(main.parse_arguments(argv))
+        measure(problem)
+        for _ in range(5):
+            seconds, inside = measure(problem)
+            rows.append({"N": 100, "B": blocks, "seconds": seconds, "engine share, %": 100 * (1 - inside / seconds)})
+    table = pd.DataFrame(rows).groupby(["N", "B"]).agg(["min", "median", "max"]).round(2)
+    print(table.to_string())
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    table.to_csv(results / "engine.csv")

