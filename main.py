@@ -50,11 +50,15 @@ class Failure(Exception):
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
     def error(self, message):
         raise Failure(message)
 
 
 def integer(low, high=None):
+    """An argument type: a whole number from low to high."""
+
     def parse(text):
         try:
             value = int(text)
@@ -69,6 +73,7 @@ def integer(low, high=None):
 
 
 def real(text):
+    """An argument type: a finite number that is not negative."""
     try:
         value = float(text)
     except ValueError:
@@ -263,6 +268,7 @@ def load(args):
 
 
 def run(args):
+    """Load, sample and write; what can fail without being a bug becomes a Failure."""
     import diffusion
     import utils
 
@@ -344,6 +350,7 @@ class Problem:
 
 
 def warn_if_cut(problem, text):
+    """Say what the tokenizer's limit cuts from a text, if it does."""
     import diffusion
 
     cut = diffusion.cut_from_prompt(problem.pipeline, text)

@@ -84,7 +84,9 @@ def plot(table, path):
 
 def benchmark():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=400, help="images for prompt adherence (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=400, help="images for prompt adherence, 0 for none (%(default)s)"
+    )
     parser.add_argument("--others", type=int, default=100, help="prompts beside prompts.txt (%(default)s)")
     parser.add_argument("--refinements", type=int, default=5, help="refinements of each (%(default)s)")
     args = parser.parse_args()
@@ -92,10 +94,14 @@ def benchmark():
     problem = main.load(main.parse_arguments(argv))[0]
 
     print(f"autoencoder error: {train.autoencoder_error(problem.pipeline.vae):.2f} grey levels")
-    shares, images = adherence(problem, args.samples)
-    print(f"adherence over {args.samples} prompts:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
-    rows = [np.hstack(images[start : start + 8]) for start in range(0, 64, 8)]
-    Image.fromarray(np.vstack(rows)).resize((768, 768), Image.Resampling.BICUBIC).save(ROOT / "models" / "samples.png")
+    if args.samples:
+        shares, images = adherence(problem, args.samples)
+        print(f"adherence over {args.samples} prompts:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
+        rows = [np.hstack(images[start : start + 8]) for start in range(0, min(64, args.samples) // 8 * 8, 8)]
+        picture = Image.fromarray(np.vstack(rows))
+        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC).save(
+            ROOT / "models/samples.png"
+        )
 
     texts = problem.args.texts + prompts(np.random.default_rng(7), args.others)[0]
     seeds = [problem.args.seed] * len(problem.args.texts) + list(range(args.others))

@@ -286,6 +286,8 @@ def main():
 
     torch.manual_seed(0)
     autoencoder = Trainer("autoencoder", {"vae": new_autoencoder()}, args.autoencoder_steps, 2e-3, autoencoder_loss)
+    if autoencoder.step < autoencoder.steps:
+        (WORK / "latents.pt").unlink(missing_ok=True)  # of an earlier autoencoder
     vae = autoencoder.run()["vae"]
     print(f"autoencoder: {autoencoder_error(vae):.2f} grey levels")
 
