@@ -281,7 +281,7 @@ def save_demo(modules, vae, tokenizer, scheduler):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--autoencoder-steps", type=int, default=9000, help="steps of 16 images (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of 64 latents (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of 64 latents (default: %(default)s)")
     args = parser.parse_args()
 
     torch.manual_seed(0)
