@@ -61,7 +61,7 @@ def find_model(name):
         try:
             return _read_configs(MIRRORS[name])
         except ModelError as error:
-            raise ModelError(f"{name} was withdrawn from the hub by its owner, and of its mirror: {error}") from None
+            raise ModelError(f"{name} was withdrawn from the hub by its owner; its mirror {error}") from None
 
 
 def _read_configs(name):
