@@ -283,9 +283,8 @@ def run(args):
     except (MemoryError, RuntimeError) as error:
         if not diffusion.out_of_memory(error):
             raise
-        raise Failure(
-            f"argument --max-batch: {args.max_batch}: out of memory; give a smaller one, 1 at least", 1
-        ) from error
+        given = args.max_batch or "not given"
+        raise Failure(f"argument --max-batch: {given}: out of memory; give a smaller one, 1 at least", 1) from error
 
 
 def sample_all(problem, about):
