@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 # Defaults: edit them for experiments.
 MODEL = "stabilityai/stable-diffusion-2"
-COARSE_STEPS = 10
+COARSE_STEPS = 10  # or "auto"
 FINE_STEPS = 100
 TOLERANCE = 0.1  # mean absolute change of the 8-bit image, 0 to 255
 GUIDANCE_SCALE = 7.5
@@ -25,6 +25,7 @@ HEIGHT = 512  # pixels; the model's native size where that is smaller
 WIDTH = 512
 SEED = 42
 SCHEDULE = "pipelined"
+CORRECTION = "damped"
 STOP_RULE = "final"
 MAX_ITERATIONS = None  # as many as blocks
 NEGATIVE_PROMPT = ""
@@ -32,8 +33,10 @@ DEVICE = "auto"
 DTYPE = "auto"
 VARIANT = None
 MAX_BATCH = None  # all lanes of a tick in one network call
+EXPECTED_REFINEMENTS = 3  # that --coarse-steps auto plans for: what most runs of benchmarks/stopping.py use
 
 SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
+CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -72,6 +75,11 @@ def integer(low, high=None):
     return parse
 
 
+def blocks(text):
+    """An argument type: a whole number from 1, or "auto"."""
+    return text if text == "auto" else integer(1)(text)
+
+
 def real(text):
     """An argument type: a finite number that is not negative."""
     try:
@@ -95,11 +103,15 @@ def parse_arguments(argv):
 
     group = parser.add_argument_group("algorithm")
     add = group.add_argument
-    add("--coarse-steps", "-cs", metavar="B", type=integer(1), default=COARSE_STEPS, help="blocks (%(default)s)")
-    add("--fine-steps", "-fs", metavar="N", type=integer(1), default=FINE_STEPS, help="DDIM steps (%(default)s)")
+    add("--coarse-steps", "-cs", metavar="B", type=blocks, default=COARSE_STEPS,
+        help="blocks, at most N; auto plans for the least time on this device (%(default)s)")  # fmt: skip
+    add("--fine-steps", "-fs", metavar="N", type=integer(1), default=FINE_STEPS,
+        help="DDIM steps to be equalled, at most as many as the model was trained on (%(default)s)")  # fmt: skip
     add("--tolerance", "-tol", metavar="T", type=real, default=TOLERANCE,
         help="stop below this change of the image, 0-255; 0 runs to exactness (%(default)s)")  # fmt: skip
-    add("--schedule", choices=SCHEDULES, default=SCHEDULE, help="which lanes move in a tick (%(default)s)")
+    add("--schedule", choices=SCHEDULES, help=f"which lanes move in a tick ({SCHEDULE}; auto blocks: the faster)")
+    add("--correction", choices=CORRECTIONS, default=CORRECTION,
+        help="the paper's, or held back where the coarse step overshoots (%(default)s)")  # fmt: skip
     add("--stop-rule", choices=STOP_RULES, default=STOP_RULE,
         help="what must change less than the tolerance: the image, or every state as well (%(default)s)")  # fmt: skip
     add(
@@ -129,12 +141,13 @@ def parse_arguments(argv):
     add("--max-batch", metavar="M", type=integer(1), default=MAX_BATCH,
         help="most network samples in one call, where memory is short")  # fmt: skip
     add("--fixed-batch", action="store_true", help="pad every network call to one shape: reproducible to the bit")
+    add("--compile", action="store_true", help="torch.compile the network: minutes once, then faster calls")
 
     args = parser.parse_args(argv)
     if (args.prompts is None) == (args.prompt is None):
         got = "neither was given" if args.prompts is None else "both were given"
         raise Failure(f"argument --prompts/-p or --prompt: {got}; give one of them")
-    if args.coarse_steps > args.fine_steps:
+    if args.coarse_steps != "auto" and args.coarse_steps > args.fine_steps:
         raise Failure(
             f"argument --coarse-steps/-cs: {args.coarse_steps} is more than the {args.fine_steps} of --fine-steps; "
             "give at most as many"
@@ -214,7 +227,10 @@ def choose_model(args):
     model = diffusion.find_model(args.model)
     most = model.scheduler.config.num_train_timesteps
     if args.fine_steps > most:
-        raise Failure(f"argument --fine-steps/-fs: {args.fine_steps} exceeds the model's {most}; give at most {most}")
+        raise Failure(
+            f"argument --fine-steps/-fs: {args.fine_steps} exceeds the model's {most} training timesteps; "
+            f"give at most {most}"
+        )
     for side, default, native in zip(("height", "width"), (HEIGHT, WIDTH), model.native_size):
         pixels = getattr(args, side) or min(default, native)
         if pixels % model.factor:
@@ -246,8 +262,17 @@ def load(args):
             raise
         model = diffusion.find_model(diffusion.MIRRORS[model.name])
         pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
+    if args.compile:
+        diffusion.compile_network(pipeline)
     if model.name == diffusion.MIRRORS.get(args.model):
         print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
+    problem = Problem(args, pipeline)
+    plan = None
+    if args.coarse_steps == "auto":
+        plan = make_plan(problem)
+        args.coarse_steps, args.schedule = plan["blocks"], plan["schedule"]
+        print(describe_plan(plan))
+    args.schedule = args.schedule or SCHEDULE
     about = {
         "settings": {key: value for key, value in vars(args).items() if key != "texts"},
         "environment": {
@@ -264,7 +289,9 @@ def load(args):
             "native_width": model.native_size[1],
         },
     }
-    return Problem(args, pipeline), about
+    if plan:
+        about["plan"] = plan
+    return problem, about
 
 
 def run(args):
@@ -308,28 +335,44 @@ def sample_all(problem, about):
 
 
 class Problem:
-    """What all prompts of a run share: the pipeline, the initial noise x, the solver's step and the blocks."""
+    """What all prompts of a run share: the pipeline, the initial noise x, the solver's step and correction, the blocks."""
 
     def __init__(self, args, pipeline):
         import diffusion
+        import srds
 
-        N, B = args.fine_steps, args.coarse_steps
         self.args, self.pipeline = args, pipeline
-        self.times = diffusion.timesteps(N, pipeline.scheduler.config.num_train_timesteps)
+        self.times = diffusion.timesteps(args.fine_steps, pipeline.scheduler.config.num_train_timesteps)
         self.step = diffusion.ddim_step(pipeline.scheduler, self.times, pipeline.device)
-        self.boundaries = [i * N // B for i in range(B + 1)]
+        damped = diffusion.damped(pipeline.scheduler, self.times)
+        self.correct = {"damped": damped, "paper": srds.algorithm_1}[args.correction]
         self.x = diffusion.initial_noise(pipeline, args.height, args.width, args.seed)
 
-    def denoiser(self, text):
+    @property
+    def boundaries(self):
+        return boundaries(self.args.fine_steps, self.args.coarse_steps)
+
+    def denoiser(self, text, lanes=None):
+        """The denoiser of a prompt, for ticks of up to `lanes` lanes: as many as blocks where None."""
         import diffusion
 
         args = self.args
         embeddings = diffusion.encode_prompt(self.pipeline, text, args.negative_prompt, args.guidance_scale)
-        pad_to = None
+        widest, sizes = len(embeddings) * (lanes or args.coarse_steps), None
         if args.fixed_batch:
-            pad_to = diffusion.fixed_batch(len(embeddings) * args.coarse_steps, args.max_batch)
-        settings = args.guidance_scale, args.max_batch, pad_to
+            sizes = [diffusion.fixed_batch(widest, args.max_batch)]
+        elif args.compile:
+            sizes = diffusion.compiled_batches(len(embeddings), min(widest, args.max_batch or widest))
+        settings = args.guidance_scale, args.max_batch, sizes
         return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, *settings)
+
+    def iterates(self, denoise):
+        """The iterates of a run with these settings."""
+        from srds import srds
+
+        args = self.args
+        settings = args.schedule, args.max_iterations, self.correct
+        return srds(self.x, denoise, self.step, self.boundaries, *settings)
 
     def image(self, states):
         """The image of a trajectory's last state, uint8 (height, width, 3)."""
@@ -339,13 +382,95 @@ class Problem:
 
     def warm_up(self):
         """Make each call that the clock will time once before: a first call chooses kernels and takes memory."""
-        import diffusion
-
         denoise = self.denoiser("")
-        diffusion.sequential(self.x, denoise, self.step, self.boundaries[:2])
-        widest = self.x.expand(self.args.coarse_steps, -1, -1, -1)
-        denoise(widest, self.x.new_zeros(len(widest), dtype=int))
+        for lanes in sorted({1, self.args.coarse_steps, *(size // 2 for size in denoise.sizes or ())} - {0}):
+            denoise(self.x.expand(lanes, -1, -1, -1), self.x.new_zeros(lanes, dtype=int))
         self.image(self.x)
+
+
+def boundaries(N, B):
+    return [i * N // B for i in range(B + 1)]
+
+
+# The plan: --coarse-steps auto
+
+
+def tick_widths(N, B, schedule, refinements):
+    """Lanes in each tick of a run that stops after so many refinements: the engine's own, on states of one number."""
+    import torch
+
+    from srds import srds
+
+    widths = []
+
+    def denoise(x, n):
+        widths.append(len(x))
+        return x
+
+    for iterate in srds(torch.zeros(1, 1, 1), denoise, lambda x, m, start, end: x, boundaries(N, B), schedule):
+        if iterate.k >= refinements:
+            break
+    return widths
+
+
+def measure_calls(problem, widest):
+    """Seconds of a tick by its lanes, {1: ..., 2: ..., ..., widest: ...}, and of a decoding; the median of five."""
+    import numpy as np
+    import torch
+
+    def seconds(call):
+        call()
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            call()
+            if problem.x.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return float(np.median(times))
+
+    denoise, x = problem.denoiser("", widest), problem.x
+    lanes = sorted(
+        {*(2**i for i in range(12) if 2**i < widest), *(3 * 2**i for i in range(12) if 3 * 2**i < widest), widest}
+    )
+    at = {L: (x.expand(L, -1, -1, -1), x.new_zeros(L, dtype=int)) for L in lanes}
+    return {L: seconds(lambda: denoise(*at[L])) for L in lanes}, seconds(lambda: problem.image(x))
+
+
+def make_plan(problem):
+    """The blocks and the schedule of the least predicted time, and the predictions, in seconds a prompt."""
+    import numpy as np
+
+    args, N = problem.args, problem.args.fine_steps
+    # Fewer blocks than half of sqrt(N) refine badly; more than twice as many only widen the ticks.
+    candidates = {min(N, max(1, round(factor * math.sqrt(N)))) for factor in (0.5, 0.7, 1, 1.4, 2)}
+    calls, decoding = measure_calls(problem, max(candidates))
+
+    def predict(B, schedule):
+        expected = min(B if args.tolerance == 0 else EXPECTED_REFINEMENTS, args.max_iterations or B, B)
+        widths = tick_widths(N, B, schedule, expected)
+        return float(np.interp(widths, list(calls), list(calls.values())).sum()) + (expected + 1) * decoding, expected
+
+    schedules = [args.schedule] if args.schedule else SCHEDULES
+    seconds, refinements, blocks, schedule = min(
+        (*predict(B, schedule), B, schedule) for B in candidates for schedule in schedules
+    )
+    return {
+        "blocks": blocks,
+        "schedule": schedule,
+        "refinements": refinements,
+        "srds": seconds,
+        "sequential": N * calls[1] + decoding,
+        "calls": calls,
+    }
+
+
+def describe_plan(plan):
+    verdict = "" if plan["srds"] < plan["sequential"] else "; on this device SRDS is not the faster"
+    return (
+        f"plan: {plan['blocks']} blocks, {plan['schedule']}: about {plan['srds']:.2f} s a prompt "
+        f"for {plan['refinements']} refinements, sequential {plan['sequential']:.2f} s{verdict}"
+    )
 
 
 def warn_if_cut(problem, text):
@@ -374,7 +499,6 @@ def ground_truth(problem, denoise):
 def sample(problem, text):
     """One prompt's entry in run.json, its images by file name, its trajectory errors (None without ground truth)."""
     import utils
-    from srds import srds
 
     args, denoise = problem.args, problem.denoiser(text)
     warn_if_cut(problem, text)
@@ -384,7 +508,7 @@ def sample(problem, text):
     most = args.fine_steps if args.schedule == "pipelined" else None
     with ticking(denoise, "srds", most) as ticks:
         started = time.perf_counter()
-        for iterate in srds(problem.x, ticks, problem.step, problem.boundaries, args.schedule, args.max_iterations):
+        for iterate in problem.iterates(ticks):
             earlier, image = image, problem.image(iterate.states)
             history.append({
                 "iteration": iterate.k - 1,
@@ -392,6 +516,7 @@ def sample(problem, text):
                 "total_evaluations": iterate.lane_steps,
                 "image_change": difference(image, earlier) if iterate.k else None,
                 "trajectory_change": trajectory_change(iterate.states, states) if iterate.k else None,
+                "damping": float(iterate.damping),
                 "image_error": None,
             })  # fmt: skip
             states = iterate.states
@@ -421,6 +546,7 @@ def sample(problem, text):
         "converged": stop_reason != "max-iterations",
         "stop_reason": stop_reason,
         **{key: last[key] for key in ("serial_evaluations", "total_evaluations", "image_error", "trajectory_change")},
+        "damping": max(at["damping"] for at in history),
         "seconds": {"srds": seconds, "ground_truth": truth_seconds},
         "iterations": history,
     }

@@ -10,7 +10,8 @@ refinements:
     U_{i+1}^k = F_i(U_i^{k-1}) + (G_i(U_i^k) - G_i(U_i^{k-1}))   i >= k  predictor-corrector (Algorithm 1)
 
 A lane (i, k) carries U_i^k through block i, one fine step a tick; a tick is one batched model call for all
-lanes that move. The first model output of a lane serves its coarse step too, which thus costs no call.
+lanes that move. The first model output of a lane serves its coarse step too, which thus costs no call. What
+the predictor-corrector adds to F may be put in other hands (`correct`), as G can overshoot.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Iterate(NamedTuple):
     ticks: int  # serial model evaluations
     lane_steps: int  # model evaluations in all
     exact: bool  # the sequential sample, up to the model's rounding
+    damping: torch.Tensor  # the largest share of a boundary's correction that `correct` withheld, float32 ()
 
 
 @dataclass
@@ -41,8 +43,13 @@ class Lane:
     n: int
 
 
+def algorithm_1(dU, dG, start, end):
+    """The paper's correction: as much as G has changed."""
+    return dG
+
+
 @torch.no_grad()
-def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
+def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, correct=algorithm_1):
     """Yield the initialisation (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
     x: the initial noise, (C, H, W) or (1, C, H, W). A time is known here by its index in the grid, 0 to N.
@@ -52,6 +59,10 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
     schedule: which lanes move in a tick. "pipelined" (section on pipelining): all of them. "sweep" (Algorithm 1):
         those of one refinement, first one by one through their first step, then together through the rest.
     refinements: K, the last refinement to yield; min(K, B) where more are asked for, B where None.
+    correct(dU, dG, start, end): what to add to F for the block from grid point `start` to `end`, from the changes since
+        the last refinement of its first state, dU, and of G of that, dG, each (C, H, W).
+
+    Nothing in here waits for the device, so that it always has the next tick's work.
 
     Raises ValueError, at the first iterate, for an unknown schedule, boundaries that do not rise, or K < 0.
     """
@@ -68,23 +79,25 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
     x = x.reshape(x.shape[-3:]).float()
     exact = [x]  # U_0^0, U_1^1, ...
     U = {0: [x]}  # U[k][i] of the iterates that are not complete yet, as far as it is known
-    F, G = {}, {}  # F[i, k] = F_i(U_i^k) and G[i, k] = G_i(U_i^k), until refinement k + 1 has used them
+    F, G = {}, {}  # F[i, k] = F_i(U_i^k) and G[i, k] = U_i^k, G_i(U_i^k), until refinement k + 1 has used them
+    damping = {0: x.new_zeros(())}
     lanes = [Lane(0, 0, x, n[0])]
     ticks = lane_steps = k = 0
 
     while k <= K:
         # One tick: a model output for every lane that moves, its fine step, and its coarse step if it has yet to start.
         moving = lanes if schedule == "pipelined" else sweep(lanes, n)
+        first = [lane for lane in moving if lane.n == n[lane.i]]
+        moving = first + [lane for lane in moving if lane.n > n[lane.i]]
         X = torch.stack([lane.x for lane in moving])
-        start = torch.tensor([lane.n for lane in moving], device=x.device)
+        start = torch.tensor([lane.n for lane in moving]).to(x.device, non_blocking=True)
         m = denoise(X, start)
         ticks, lane_steps = ticks + 1, lane_steps + len(moving)
 
-        first = [j for j, lane in enumerate(moving) if lane.n == n[lane.i]]
         if first:
-            end = torch.tensor([n[moving[j].i + 1] for j in first], device=x.device)
-            for j, coarse in zip(first, step(X[first], m[first], start[first], end)):
-                G[moving[j].i, moving[j].k] = coarse.clone()  # not a view, which would keep the whole batch alive
+            f, end = len(first), torch.tensor([n[lane.i + 1] for lane in first]).to(x.device, non_blocking=True)
+            for lane, coarse in zip(first, step(X[:f], m[:f], start[:f], end)):
+                G[lane.i, lane.k] = lane.x, coarse.clone()  # not a view, which would keep the whole batch alive
         for lane, fine in zip(moving, step(X, m, start, start + 1)):
             lane.x, lane.n = fine, lane.n + 1
             if lane.n == n[lane.i + 1]:
@@ -96,9 +109,13 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
         for r, states in U.items():
             i = len(states) - 1
             if r == 0 and (i, 0) in G:
-                states.append(G[i, 0])
+                states.append(G[i, 0][1])
             elif (i, r) in G and (i, r - 1) in F:
-                states.append(F.pop((i, r - 1)) + (G[i, r] - G.pop((i, r - 1))))
+                dU, dG = (new - old for new, old in zip(G[i, r], G.pop((i, r - 1))))
+                correction = correct(dU, dG, n[i], n[i + 1])
+                states.append(F.pop((i, r - 1)) + correction)
+                withheld = (dG - correction).norm() / dG.norm().clamp(min=1e-30)
+                damping[r] = torch.maximum(damping[r], withheld)
             else:
                 continue
             if i + 1 < B:
@@ -107,12 +124,12 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None):
         if i < K and (i, i) in F:
             exact.append(F.pop((i, i)))
             del G[i, i]
-            U[i + 1] = list(exact)
+            U[i + 1], damping[i + 1] = list(exact), x.new_zeros(())
             if i + 1 < B:
                 lanes.append(Lane(i + 1, i + 1, exact[-1], n[i + 1]))
 
         while k in U and len(U[k]) == B + 1:
-            yield Iterate(k, torch.stack(U.pop(k)), ticks, lane_steps, exact=k == B or fine_is_coarse)
+            yield Iterate(k, torch.stack(U.pop(k)), ticks, lane_steps, k == B or fine_is_coarse, damping.pop(k))
             k += 1
 
 

@@ -65,7 +65,8 @@ def refinement_errors(problem, text, seed, refinements):
     x, denoise = diffusion.initial_noise(problem.pipeline, scenes.SIZE, scenes.SIZE, seed), problem.denoiser(text)
     points = range(problem.args.fine_steps + 1)
     truth = problem.image(diffusion.sequential(x, denoise, problem.step, points))
-    iterates = srds(x, denoise, problem.step, problem.boundaries, refinements=refinements)
+    settings = {"refinements": refinements, "correct": problem.correct}
+    iterates = srds(x, denoise, problem.step, problem.boundaries, **settings)
     return [main.difference(problem.image(iterate.states), truth) for iterate in iterates]
 
 

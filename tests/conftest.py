@@ -52,6 +52,14 @@ class Mixture(Gaussian):
         return (x - a.sqrt() * x0) / (1 - a).sqrt()
 
 
+class Stiff(Gaussian):
+    """A denoiser that turns changes round, as strong guidance does: x0 = -3 x / sqrt(alpha)."""
+
+    def denoise(self, x, n):
+        a = self.scheduler.alphas_cumprod[self.times[n]].reshape(-1, 1, 1, 1)
+        return 4 * x / (1 - a).sqrt()
+
+
 def boundaries(N, B):
     return [i * N // B for i in range(B + 1)]
 

@@ -15,7 +15,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import diffusion
 import main
 import scenes
-from srds import srds
 
 ROOT = Path(main.__file__).parent
 PROMPTS = (ROOT / "prompts.txt").read_text().splitlines()
@@ -90,7 +89,7 @@ def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(problem):
     denoise = problem.denoiser(PROMPTS[0])
     points, boundaries = range(problem.args.fine_steps + 1), problem.boundaries
     truth = diffusion.sequential(problem.x, denoise, problem.step, points, boundaries)
-    *_, last = srds(problem.x, denoise, problem.step, boundaries)
+    *_, last = problem.iterates(denoise)
     assert last.exact and last.ticks == len(points) - 1 and torch.equal(last.states, truth)
 
 

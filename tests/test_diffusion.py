@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import Mixture, boundaries, tiny_pipeline
+from conftest import Gaussian, Mixture, Stiff, boundaries, tiny_pipeline
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -120,12 +120,36 @@ def test_step_of_many_lanes_is_the_step_of_each_to_the_bit(noise):
         assert torch.equal(together[j : j + 1], alone)
 
 
+def test_the_correction_is_the_papers_where_the_denoiser_is_an_optimal_one(noise):
+    """For Gaussian data, 0 <= d x0 / dy <= 1: nothing is withheld."""
+    problem, other = Gaussian(50), noise.flip(-1)
+    correct = diffusion.damped(problem.scheduler, problem.times)
+    for n, end in ((0, 7), (7, 20), (30, 49), (43, 50)):
+        at = torch.tensor([n, n])
+        x = torch.cat([noise, other])
+        new, old = problem.step(x, problem.denoise(x, at), at, torch.tensor([end, end]))
+        assert torch.equal(correct(noise[0] - other[0], new - old, n, end), new - old)
+
+
+def test_what_overshoots_is_carried_as_the_ode_carries_it(noise):
+    """x0 = -3 y, of which the solution is y' = r^4 y with r the ratio of noise to signal at the ends."""
+    problem = Stiff(50)
+    correct = diffusion.damped(problem.scheduler, problem.times)
+    ratio = ((1 - problem.scheduler.alphas_cumprod) / problem.scheduler.alphas_cumprod).sqrt()[problem.times]
+    signal = problem.scheduler.alphas_cumprod.sqrt()[problem.times]
+    for n, end in ((0, 10), (10, 20), (30, 49)):
+        start = torch.tensor([n])
+        coarse = problem.step(noise, problem.denoise(noise, start), start, torch.tensor([end]))
+        exact = signal[end] / signal[n] * (ratio[end] / ratio[n]) ** 4 * noise
+        torch.testing.assert_close(correct(noise, coarse, n, end), exact, atol=1e-4, rtol=1e-4)
+
+
 def denoisers(pipeline, times, guidance_scale=3.0, **settings):
     embeddings = diffusion.encode_prompt(pipeline, "a red sun", "", guidance_scale)
     return diffusion.Denoiser(pipeline.unet, embeddings, times, guidance_scale, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"max_batch": m} for m in (1, 2, 3, 7, 100)] + [{"pad_to": 4}])
+@pytest.mark.parametrize("settings", [{"max_batch": m} for m in (1, 2, 3, 7, 100)] + [{"sizes": [4]}])
 def test_iterates_do_not_depend_on_micro_batches(settings, noise, tiny):
     """To 1e-4: kernels for other batch shapes round differently, and epsilon prediction enlarges it."""
     pipeline, times, calls = loaded(tiny), diffusion.timesteps(15, 1000), []
@@ -141,7 +165,7 @@ def test_iterates_do_not_depend_on_micro_batches(settings, noise, tiny):
     calls.clear()
     denoisers(pipeline, times, **settings)(noise.expand(5, -1, -1, -1), torch.arange(5))
     limit = settings.get("max_batch", 4)
-    rest = [4] if "pad_to" in settings else [10 % limit] * (10 % limit > 0)
+    rest = [4] if "sizes" in settings else [10 % limit] * (10 % limit > 0)
     assert calls == [limit] * (10 // limit) + rest, "10 samples, at most `limit` a call"
 
 
@@ -151,7 +175,7 @@ def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(max_batch
     step = diffusion.ddim_step(pipeline.scheduler, times)
     pad_to = diffusion.fixed_batch(10 if guidance_scale > 1 else 5, max_batch)
     assert pad_to == {(None, 3.0): 12, (8, 3.0): 8, (6, 3.0): 4, (1, 3.0): 1, (None, 1.0): 8}[max_batch, guidance_scale]
-    denoise = denoisers(pipeline, times, guidance_scale, pad_to=pad_to)
+    denoise = denoisers(pipeline, times, guidance_scale, sizes=[pad_to])
     truth = diffusion.sequential(noise, denoise, step, range(16), boundaries(15, 5))
     *_, last = srds(noise, denoise, step, boundaries(15, 5))
     assert last.exact and torch.equal(last.states, truth)

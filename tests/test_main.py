@@ -19,7 +19,7 @@ from PIL import Image
 import diffusion
 import main
 import utils
-from srds import SCHEDULES, srds
+from srds import SCHEDULES
 
 ROOT = Path(main.__file__).parent
 SMALL = ["-cs", "3", "-fs", "9", "-gs", "2"]
@@ -170,7 +170,7 @@ def test_schedule_and_batch_options_reach_the_network(more, run, monkeypatch):
     widths, network = [], diffusion.Denoiser._network
 
     def counting(self, x, *rest):
-        widths.append(max(len(x), self.pad_to or 0))
+        widths.append(max(len(x), max(self.sizes or [0])))
         return network(self, x, *rest)
 
     monkeypatch.setattr(diffusion.Denoiser, "_network", counting)
@@ -195,7 +195,7 @@ def test_table_is_the_distance_to_the_sequential_trajectory(run, tiny):
     problem, _ = main.load(main.parse_arguments(argv))
     denoise = problem.denoiser("a moon")
     truth = diffusion.sequential(problem.x, denoise, problem.step, range(10), problem.boundaries)
-    iterate = list(srds(problem.x, denoise, problem.step, problem.boundaries))[1]
+    iterate = list(problem.iterates(denoise))[1]
     row = pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).loc["Iteration_0"]
     expected = (iterate.states - truth)[1:].flatten(1).norm(dim=1)
     np.testing.assert_allclose(row.values, expected, rtol=1e-3, atol=1e-4)
