@@ -157,16 +157,20 @@ def load_pipeline(model, device, dtype, variant=None):
     return pipeline.to(device)
 
 
-def compile_network(pipeline):
+def compile_network(unet):
     """Have torch compile the network, for each batch shape at its first call; on cuda as a CUDA graph."""
-    mode = "reduce-overhead" if pipeline.device.type == "cuda" else "default"
-    pipeline.unet.compile(mode=mode, dynamic=False)
+    unet.compile(mode="reduce-overhead" if unet.device.type == "cuda" else "default", dynamic=False)
 
 
 def out_of_memory(error):
     """Whether an exception, of any of the libraries, says that memory ran out."""
     words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
+def of_the_compiler(error):
+    """Whether an exception is of torch.compile."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def _first_line(error):
@@ -231,10 +235,11 @@ def damped(scheduler, times):
 
     In y = x / signal, with r the ratio of noise / signal at `end` to that at `start`, DDIM carries a change as
     dy' = r dy + (1 - r) dx0. With dx0 = J dy and J constant, the sampler's ODE dy / d log(noise / signal) = y - x0
-    carries it to r^(1 - J) dy. The two agree well for 0 <= J <= 1, where the Jacobian of an optimal denoiser lies (it is
-    a covariance) unless modes part. Strong guidance makes J negative: then short steps decay, while a long one turns the
-    change round and enlarges it, and refinements diverge. There dx0 is scaled by the theta that makes the two equal,
-    r + (1 - r) theta J = r^(1 - J). J is measured for each element and for the state as a whole; the lower counts.
+    carries it to r^(1 - J) dy. The two are close for 0 <= J <= 1, where the Jacobian of an optimal denoiser lies (it
+    is a covariance) unless modes part. Strong guidance makes J negative: short steps then let a change decay, one long
+    step turns it round and enlarges it, and refinements diverge. There dx0 is scaled by the theta that makes the two
+    equal, r + (1 - r) theta J = r^(1 - J). J is measured for each element and for the whole state, the lower counts;
+    and nothing is withheld where the elements that turn round weigh less than 5 % of the change.
     """
     signal, noise = (values.tolist() for values in _signal_and_noise(scheduler, times))
 
@@ -243,11 +248,13 @@ def damped(scheduler, times):
         r = noise[end] / noise[start] / q
         carried = q * r * dU  # were x0 to stay as it is
         rest = dG - carried
-        along, size = rest * dU, dU * dU
-        J = torch.minimum(along / (size + 1e-8 * size.mean() + 1e-30), along.sum() / (size.sum() + 1e-30)) / (q - q * r)
+        along, size = rest * dU / (q - q * r), dU * dU
+        weight = size.sum() + 1e-30
+        J = torch.minimum(along / (size + 1e-8 * size.mean() + 1e-30), along.sum() / weight)
+        turned = along.clamp(max=0).sum() / weight
         decay = (-J).clamp(min=1e-6)
         theta = r / (1 - r) * (1 - r**decay) / decay
-        return torch.where(J < 0, carried + theta * rest, dG)
+        return torch.where((J < 0) & (turned < -0.05), carried + theta * rest, dG)
 
     return correct
 

@@ -5,6 +5,7 @@ python main.py --prompts prompts.txt --output-dir output/my_experiment
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import stat
@@ -77,7 +78,10 @@ def integer(low, high=None):
 
 def blocks(text):
     """An argument type: a whole number from 1, or "auto"."""
-    return text if text == "auto" else integer(1)(text)
+    try:
+        return text if text == "auto" else integer(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
 
 
 def real(text):
@@ -263,7 +267,7 @@ def load(args):
         model = diffusion.find_model(diffusion.MIRRORS[model.name])
         pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
     if args.compile:
-        diffusion.compile_network(pipeline)
+        diffusion.compile_network(pipeline.unet)
     if model.name == diffusion.MIRRORS.get(args.model):
         print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
     problem = Problem(args, pipeline)
@@ -307,11 +311,14 @@ def run(args):
         raise Failure(error, 1) from error
     except FloatingPointError as error:
         raise Failure(f"argument --dtype: {args.dtype!r}: {error}; try --dtype float32 or bfloat16", 1) from error
-    except (MemoryError, RuntimeError) as error:
-        if not diffusion.out_of_memory(error):
-            raise
-        given = args.max_batch or "not given"
-        raise Failure(f"argument --max-batch: {given}: out of memory; give a smaller one, 1 at least", 1) from error
+    except Exception as error:
+        if diffusion.out_of_memory(error):
+            given = args.max_batch or "not given"
+            raise Failure(f"argument --max-batch: {given}: out of memory; give a smaller one, 1 at least", 1) from error
+        if diffusion.of_the_compiler(error):
+            line = str(error).splitlines()[0]
+            raise Failure(f"argument --compile: torch cannot compile here ({line}); leave it out", 1) from error
+        raise
 
 
 def sample_all(problem, about):
@@ -335,7 +342,7 @@ def sample_all(problem, about):
 
 
 class Problem:
-    """What all prompts of a run share: the pipeline, the initial noise x, the solver's step and correction, the blocks."""
+    """What all prompts of a run share: pipeline, initial noise x, the solver's step and correction, blocks."""
 
     def __init__(self, args, pipeline):
         import diffusion
@@ -395,7 +402,7 @@ def boundaries(N, B):
 # The plan: --coarse-steps auto
 
 
-def tick_widths(N, B, schedule, refinements):
+def tick_widths(N, B, schedule, refinements, bound=None):
     """Lanes in each tick of a run that stops after so many refinements: the engine's own, on states of one number."""
     import torch
 
@@ -407,7 +414,10 @@ def tick_widths(N, B, schedule, refinements):
         widths.append(len(x))
         return x
 
-    for iterate in srds(torch.zeros(1, 1, 1), denoise, lambda x, m, start, end: x, boundaries(N, B), schedule):
+    def step(x, m, start, end):
+        return x
+
+    for iterate in srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B), schedule, bound):
         if iterate.k >= refinements:
             break
     return widths
@@ -433,8 +443,8 @@ def measure_calls(problem, widest):
     lanes = sorted(
         {*(2**i for i in range(12) if 2**i < widest), *(3 * 2**i for i in range(12) if 3 * 2**i < widest), widest}
     )
-    at = {L: (x.expand(L, -1, -1, -1), x.new_zeros(L, dtype=int)) for L in lanes}
-    return {L: seconds(lambda: denoise(*at[L])) for L in lanes}, seconds(lambda: problem.image(x))
+    calls = {L: seconds(functools.partial(denoise, x.expand(L, -1, -1, -1), x.new_zeros(L, dtype=int))) for L in lanes}
+    return calls, seconds(lambda: problem.image(x))
 
 
 def make_plan(problem):
@@ -442,8 +452,8 @@ def make_plan(problem):
     import numpy as np
 
     args, N = problem.args, problem.args.fine_steps
-    # Fewer blocks than half of sqrt(N) refine badly; more than twice as many only widen the ticks.
-    candidates = {min(N, max(1, round(factor * math.sqrt(N)))) for factor in (0.5, 0.7, 1, 1.4, 2)}
+    # Fewer blocks than this refine badly; more only widen the ticks.
+    candidates = {min(N, max(1, round(factor * math.sqrt(N)))) for factor in (0.7, 1, 1.4, 2)}
     calls, decoding = measure_calls(problem, max(candidates))
 
     def predict(B, schedule):

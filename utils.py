@@ -189,7 +189,7 @@ def filmstrip(results, images, names, steps):
 
 def _caption(name, result, steps):
     if name == "srds_ddim_gt":
-        return ["ground truth", f"{steps} evaluations"]
+        return ["ground truth", f"{steps} serial evaluations"]
     last = result["iterations"][-1]
     if name == "srds_initialized":
         title, at = "initialised", result["iterations"][0]
@@ -199,7 +199,11 @@ def _caption(name, result, steps):
         at = result["iterations"][1 + int(name.rpartition("_")[2])]
         title = f"iteration {at['iteration']}"
     error = at["image_error"]
-    return [title, f"{at['serial_evaluations']} evaluations", *([] if error is None else [f"difference {error:.2f}"])]
+    return [
+        title,
+        f"{at['serial_evaluations']} serial evaluations",
+        *([] if error is None else [f"difference {error:.2f}"]),
+    ]
 
 
 def combine_errors(errors):
@@ -278,14 +282,15 @@ def _line(axes, x, y, floor, color, marker, label):
 def report(entry, state):
     """One refinement in one line."""
     name = f"iteration {entry['iteration']}" if entry["iteration"] >= 0 else "initialised"
-    keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "error"}
+    keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "difference"}
     measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
-    return f"  {name}: " + ", ".join([f"{entry['serial_evaluations']} ticks", *measured, state])
+    measured += [f"damping {entry['damping']:.2f}"] if entry["damping"] else []
+    return f"  {name}: " + ", ".join([f"{entry['serial_evaluations']} serial evaluations", *measured, state])
 
 
 def summary(results, steps):
     """The closing table: a row a prompt."""
-    header = "prompt|iterations|serial evaluations|total|srds s|sequential s|difference|converged"
+    header = "prompt|iterations|serial evaluations|total|srds s|sequential s|difference|damping|converged"
     rows = [header.split("|")]
     for result in results:
         text, error, truth = (
@@ -301,6 +306,7 @@ def summary(results, steps):
             f"{result['seconds']['srds']:.2f}",
             "-" if truth is None else f"{truth:.2f}",
             "-" if error is None else f"{error:.3f}",
+            f"{result['damping']:.2f}" if result["damping"] else "-",
             f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -90,7 +90,7 @@ def test_one_prompt_fills_the_output_directory(run):
     assert (table.values == 0).tolist() == [[i <= k for i in range(3)] for k in range(3)]
 
     lines = [line for line in printed.splitlines() if line.startswith("  iteration")]
-    assert len(lines) == 3 and "converged" in lines[-1] and "5 ticks" in lines[0]
+    assert len(lines) == 3 and "converged" in lines[-1] and "5 serial evaluations" in lines[0]
     assert "9 of 9" in printed.splitlines()[-1] and "yes (exact)" in printed.splitlines()[-1]
 
 
@@ -179,6 +179,68 @@ def test_schedule_and_batch_options_reach_the_network(more, run, monkeypatch):
     assert status == 0 and [at["serial_evaluations"] for at in result["iterations"]] == [3, 7, 10, 12]
     most = int(more[1]) if more else 6
     assert max(widths) == most and ("--fixed-batch" not in more or set(widths) == {most})
+
+
+def test_auto_plans_blocks_and_schedule_and_says_what_it_expects(run):
+    status, out, printed = run("--prompt", "a", "-fs", "16", "-cs", "auto", "--no-ground-truth")
+    found = record(out)
+    plan, settings = found["plan"], found["settings"]
+    assert status == 0 and f"plan: {plan['blocks']} blocks, {plan['schedule']}: about" in printed
+    assert (settings["coarse_steps"], settings["schedule"]) == (plan["blocks"], plan["schedule"])
+    assert ("SRDS is not the faster" in printed) == (plan["srds"] >= plan["sequential"])
+    _, out, _ = run("--prompt", "a", "-fs", "16", "-cs", "auto", "--schedule", "sweep", "--no-ground-truth")
+    assert record(out)["plan"]["schedule"] == "sweep"
+
+
+def test_the_plan_is_the_cheapest_sum_over_ticks(tiny, monkeypatch):
+    """On a device whose calls all take a second the fewest ticks win; where each lane does, the fewest lane-steps."""
+    argv = ["--prompt", "a", "-o", "out", "--model", str(tiny), "-fs", "100"]
+    one, _ = main.load(main.parse_arguments(argv))
+    one.args.schedule = None
+    monkeypatch.setattr(main, "measure_calls", lambda problem, widest: ({1: 1.0, widest: 1.0}, 0.0))
+    plan = main.make_plan(one)
+    assert (
+        plan["schedule"] == "pipelined"
+        and plan["srds"] == 37
+        and plan["sequential"] == 100
+        and plan["blocks"] in (10, 14)
+    )
+    monkeypatch.setattr(main, "measure_calls", lambda problem, widest: ({1: 1.0, widest: float(widest)}, 0.0))
+    plan = main.make_plan(one)
+    assert plan["schedule"] == "sweep" and plan["srds"] > plan["sequential"]
+    assert main.describe_plan(plan).endswith("on this device SRDS is not the faster")
+
+
+def test_compiled_calls_have_few_shapes(run, monkeypatch):
+    shapes = []
+
+    def traced(unet):
+        unet.register_forward_pre_hook(lambda unet, inputs: shapes.append(len(inputs[0])))
+
+    monkeypatch.setattr(diffusion, "compile_network", traced)
+    status, out, _ = run("--prompt", "a", "-tol", "0", "--no-ground-truth", "--compile")
+    assert status == 0 and set(shapes) == {2, 4, 6}
+    plain = record(run("--prompt", "a", "-tol", "0", "--no-ground-truth")[1])["prompts"][0]
+    assert plain["total_evaluations"] == record(out)["prompts"][0]["total_evaluations"]
+
+
+def test_a_compiler_that_fails_is_one_line_and_status_1(tiny, tmp_path, monkeypatch, capsys):
+    def failing(module, inputs):
+        raise OSError("no compiler found")
+
+    monkeypatch.setattr(diffusion, "compile_network", lambda unet: unet.compile(backend=failing))
+    argv = ["--prompt", "a", "-o", str(tmp_path), "--model", str(tiny), *SMALL, "--compile"]
+    assert main.main(argv) == 1
+    assert "argument --compile: torch cannot compile here" in capsys.readouterr().err
+
+
+def test_damping_is_recorded_and_shown(run, capsys):
+    _, out, _ = run("--prompt", "a", "-tol", "0", "-gs", "12")
+    (result,) = record(out)["prompts"]
+    per_refinement = [at["damping"] for at in result["iterations"]]
+    assert per_refinement[0] == 0 and result["damping"] == max(per_refinement)
+    _, out, _ = run("--prompt", "a", "-tol", "0", "-gs", "12", "--correction", "paper")
+    assert record(out)["prompts"][0]["damping"] == 0
 
 
 def test_negative_prompt_guidance_and_seed_change_the_image(run):

@@ -1,0 +1,188 @@
+"""SRDS beside what else a user would pick, on the same prompts and the same noise, in one process.
+
+    python benchmarks/peers.py          # about an hour on 2 cores; writes benchmarks/results/peers.{csv,png}
+
+DDIM in sequence, ParaDiGMS, DDIM of fewer steps and DPM-Solver++ are diffusers' own pipelines and schedulers. "serial"
+are network calls one after the other, "total" the guided evaluations in them, "widest" the network samples in the
+largest, all means over prompts. "own" is the image difference, in grey levels, to the method's own sequential limit,
+"to N" to N-step DDIM. "speedup" is the seconds of the sequential run over those of the method, prompt by prompt.
+"""
+
+import argparse
+import time
+
+import common
+import numpy as np
+import pandas as pd
+from diffusers import (
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionParadigmsPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.utils import logging
+from matplotlib.figure import Figure
+
+import main
+import scenes
+
+logging.set_verbosity_error()
+STEPS = (25, 100, 200, 1000)
+FEWER = (10, 15, 20, 25)
+TOLERANCES = (1e-1, 1e-2, 1e-3)
+MOST = 4  # refinements of a run
+
+
+def diffusers_run(kind, scheduler, steps, problem, text, **settings):
+    """Image, seconds and the network samples of each call of one of diffusers' own pipelines."""
+    names = "vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"
+    parts = {name: problem.pipeline.components[name] for name in names}
+    pipeline, calls = kind(**parts, scheduler=scheduler, requires_safety_checker=False), []
+    pipeline.set_progress_bar_config(disable=True)
+    hook = pipeline.unet.register_forward_pre_hook(lambda unet, inputs: calls.append(len(inputs[0])))
+    started = time.perf_counter()
+    latents = pipeline(
+        text, num_inference_steps=steps, latents=problem.x, guidance_scale=problem.args.guidance_scale,
+        height=problem.args.height, width=problem.args.width, output_type="latent", **settings,
+    ).images  # fmt: skip
+    image = problem.image(latents)
+    seconds = time.perf_counter() - started
+    hook.remove()
+    return image, seconds, calls
+
+
+def row(problem, name, truth, own, image, seconds, serial, total, widest):
+    """One run's entry; `truth` is the sequential run's image and seconds, `own` the method's own limit."""
+    return {
+        "N": problem.args.fine_steps, "method": name, "serial": serial, "total": total, "widest": widest,
+        "seconds": seconds, "speedup": truth[1] / seconds, "own": main.difference(image, own),
+        "to N": main.difference(image, truth[0]), "image": image,
+    }  # fmt: skip
+
+
+def srds_rows(problem, text, truth, name):
+    """An entry for each refinement, and for where each stop rule leaves the run."""
+    rows, history, states, image, seconds = [], [], None, None, 0.0
+    started = time.perf_counter()
+    denoise = problem.denoiser(text)
+    pair = len(denoise.embeddings)
+    for iterate in problem.iterates(denoise):
+        before, image = image, problem.image(iterate.states)
+        seconds += time.perf_counter() - started
+        first = iterate.k == 0
+        history.append({
+            "image_change": None if first else main.difference(image, before),
+            "trajectory_change": None if first else main.trajectory_change(iterate.states, states),
+        })  # fmt: skip
+        states = iterate.states
+        width = pair * (1 if first and problem.args.schedule == "sweep" else problem.args.coarse_steps)
+        counts = iterate.ticks, iterate.lane_steps, width
+        rows.append(row(problem, f"{name}, k={iterate.k}", truth, truth[0], image, seconds, *counts))
+        for rule in main.STOP_RULES:
+            stopped = any(entry["method"] == f"{name}, {rule} rule" for entry in rows)
+            met = iterate.exact or main.judge(history, rule, problem.args.tolerance) == "converged"
+            if not stopped and (met or iterate.k == problem.args.max_iterations):
+                rows.append({**rows[iterate.k], "method": f"{name}, {rule} rule"})
+        started = time.perf_counter()
+    return [*rows[: len(history)], *rows[len(history) :]]
+
+
+def prompt_rows(problem, blocks, text, peers):
+    """All entries of one prompt at one N."""
+    N, config = problem.args.fine_steps, problem.pipeline.scheduler.config
+    trailing = {"timestep_spacing": "trailing"}
+    if peers:
+        ddim = DDIMScheduler.from_config(config, **trailing)
+        image, seconds, calls = diffusers_run(StableDiffusionPipeline, ddim, N, problem, text)
+        pair = calls[0]
+    else:  # diffusers' DDIM steps past the grid where N does not divide the training steps
+        started = time.perf_counter()
+        denoise = problem.denoiser(text, 1)
+        image, pair = problem.image(common.sequential(problem, denoise)), len(denoise.embeddings)
+        seconds = time.perf_counter() - started
+    truth = image, seconds
+    rows = [row(problem, "sequential DDIM", truth, image, *truth, N, N, pair)]
+    for B, schedule in blocks:
+        at = common.vary(problem, coarse_steps=B, schedule=schedule, max_iterations=min(B, MOST))
+        rows += srds_rows(at, text, truth, f"SRDS {schedule} B={B}")
+    if not peers:
+        return rows
+    for window in sorted({round(N**0.5), min(N, 64 if N == 1000 else N)}):
+        for tolerance in TOLERANCES:
+            scheduler = DDIMParallelScheduler.from_config(config, **trailing)
+            run = diffusers_run(
+                StableDiffusionParadigmsPipeline, scheduler, N, problem, text, parallel=window, tolerance=tolerance
+            )
+            counts = len(run[2]), sum(run[2]) / pair, max(run[2])
+            rows.append(row(problem, f"ParaDiGMS {window}, {tolerance:g}", truth, image, *run[:2], *counts))
+    for steps in (steps for steps in FEWER if steps < N):
+        for name, kind in (("DDIM", DDIMScheduler), ("DPM-Solver++", DPMSolverMultistepScheduler)):
+            more = trailing if kind is DDIMScheduler else {}
+            run = diffusers_run(StableDiffusionPipeline, kind.from_config(config, **more), steps, problem, text)
+            rows.append(row(problem, f"{name} {steps}", truth, run[0], *run[:2], len(run[2]), steps, pair))
+    return rows
+
+
+def summarise(rows, attributes):
+    """A line for each N and method over the prompts."""
+    table = pd.DataFrame(rows)
+    table["adherence"] = [
+        scenes.read(image) == attributes[text] for image, text in zip(table.pop("image"), table.prompt)
+    ]
+    groups = table.groupby(["N", "method"], sort=False)
+    summary = groups[["serial", "total", "widest", "seconds"]].mean()
+    for name, function in (("speedup", "median"), ("speedup min", "min"), ("speedup max", "max")):
+        summary[name] = groups.speedup.agg(function)
+    for name in ("own", "to N"):
+        summary[name], summary[f"{name}, worst"] = groups[name].mean(), groups[name].max()
+    summary["adherence, %"] = 100 * groups.adherence.mean()
+    return summary.reset_index()
+
+
+def plot(table, path):
+    table = table[table.N.isin(STEPS)]
+    figure = Figure(figsize=(4 * table.N.nunique(), 8), layout="constrained")
+    grid = figure.subplots(2, table.N.nunique(), squeeze=False)
+    for column, (N, part) in zip(grid.T, table.groupby("N")):
+        for axes, across in zip(column, ("serial", "seconds")):
+            refinements = part[part.method.str.contains("k=")]
+            for name, line in refinements.groupby(refinements.method.str.partition(", ")[0], sort=False):
+                style = "-" if "pipelined" in name else ":"
+                axes.plot(line[across], line["to N"].clip(lower=1e-3), style, marker="o", markersize=4, label=name)
+            others = part[part.method.str.contains("Para|DPM|DDIM")]
+            groups = others.groupby(others.method.str.replace(r"[,]? [0-9.e-]+$", "", regex=True), sort=False)
+            for (name, line), marker in zip(groups, "*sDv^<"):
+                if name != "sequential DDIM":
+                    axes.plot(line[across], line["to N"].clip(lower=1e-3), "--", color="0.4", marker=marker, label=name)
+            axes.axvline(part[part.method == "sequential DDIM"][across].iloc[0], color="black", linewidth=0.8)
+            axes.axhline(1, color="0.7", linestyle=":")
+            axes.set(xscale="log", yscale="log", xlabel={"serial": "serial evaluations"}.get(across, across))
+            axes.set(ylabel="difference to N-step DDIM, grey levels", title=f"N = {N}")
+        column[1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--prompts", type=int, default=16, help="4 at most at N = 1000 and 961 (%(default)s)")
+    parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 196, 200, 961, 1000])
+    args = parser.parse_args()
+    problem, rows = common.load(args.model), []
+    problem.pipeline.scheduler = DDIMScheduler.from_config(problem.pipeline.scheduler.config, set_alpha_to_one=True)
+    texts, attributes = common.prompts(np.random.default_rng(11), args.prompts)
+    for N in args.steps:
+        at = common.vary(problem, fine_steps=N, schedule=None)
+        plan = main.make_plan(at)
+        sqrt = round(N**0.5)
+        blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in main.SCHEDULES]
+        blocks += [(plan["blocks"], plan["schedule"])] * ((plan["blocks"], plan["schedule"]) not in blocks)
+        print(f"N = {N}:", main.describe_plan(plan), flush=True)
+        for i, text in enumerate(texts[: 4 if N > 900 else None]):
+            started = time.perf_counter()
+            new = prompt_rows(common.vary(at, seed=42 + i), blocks, text, peers=N in STEPS)
+            rows += [{**entry, "prompt": text} for entry in new]
+            print(f"  prompt {i + 1}: {time.perf_counter() - started:.0f} s", flush=True)
+        common.save(summarise(rows, dict(zip(texts, attributes))), "peers")
+    plot(pd.read_csv(common.RESULTS / "peers.csv"), common.RESULTS / "peers.png")

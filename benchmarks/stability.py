@@ -1,0 +1,94 @@
+"""Whether refinements ever make the image worse: the paper's correction against the damped one.
+
+    python benchmarks/stability.py          # about 15 minutes; writes benchmarks/results/stability.{csv,png}
+
+Image error to the sequential sample, in grey levels, over guidance, N and B: after each refinement the worst prompt
+and the mean. "excess" is by how much a refinement's image is worse than the initialisation's, at worst. "ticks" are
+the mean serial evaluations until the image stays within 1 grey level.
+"""
+
+import argparse
+
+import common
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+import main
+
+GUIDANCE = (1.0, 3.0, 5.0, 7.5, 12.0)
+GRID = ((25, 5), (25, 8), (25, 10), (50, 7), (50, 10), (50, 14), (100, 10), (100, 14), (100, 20))
+
+
+def errors(problem, denoise, truth):
+    """Image error after each refinement, and its ticks."""
+    iterates = [
+        (main.difference(problem.image(iterate.states), truth), iterate.ticks) for iterate in problem.iterates(denoise)
+    ]
+    return np.array(iterates).T
+
+
+def ticks_within(error, ticks, limit=1):
+    """Ticks of the first refinement from which on the error stays within the limit; N where the run is too short."""
+    outside = np.flatnonzero(error > limit)
+    first = outside[-1] + 1 if len(outside) else 0
+    return ticks[first] if first < len(ticks) else np.nan
+
+
+def measure(problem, count, most):
+    rows = []
+    for guidance in GUIDANCE:
+        for N in sorted({N for N, _ in GRID}):
+            truths = []
+            for text, seed in common.pairs(problem, count):
+                at = common.vary(problem, guidance_scale=guidance, fine_steps=N, seed=seed)
+                denoise = at.denoiser(text)
+                truths.append((seed, denoise, at.image(common.sequential(at, denoise))))
+            for B in (B for n, B in GRID if n == N):
+                for correction in ("paper", "damped"):
+                    settings = {"coarse_steps": B, "correction": correction, "max_iterations": min(B, most)}
+                    runs = []
+                    for seed, denoise, truth in truths:
+                        at = common.vary(
+                            problem, guidance_scale=guidance, fine_steps=N, seed=seed, tolerance=0, **settings
+                        )
+                        runs.append(errors(at, denoise, truth))
+                    error = np.array([run[0] for run in runs])
+                    within = [ticks_within(*run) for run in runs]
+                    rows.append({"guidance": guidance, "N": N, "B": B, "correction": correction})
+                    rows[-1] |= {"excess": (error[:, 1:] - error[:, :1]).max(), "ticks": np.mean(within)}
+                    for name, values in (("worst", error.max(0)), ("mean", error.mean(0))):
+                        rows[-1] |= {f"{name} k={k}": value for k, value in enumerate(values)}
+                    print(*rows[-1].values(), flush=True)
+    return pd.DataFrame(rows)
+
+
+def plot(table, path):
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    shown = None
+    for axes, correction, title in zip(
+        figure.subplots(1, 2), ("paper", "damped"), ("the paper's correction", "damped correction (default)")
+    ):
+        part = table[table.correction == correction].copy()
+        part["largest"] = part[[name for name in part if name.startswith("worst") and name != "worst k=0"]].max(axis=1)
+        part["ratio"] = part.largest / part["worst k=0"]
+        values = part.pivot_table(index="guidance", columns=["N", "B"], values="ratio")
+        shown = axes.imshow(values, cmap="RdBu_r", norm=LogNorm(1 / 20, 20), aspect="auto")
+        for (row, column), value in np.ndenumerate(values.to_numpy()):
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value > 6 else "black")
+        axes.set_xticks(range(len(values.columns)), [f"{N}, {B}" for N, B in values.columns], rotation=45)
+        axes.set_yticks(range(len(values)), values.index)
+        axes.set(xlabel="N, B", ylabel="guidance", title=title)
+    figure.colorbar(shown, label="largest image error of a refinement\n/ that of the initialisation")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--refinements", type=int, default=8, help="at most, of each run (%(default)s)")
+    args = parser.parse_args()
+    results = measure(common.load(), args.prompts, args.refinements)
+    common.save(results, "stability")
+    plot(results, common.RESULTS / "stability.png")

@@ -1,0 +1,118 @@
+"""How often a stop rule lies: where each would have stopped, and how far that is from the sequential sample.
+
+    python benchmarks/stopping.py          # about 30 minutes; writes benchmarks/results/stopping.{csv,png}
+
+Rules, each with the tolerance T in grey levels:
+final       the image changed by less than T
+trajectory  the image and every boundary's state changed by less than T
+carried     the image did, and every boundary's state would at the end, its change scaled by how much the later
+            blocks' coarse steps carry of theirs
+predicted   the image's change times its ratio to the one before, which foretells the next change, is less than T
+
+A stop is wrong where the image is more than one grey level off the sequential sample.
+"""
+
+import argparse
+
+import common
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import main
+
+SETTINGS = {  # N, B, guidance, correction
+    "demo default": (100, 10, 2.0, "damped"),
+    "few steps": (25, 5, 2.0, "damped"),
+    "strong guidance": (50, 10, 7.5, "damped"),
+    "few steps, paper's correction": (25, 5, 3.0, "paper"),
+}
+TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+RULES = ("final", "trajectory", "carried", "predicted")
+
+
+def trace(problem, text, most):
+    """What each rule looks at, and the image error, after each refinement."""
+    denoise, rows, states, image = problem.denoiser(text), [], None, None
+    truth = problem.image(common.sequential(problem, denoise))
+    carried = {}
+    plain = problem.correct
+
+    def correct(dU, dG, start, end):
+        correction = plain(dU, dG, start, end)
+        carried[start] = float(correction.abs().mean() / dU.abs().mean().clamp(min=1e-12))
+        return correction
+
+    problem.correct, problem.args.max_iterations = correct, most
+    for iterate in problem.iterates(denoise):
+        new, old, image = iterate.states, image, problem.image(iterate.states)
+        row = {"k": iterate.k, "error": main.difference(image, truth), "ticks": iterate.ticks}
+        if iterate.k:
+            change = (new - states).abs().flatten(1).mean(1)[1:] * 127.5 / new[-1].std(correction=0)
+            gains = [carried.get(n, 0.0) for n in problem.boundaries[1:-1]] + [1.0]
+            onward = np.cumprod(gains[::-1])[::-1]
+            row |= {
+                "final": main.difference(image, old),
+                "trajectory": main.trajectory_change(new, states),
+                "carried": float((change * torch.tensor(onward.copy(), dtype=torch.float32)).max()),
+            }
+            row["predicted"] = row["final"] ** 2 / max(rows[-1]["final"], 1e-9) if iterate.k > 1 else np.inf
+            for rule in ("trajectory", "carried"):
+                row[rule] = max(row[rule], row["final"])
+        rows.append(row)
+        states = new
+    return rows
+
+
+def evaluate(runs, name):
+    rows = []
+    for rule in RULES:
+        for tolerance in TOLERANCES:
+            stops = [next((row for row in run[1:] if row[rule] < tolerance), run[-1]) for run in runs]
+            error = np.array([stop["error"] for stop in stops])
+            rows.append({
+                "setting": name,
+                "rule": rule,
+                "tolerance": tolerance,
+                "refinements": np.mean([stop["k"] for stop in stops]),
+                "serial evaluations": np.mean([stop["ticks"] for stop in stops]),
+                "wrong, %": 100 * (error > 1).mean(),
+                "above tolerance, %": 100 * (error > tolerance).mean(),
+                "worst": error.max(),
+            })  # fmt: skip
+    return rows
+
+
+def plot(table, path):
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, (name, part) in zip(figure.subplots(2, 2).flat, table.groupby("setting", sort=False)):
+        for rule, marker in zip(RULES, "osD^"):
+            line = part[part.rule == rule]
+            axes.plot(line.refinements, line.worst.clip(lower=1e-3), marker=marker, label=rule)
+        axes.axhline(1, color="0.4", linestyle="--")
+        N, B, guidance, correction = SETTINGS[name]
+        axes.set(yscale="log", xlabel="mean refinements used", ylabel="worst error at the stop, grey levels")
+        axes.set_title(f"{name}: N = {N}, B = {B}, guidance {guidance:g}, {correction}", fontsize=10)
+        axes.grid(color="0.9")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=200, help="of prompt and seed, in each setting (%(default)s)")
+    args = parser.parse_args()
+    problem, rows = common.load(), []
+    for name, (N, B, guidance, correction) in SETTINGS.items():
+        runs = []
+        for text, seed in common.pairs(problem, args.pairs):
+            at = common.vary(
+                problem, fine_steps=N, coarse_steps=B, guidance_scale=guidance, correction=correction, seed=seed
+            )
+            runs.append(trace(at, text, min(B, 6)))
+        rows += evaluate(runs, name)
+        print(pd.DataFrame(rows[-len(RULES) * len(TOLERANCES) :]).round(3).to_string(index=False), flush=True)
+    table = pd.DataFrame(rows)
+    common.save(table, "stopping")
+    plot(table, common.RESULTS / "stopping.png")
