@@ -447,26 +447,28 @@ def measure_calls(problem, widest):
     return calls, seconds(lambda: problem.image(x))
 
 
-def make_plan(problem):
-    """The blocks and the schedule of the least predicted time, and the predictions, in seconds a prompt."""
+def predict(calls, decoding, N, B, schedule, refinements):
+    """Seconds of a run that stops after so many refinements, from `measure_calls`."""
     import numpy as np
 
+    ticks = np.interp(tick_widths(N, B, schedule, refinements), list(calls), list(calls.values()))
+    return float(ticks.sum()) + (refinements + 1) * decoding
+
+
+def make_plan(problem):
+    """The blocks and the schedule of the least predicted time, and the predictions, in seconds a prompt."""
     args, N = problem.args, problem.args.fine_steps
     # Fewer blocks than this refine badly; more only widen the ticks.
     candidates = {min(N, max(1, round(factor * math.sqrt(N)))) for factor in (0.7, 1, 1.4, 2)}
     calls, decoding = measure_calls(problem, max(candidates))
-
-    def predict(B, schedule):
-        expected = min(B if args.tolerance == 0 else EXPECTED_REFINEMENTS, args.max_iterations or B, B)
-        widths = tick_widths(N, B, schedule, expected)
-        return float(np.interp(widths, list(calls), list(calls.values())).sum()) + (expected + 1) * decoding, expected
-
-    schedules = [args.schedule] if args.schedule else SCHEDULES
-    seconds, refinements, blocks, schedule = min(
-        (*predict(B, schedule), B, schedule) for B in candidates for schedule in schedules
-    )
+    plans = []
+    for B in candidates:
+        refinements = min(B if args.tolerance == 0 else EXPECTED_REFINEMENTS, args.max_iterations or B, B)
+        for schedule in [args.schedule] if args.schedule else SCHEDULES:
+            plans.append((predict(calls, decoding, N, B, schedule, refinements), B, schedule, refinements))
+    seconds, B, schedule, refinements = min(plans)
     return {
-        "blocks": blocks,
+        "blocks": B,
         "schedule": schedule,
         "refinements": refinements,
         "srds": seconds,

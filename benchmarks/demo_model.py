@@ -9,18 +9,13 @@ the third refinement's is at most 1.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
+import common
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "models")]
-
-import torch
 
 import diffusion
 import main
@@ -29,18 +24,9 @@ import train
 from srds import srds
 
 
-def prompts(rng, count):
-    """Different captions that state every attribute, drawn at random, and their attributes."""
-    drawn = {}
-    while len(drawn) < count:
-        attributes = {name: str(rng.choice(values)) for name, values in scenes.ATTRIBUTES.items()}
-        drawn[scenes.caption(rng, **attributes)] = attributes
-    return list(drawn), list(drawn.values())
-
-
 def adherence(problem, count, batch=20):
     """Share of images whose attributes are read back as asked, by attribute and for all; and the images."""
-    texts, asked = prompts(np.random.default_rng(2026), count)
+    texts, asked = common.prompts(np.random.default_rng(2026), count)
     generator, images = torch.Generator().manual_seed(0), []
     for start in range(0, count, batch):
         part = texts[start : start + batch]
@@ -91,8 +77,7 @@ def benchmark():
     parser.add_argument("--others", type=int, default=100, help="prompts beside prompts.txt (%(default)s)")
     parser.add_argument("--refinements", type=int, default=5, help="refinements of each (%(default)s)")
     args = parser.parse_args()
-    argv = ["--model", "demo", "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu"]
-    problem = main.load(main.parse_arguments(argv))[0]
+    problem = common.load()
 
     print(f"autoencoder error: {train.autoencoder_error(problem.pipeline.vae):.2f} grey levels")
     if args.samples:
@@ -101,10 +86,10 @@ def benchmark():
         rows = [np.hstack(images[start : start + 8]) for start in range(0, min(64, args.samples) // 8 * 8, 8)]
         picture = Image.fromarray(np.vstack(rows))
         picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC).save(
-            ROOT / "models/samples.png"
+            common.ROOT / "models/samples.png"
         )
 
-    texts = problem.args.texts + prompts(np.random.default_rng(7), args.others)[0]
+    texts = problem.args.texts + common.prompts(np.random.default_rng(7), args.others)[0]
     seeds = [problem.args.seed] * len(problem.args.texts) + list(range(args.others))
     errors = np.array([refinement_errors(problem, *pair, args.refinements) for pair in zip(texts, seeds)])
     table = pd.DataFrame(errors, columns=[f"k={k}" for k in range(errors.shape[1])])
@@ -113,10 +98,9 @@ def benchmark():
     print(table.filter(like="k=").describe(percentiles=[0.5, 0.9]).loc[["50%", "90%", "max"]].round(3).to_string())
     named, good = len(problem.args.texts), table.good
     print(f"good: {good[:named].sum()} of {named} in prompts.txt, {good[named:].sum()} of {args.others} others")
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    table.to_csv(results / "demo_model.csv", index=False, float_format="%.4f")
-    plot(table, results / "demo_model.png")
+    common.RESULTS.mkdir(exist_ok=True)
+    table.to_csv(common.RESULTS / "demo_model.csv", index=False, float_format="%.4f")
+    plot(table, common.RESULTS / "demo_model.png")
 
 
 if __name__ == "__main__":

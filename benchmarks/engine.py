@@ -1,49 +1,69 @@
-"""What the engine costs beside the network: the share of a pipelined run that is not spent in `denoise`.
+"""What the engine costs beside the network, and how well the plan of --coarse-steps auto foretells a run.
 
-python benchmarks/engine.py           # demo model, N = 100, on the CPU; writes benchmarks/results/engine.csv
+    python benchmarks/engine.py           # demo model, N = 100; writes benchmarks/results/engine.{csv,png}
+
+"engine, %" is the share of a run's seconds that is spent neither in `denoise` nor in decoding. "predicted / real" are
+the plan's seconds for three refinements over those they take, the calls being measured just before.
 """
 
-import sys
 import time
-from pathlib import Path
 
+import common
+import numpy as np
 import pandas as pd
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from matplotlib.figure import Figure
 
 import main
-from srds import srds
+
+N, BLOCKS, REFINEMENTS, REPEATS = 100, (7, 10, 14, 20), 3, 7
 
 
 def measure(problem):
-    """Seconds of one run to exactness, and those of them inside the denoiser."""
+    """Seconds of a run of REFINEMENTS refinements, and those of them in the network and in decoding."""
     denoiser, inside = problem.denoiser("a red sun over purple mountains at dusk"), 0.0
 
-    def denoise(x, n):
+    def timed(call, *inputs):
         nonlocal inside
         started = time.perf_counter()
-        output = denoiser(x, n)
+        output = call(*inputs)
         inside += time.perf_counter() - started
         return output
 
     started = time.perf_counter()
-    for _ in srds(problem.x, denoise, problem.step, problem.boundaries):
-        pass
+    for iterate in problem.iterates(lambda x, n: timed(denoiser, x, n)):
+        timed(problem.image, iterate.states)
+        if iterate.k == REFINEMENTS:
+            break
     return time.perf_counter() - started, inside
 
 
+def plot(table, path):
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, column, target in zip(figure.subplots(1, 2), ("engine, %", "predicted / real"), ([3], [0.85, 1.15])):
+        for schedule, part in table.groupby("schedule"):
+            median = part.groupby("B")[column].median()
+            axes.plot(part.B, part[column], ".", color="0.7")
+            axes.plot(median.index, median, marker="o", label=schedule)
+        for level in target:
+            axes.axhline(level, color="0.4", linestyle="--")
+        axes.set(xlabel="B", ylabel=column, xticks=BLOCKS)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
-    rows = []
-    for blocks in (5, 10, 20):
-        argv = ["--model", "demo", "--prompt", "-", "-o", "output", "--device", "cpu", "-cs", str(blocks)]
-        problem, _ = main.load(main.parse_arguments(argv))
-        measure(problem)
-        for _ in range(5):
-            seconds, inside = measure(problem)
-            rows.append({"N": 100, "B": blocks, "seconds": seconds, "engine share, %": 100 * (1 - inside / seconds)})
-    table = pd.DataFrame(rows).groupby(["N", "B"]).agg(["min", "median", "max"]).round(2)
-    print(table.to_string())
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    table.to_csv(results / "engine.csv")
+    problem, rows = common.load(), []
+    for B in BLOCKS:
+        for schedule in main.SCHEDULES:
+            at = common.vary(problem, fine_steps=N, coarse_steps=B, schedule=schedule)
+            measure(at)
+            for _ in range(REPEATS):
+                predicted = main.predict(*main.measure_calls(at, B), N, B, schedule, REFINEMENTS)
+                seconds, inside = measure(at)
+                rows.append({"N": N, "B": B, "schedule": schedule, "seconds": seconds})
+                rows[-1] |= {"engine, %": 100 * (1 - inside / seconds), "predicted / real": predicted / seconds}
+    table = pd.DataFrame(rows)
+    spread = table.groupby(["N", "B", "schedule"]).agg([np.min, np.median, np.max])
+    spread.columns = [f"{name}, {statistic}" for name, statistic in spread.columns]
+    common.save(spread.reset_index(), "engine")
+    plot(table, common.RESULTS / "engine.png")

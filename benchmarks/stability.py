@@ -4,7 +4,7 @@
 
 Image error to the sequential sample, in grey levels, over guidance, N and B: after each refinement the worst prompt
 and the mean. "excess" is by how much a refinement's image is worse than the initialisation's, at worst. "ticks" are
-the mean serial evaluations until the image stays within 1 grey level.
+the mean serial evaluations until the image stays within 1 grey level, where the refinements that were run get there.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def errors(problem, denoise, truth):
 
 
 def ticks_within(error, ticks, limit=1):
-    """Ticks of the first refinement from which on the error stays within the limit; N where the run is too short."""
+    """Ticks of the first refinement from which on the error stays within the limit; nan where the run is too short."""
     outside = np.flatnonzero(error > limit)
     first = outside[-1] + 1 if len(outside) else 0
     return ticks[first] if first < len(ticks) else np.nan

@@ -73,6 +73,7 @@ def evaluate(runs, name):
             error = np.array([stop["error"] for stop in stops])
             rows.append({
                 "setting": name,
+                "pairs": len(runs),
                 "rule": rule,
                 "tolerance": tolerance,
                 "refinements": np.mean([stop["k"] for stop in stops]),
@@ -101,18 +102,20 @@ def plot(table, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=200, help="of prompt and seed, in each setting (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=200, help="of prompt and seed (%(default)s)")
+    parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS),
+                        help="only these; the results of the others stay")  # fmt: skip
     args = parser.parse_args()
-    problem, rows = common.load(), []
-    for name, (N, B, guidance, correction) in SETTINGS.items():
+    problem, path = common.load(), common.RESULTS / "stopping.csv"
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame({"setting": []})
+    for name in args.settings:
+        N, B, guidance, correction = SETTINGS[name]
         runs = []
         for text, seed in common.pairs(problem, args.pairs):
             at = common.vary(
                 problem, fine_steps=N, coarse_steps=B, guidance_scale=guidance, correction=correction, seed=seed
             )
             runs.append(trace(at, text, min(B, 6)))
-        rows += evaluate(runs, name)
-        print(pd.DataFrame(rows[-len(RULES) * len(TOLERANCES) :]).round(3).to_string(index=False), flush=True)
-    table = pd.DataFrame(rows)
-    common.save(table, "stopping")
+        table = pd.concat([table[table.setting != name], pd.DataFrame(evaluate(runs, name))])
+        common.save(table, "stopping")
     plot(table, common.RESULTS / "stopping.png")
