@@ -1,6 +1,7 @@
 """The model's side: loading, time grid, DDIM as a table, the guided denoiser, sequential sampling, decoding."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -159,6 +160,7 @@ def load_pipeline(model, device, dtype, variant=None):
 
 def compile_network(unet):
     """Have torch compile the network, for each batch shape at its first call; on cuda as a CUDA graph."""
+    torch._dynamo.config.recompile_limit = 64  # a shape each; past the limit, calls would not be compiled
     unet.compile(mode="reduce-overhead" if unet.device.type == "cuda" else "default", dynamic=False)
 
 
@@ -239,7 +241,7 @@ def damped(scheduler, times):
     is a covariance) unless modes part. Strong guidance makes J negative: short steps then let a change decay, one long
     step turns it round and enlarges it, and refinements diverge. There dx0 is scaled by the theta that makes the two
     equal, r + (1 - r) theta J = r^(1 - J). J is measured for each element and for the whole state, the lower counts;
-    and nothing is withheld where the elements that turn round weigh less than 5 % of the change.
+    and nothing is withheld where J's negative part, its mean weighted by dy^2, is above -0.05.
     """
     signal, noise = (values.tolist() for values in _signal_and_noise(scheduler, times))
 
@@ -253,7 +255,7 @@ def damped(scheduler, times):
         J = torch.minimum(along / (size + 1e-8 * size.mean() + 1e-30), along.sum() / weight)
         turned = along.clamp(max=0).sum() / weight
         decay = (-J).clamp(min=1e-6)
-        theta = r / (1 - r) * (1 - r**decay) / decay
+        theta = -torch.expm1(decay * math.log(max(r, 1e-30))) * r / ((1 - r) * decay)
         return torch.where((J < 0) & (turned < -0.05), carried + theta * rest, dG)
 
     return correct

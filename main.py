@@ -38,7 +38,7 @@ EXPECTED_REFINEMENTS = 3  # that --coarse-steps auto plans for: what most runs o
 
 SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
 CORRECTIONS = ("damped", "paper")
-STOP_RULES = ("final", "trajectory")
+STOP_RULES = ("final", "trajectory", "predicted")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -117,7 +117,8 @@ def parse_arguments(argv):
     add("--correction", choices=CORRECTIONS, default=CORRECTION,
         help="the paper's, or held back where the coarse step overshoots (%(default)s)")  # fmt: skip
     add("--stop-rule", choices=STOP_RULES, default=STOP_RULE,
-        help="what must change less than the tolerance: the image, or every state as well (%(default)s)")  # fmt: skip
+        help="what must be below the tolerance: the image's change, each state's as well, or the image's next change, "
+        "as the last two foretell it (%(default)s)")  # fmt: skip
     add(
         "--max-iterations",
         metavar="K",
@@ -151,6 +152,11 @@ def parse_arguments(argv):
     if (args.prompts is None) == (args.prompt is None):
         got = "neither was given" if args.prompts is None else "both were given"
         raise Failure(f"argument --prompts/-p or --prompt: {got}; give one of them")
+    if args.coarse_steps == "auto" and (args.compile or args.fixed_batch):
+        given = "--compile" if args.compile else "--fixed-batch"
+        raise Failure(
+            f"argument --coarse-steps/-cs: auto measures calls of many sizes, {given} leaves few; give a number"
+        )
     if args.coarse_steps != "auto" and args.coarse_steps > args.fine_steps:
         raise Failure(
             f"argument --coarse-steps/-cs: {args.coarse_steps} is more than the {args.fine_steps} of --fine-steps; "
@@ -316,7 +322,7 @@ def run(args):
             given = args.max_batch or "not given"
             raise Failure(f"argument --max-batch: {given}: out of memory; give a smaller one, 1 at least", 1) from error
         if diffusion.of_the_compiler(error):
-            line = str(error).splitlines()[0]
+            line = " ".join(str(error).split())[:200]
             raise Failure(f"argument --compile: torch cannot compile here ({line}); leave it out", 1) from error
         raise
 
@@ -369,7 +375,8 @@ class Problem:
         if args.fixed_batch:
             sizes = [diffusion.fixed_batch(widest, args.max_batch)]
         elif args.compile:
-            sizes = diffusion.compiled_batches(len(embeddings), min(widest, args.max_batch or widest))
+            most = min(widest, args.max_batch or widest)
+            sizes = diffusion.compiled_batches(min(len(embeddings), most), most)
         settings = args.guidance_scale, args.max_batch, sizes
         return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, *settings)
 
@@ -389,8 +396,9 @@ class Problem:
 
     def warm_up(self):
         """Make each call that the clock will time once before: a first call chooses kernels and takes memory."""
-        denoise = self.denoiser("")
-        for lanes in sorted({1, self.args.coarse_steps, *(size // 2 for size in denoise.sizes or ())} - {0}):
+        args, denoise = self.args, self.denoiser("")
+        widths = range(1, args.coarse_steps + 1) if args.compile else (1, args.coarse_steps)
+        for lanes in [*widths] * (3 if args.compile else 1):  # a CUDA graph is recorded at the second call
             denoise(self.x.expand(lanes, -1, -1, -1), self.x.new_zeros(lanes, dtype=int))
         self.image(self.x)
 
@@ -434,8 +442,8 @@ def measure_calls(problem, widest):
         for _ in range(5):
             started = time.perf_counter()
             call()
-            if problem.x.is_cuda:
-                torch.cuda.synchronize()
+            if problem.x.device.type != "cpu":
+                torch.accelerator.synchronize()
             times.append(time.perf_counter() - started)
         return float(np.median(times))
 
@@ -447,11 +455,11 @@ def measure_calls(problem, widest):
     return calls, seconds(lambda: problem.image(x))
 
 
-def predict(calls, decoding, N, B, schedule, refinements):
+def predict(calls, decoding, N, B, schedule, refinements, bound=None):
     """Seconds of a run that stops after so many refinements, from `measure_calls`."""
     import numpy as np
 
-    ticks = np.interp(tick_widths(N, B, schedule, refinements), list(calls), list(calls.values()))
+    ticks = np.interp(tick_widths(N, B, schedule, refinements, bound), list(calls), list(calls.values()))
     return float(ticks.sum()) + (refinements + 1) * decoding
 
 
@@ -465,7 +473,8 @@ def make_plan(problem):
     for B in candidates:
         refinements = min(B if args.tolerance == 0 else EXPECTED_REFINEMENTS, args.max_iterations or B, B)
         for schedule in [args.schedule] if args.schedule else SCHEDULES:
-            plans.append((predict(calls, decoding, N, B, schedule, refinements), B, schedule, refinements))
+            seconds = predict(calls, decoding, N, B, schedule, refinements, args.max_iterations)
+            plans.append((seconds, B, schedule, refinements))
     seconds, B, schedule, refinements = min(plans)
     return {
         "blocks": B,
@@ -526,9 +535,8 @@ def sample(problem, text):
                 "iteration": iterate.k - 1,
                 "serial_evaluations": iterate.ticks,
                 "total_evaluations": iterate.lane_steps,
-                "image_change": difference(image, earlier) if iterate.k else None,
-                "trajectory_change": trajectory_change(iterate.states, states) if iterate.k else None,
-                "damping": float(iterate.damping),
+                **changes(image, earlier, iterate.states, states, history),
+                "damping": 127.5 * float(iterate.damping),
                 "image_error": None,
             })  # fmt: skip
             states = iterate.states
@@ -547,7 +555,7 @@ def sample(problem, text):
 
     last = history[-1]
     stop_reason = "exact" if iterate.exact else "tolerance" if state == "converged" else "max-iterations"
-    if stop_reason == "tolerance" and last["trajectory_change"] >= args.tolerance:
+    if args.stop_rule == "final" and stop_reason == "tolerance" and last["trajectory_change"] >= args.tolerance:
         tqdm.write(
             f"  note: the image has settled, but the trajectory still changes by {last['trajectory_change']:.3f}; "
             "--stop-rule trajectory waits for both"
@@ -580,6 +588,19 @@ def ticking(denoise, name, most):
 # When to stop
 
 
+def changes(image, earlier_image, states, earlier_states, history):
+    """What the stop rules watch of a refinement, in grey levels; None where nothing came before."""
+    if not history:
+        return dict.fromkeys(("image_change", "trajectory_change", "predicted_change"))
+    change, before = difference(image, earlier_image), history[-1]["image_change"]
+    return {
+        "image_change": change,
+        "trajectory_change": trajectory_change(states, earlier_states),
+        # The next refinement's, were changes to shrink at their present rate; they shrink faster (superlinearly).
+        "predicted_change": change * change / before if before else change if before == 0 else None,
+    }
+
+
 def difference(image, other):
     """Mean absolute difference of two 8-bit images, 0 to 255."""
     return float(abs(image.astype(float) - other).mean())
@@ -600,12 +621,13 @@ def judge(history, rule, tolerance):
     Each change that the rule watches must be below the tolerance. A change that grew, and is not below it, is told
     apart, because parareal can diverge on its way to exactness.
     """
-    watched = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
+    measured = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
+    watched = ("predicted_change",) if rule == "predicted" else measured
     now, before = history[-1], history[-2] if len(history) > 1 else {}
-    changes = [(now[key], before.get(key)) for key in watched]
-    if all(change is not None and change < tolerance for change, _ in changes):
+    if all(now[key] is not None and now[key] < tolerance for key in watched):
         return "converged"
-    grew = any(earlier is not None and change > earlier and change >= tolerance for change, earlier in changes)
+    pairs = [(now[key], before.get(key)) for key in measured]
+    grew = any(earlier is not None and change > earlier and change >= tolerance for change, earlier in pairs)
     return "growing" if grew else "continuing"
 
 

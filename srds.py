@@ -30,7 +30,7 @@ class Iterate(NamedTuple):
     ticks: int  # serial model evaluations
     lane_steps: int  # model evaluations in all
     exact: bool  # the sequential sample, up to the model's rounding
-    damping: torch.Tensor  # the largest share of a boundary's correction that `correct` withheld, float32 ()
+    damping: torch.Tensor  # what `correct` withheld, against the state's norm, at the boundary with most; float32 ()
 
 
 @dataclass
@@ -114,8 +114,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
                 dU, dG = (new - old for new, old in zip(G[i, r], G.pop((i, r - 1))))
                 correction = correct(dU, dG, n[i], n[i + 1])
                 states.append(F.pop((i, r - 1)) + correction)
-                withheld = (dG - correction).norm() / dG.norm().clamp(min=1e-30)
-                damping[r] = torch.maximum(damping[r], withheld)
+                damping[r] = torch.maximum(damping[r], (dG - correction).norm() / states[-1].norm())
             else:
                 continue
             if i + 1 < B:

@@ -284,7 +284,7 @@ def report(entry, state):
     name = f"iteration {entry['iteration']}" if entry["iteration"] >= 0 else "initialised"
     keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "difference"}
     measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
-    measured += [f"damping {entry['damping']:.2f}"] if entry["damping"] else []
+    measured += [f"damping {entry['damping']:.2f}"] if entry["damping"] >= 0.005 else []
     return f"  {name}: " + ", ".join([f"{entry['serial_evaluations']} serial evaluations", *measured, state])
 
 
@@ -306,7 +306,7 @@ def summary(results, steps):
             f"{result['seconds']['srds']:.2f}",
             "-" if truth is None else f"{truth:.2f}",
             "-" if error is None else f"{error:.3f}",
-            f"{result['damping']:.2f}" if result["damping"] else "-",
+            f"{result['damping']:.2f}",
             f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -31,7 +31,7 @@ logging.set_verbosity_error()
 STEPS = (25, 100, 200, 1000)
 FEWER = (10, 15, 20, 25)
 TOLERANCES = (1e-1, 1e-2, 1e-3)
-MOST = 4  # refinements of a run
+MOST = 4  # refinements to show; a run goes on until each rule has stopped it
 
 
 def diffusers_run(kind, scheduler, steps, problem, text, **settings):
@@ -63,29 +63,26 @@ def row(problem, name, truth, own, image, seconds, serial, total, widest):
 
 def srds_rows(problem, text, truth, name):
     """An entry for each refinement, and for where each stop rule leaves the run."""
-    rows, history, states, image, seconds = [], [], None, None, 0.0
+    rows, stops, history, states, image, seconds = [], {}, [], None, None, 0.0
     started = time.perf_counter()
     denoise = problem.denoiser(text)
     pair = len(denoise.embeddings)
     for iterate in problem.iterates(denoise):
         before, image = image, problem.image(iterate.states)
         seconds += time.perf_counter() - started
-        first = iterate.k == 0
-        history.append({
-            "image_change": None if first else main.difference(image, before),
-            "trajectory_change": None if first else main.trajectory_change(iterate.states, states),
-        })  # fmt: skip
+        history.append(main.changes(image, before, iterate.states, states, history))
         states = iterate.states
-        width = pair * (1 if first and problem.args.schedule == "sweep" else problem.args.coarse_steps)
+        width = pair * (1 if iterate.k == 0 and problem.args.schedule == "sweep" else problem.args.coarse_steps)
         counts = iterate.ticks, iterate.lane_steps, width
         rows.append(row(problem, f"{name}, k={iterate.k}", truth, truth[0], image, seconds, *counts))
+        last = iterate.exact or iterate.k == problem.args.max_iterations
         for rule in main.STOP_RULES:
-            stopped = any(entry["method"] == f"{name}, {rule} rule" for entry in rows)
-            met = iterate.exact or main.judge(history, rule, problem.args.tolerance) == "converged"
-            if not stopped and (met or iterate.k == problem.args.max_iterations):
-                rows.append({**rows[iterate.k], "method": f"{name}, {rule} rule"})
+            if rule not in stops and (last or main.judge(history, rule, problem.args.tolerance) == "converged"):
+                stops[rule] = {**rows[-1], "method": f"{name}, {rule} rule"}
+        if iterate.k >= MOST and len(stops) == len(main.STOP_RULES):
+            break
         started = time.perf_counter()
-    return [*rows[: len(history)], *rows[len(history) :]]
+    return rows + [stops[rule] for rule in main.STOP_RULES]
 
 
 def prompt_rows(problem, blocks, text, peers):
@@ -104,8 +101,11 @@ def prompt_rows(problem, blocks, text, peers):
     truth = image, seconds
     rows = [row(problem, "sequential DDIM", truth, image, *truth, N, N, pair)]
     for B, schedule in blocks:
-        at = common.vary(problem, coarse_steps=B, schedule=schedule, max_iterations=min(B, MOST))
+        at = common.vary(problem, coarse_steps=B, schedule=schedule, max_iterations=None)
         rows += srds_rows(at, text, truth, f"SRDS {schedule} B={B}")
+    B, schedule = blocks[0]
+    at = common.vary(problem, coarse_steps=B, schedule=schedule, max_iterations=1)
+    rows.append({**srds_rows(at, text, truth, "")[1], "method": f"SRDS {schedule} B={B}, bound to 1"})
     if not peers:
         return rows
     for window in sorted({round(N**0.5), min(N, 64 if N == 1000 else N)}):
@@ -116,7 +116,7 @@ def prompt_rows(problem, blocks, text, peers):
             )
             counts = len(run[2]), sum(run[2]) / pair, max(run[2])
             rows.append(row(problem, f"ParaDiGMS {window}, {tolerance:g}", truth, image, *run[:2], *counts))
-    for steps in (steps for steps in FEWER if steps < N):
+    for steps in FEWER:
         for name, kind in (("DDIM", DDIMScheduler), ("DPM-Solver++", DPMSolverMultistepScheduler)):
             more = trailing if kind is DDIMScheduler else {}
             run = diffusers_run(StableDiffusionPipeline, kind.from_config(config, **more), steps, problem, text)
@@ -166,8 +166,10 @@ def plot(table, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--prompts", type=int, default=16, help="4 at most at N = 1000 and 961 (%(default)s)")
-    parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 196, 200, 961, 1000])
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="half of them at N = 200, 4 at 196, 961, 1000 (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 1000, 200, 961, 196])
     args = parser.parse_args()
     problem, rows = common.load(args.model), []
     problem.pipeline.scheduler = DDIMScheduler.from_config(problem.pipeline.scheduler.config, set_alpha_to_one=True)
@@ -176,10 +178,11 @@ if __name__ == "__main__":
         at = common.vary(problem, fine_steps=N, schedule=None)
         plan = main.make_plan(at)
         sqrt = round(N**0.5)
-        blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in main.SCHEDULES]
+        blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in main.SCHEDULES]  # pipelined first
         blocks += [(plan["blocks"], plan["schedule"])] * ((plan["blocks"], plan["schedule"]) not in blocks)
         print(f"N = {N}:", main.describe_plan(plan), flush=True)
-        for i, text in enumerate(texts[: 4 if N > 900 else None]):
+        count = {200: args.prompts // 2, 196: 4, 961: 4, 1000: 4}.get(N)
+        for i, text in enumerate(texts[:count]):
             started = time.perf_counter()
             new = prompt_rows(common.vary(at, seed=42 + i), blocks, text, peers=N in STEPS)
             rows += [{**entry, "prompt": text} for entry in new]

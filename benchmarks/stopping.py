@@ -5,11 +5,10 @@
 Rules, each with the tolerance T in grey levels:
 final       the image changed by less than T
 trajectory  the image and every boundary's state changed by less than T
-carried     the image did, and every boundary's state would at the end, its change scaled by how much the later
-            blocks' coarse steps carry of theirs
 predicted   the image's change times its ratio to the one before, which foretells the next change, is less than T
 
-A stop is wrong where the image is more than one grey level off the sequential sample.
+Runs end after six refinements; a rule that has not stopped one by then does so there. A stop is wrong where
+the image is more than one grey level off the sequential sample.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import argparse
 import common
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 import main
@@ -29,37 +27,22 @@ SETTINGS = {  # N, B, guidance, correction
     "few steps, paper's correction": (25, 5, 3.0, "paper"),
 }
 TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-RULES = ("final", "trajectory", "carried", "predicted")
+RULES = ("final", "trajectory", "predicted")
 
 
 def trace(problem, text, most):
     """What each rule looks at, and the image error, after each refinement."""
-    denoise, rows, states, image = problem.denoiser(text), [], None, None
+    denoise, rows, history, states, image = problem.denoiser(text), [], [], None, None
     truth = problem.image(common.sequential(problem, denoise))
-    carried = {}
-    plain = problem.correct
-
-    def correct(dU, dG, start, end):
-        correction = plain(dU, dG, start, end)
-        carried[start] = float(correction.abs().mean() / dU.abs().mean().clamp(min=1e-12))
-        return correction
-
-    problem.correct, problem.args.max_iterations = correct, most
+    problem.args.max_iterations = most
     for iterate in problem.iterates(denoise):
         new, old, image = iterate.states, image, problem.image(iterate.states)
         row = {"k": iterate.k, "error": main.difference(image, truth), "ticks": iterate.ticks}
+        history.append(main.changes(image, old, new, states, history))
         if iterate.k:
-            change = (new - states).abs().flatten(1).mean(1)[1:] * 127.5 / new[-1].std(correction=0)
-            gains = [carried.get(n, 0.0) for n in problem.boundaries[1:-1]] + [1.0]
-            onward = np.cumprod(gains[::-1])[::-1]
-            row |= {
-                "final": main.difference(image, old),
-                "trajectory": main.trajectory_change(new, states),
-                "carried": float((change * torch.tensor(onward.copy(), dtype=torch.float32)).max()),
-            }
-            row["predicted"] = row["final"] ** 2 / max(rows[-1]["final"], 1e-9) if iterate.k > 1 else np.inf
-            for rule in ("trajectory", "carried"):
-                row[rule] = max(row[rule], row["final"])
+            row["final"], trajectory, predicted = history[-1].values()
+            row["trajectory"] = max(row["final"], trajectory)
+            row["predicted"] = np.inf if predicted is None else predicted
         rows.append(row)
         states = new
     return rows

@@ -216,6 +216,8 @@ def test_compiled_calls_have_few_shapes(run, monkeypatch):
     monkeypatch.setattr(diffusion, "compile_network", traced)
     status, out, _ = run("--prompt", "a", "-tol", "0", "--no-ground-truth", "--compile")
     assert status == 0 and set(shapes) == {2, 4, 6}
+    shapes.clear()
+    assert run("--prompt", "a", "-tol", "0", "--compile", "--max-batch", "1")[0] == 0 and set(shapes) == {1}
     plain = record(run("--prompt", "a", "-tol", "0", "--no-ground-truth")[1])["prompts"][0]
     assert plain["total_evaluations"] == record(out)["prompts"][0]["total_evaluations"]
 
@@ -230,11 +232,12 @@ def test_a_compiler_that_fails_is_one_line_and_status_1(tiny, tmp_path, monkeypa
     assert "argument --compile: torch cannot compile here" in capsys.readouterr().err
 
 
-def test_damping_is_recorded_and_shown(run, capsys):
-    _, out, _ = run("--prompt", "a", "-tol", "0", "-gs", "12")
+def test_damping_is_recorded_and_shown(run):
+    _, out, printed = run("--prompt", "a", "-tol", "0", "-gs", "12")
     (result,) = record(out)["prompts"]
     per_refinement = [at["damping"] for at in result["iterations"]]
-    assert per_refinement[0] == 0 and result["damping"] == max(per_refinement)
+    assert per_refinement[0] == 0 and result["damping"] == max(per_refinement) > 0
+    assert f"damping {per_refinement[1]:.2f}" in printed and f"{result['damping']:.2f}" in printed.splitlines()[-1]
     _, out, _ = run("--prompt", "a", "-tol", "0", "-gs", "12", "--correction", "paper")
     assert record(out)["prompts"][0]["damping"] == 0
 
@@ -279,6 +282,8 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny, tmp_path, capsys)
 # Bad input
 
 BAD = [
+    (["--prompt", "a", "-cs", "auto", "--compile"], "auto measures calls of many sizes, --compile leaves few"),
+    (["--prompt", "a", "-cs", "few"], "'few' is not usable; give a whole number from 1 up, or auto"),
     (["-p", "missing.txt"], "--prompts/-p: 'missing.txt': No such file"),
     (["-p", "folder"], "--prompts/-p: 'folder': Is a directory"),
     (["-p", "empty.txt"], "--prompts/-p: 'empty.txt': holds no prompt"),
@@ -447,24 +452,30 @@ def test_schedules_are_the_engines():
 
 
 def history(*changes):
-    first = {"image_change": None, "trajectory_change": None}
-    return [first, *({"image_change": image, "trajectory_change": trajectory} for image, trajectory in changes)]
+    found = []
+    for image, trajectory in [(None, None), *changes]:
+        predicted = image**2 / found[-1]["image_change"] if len(found) > 1 else None
+        found.append({"image_change": image, "trajectory_change": trajectory, "predicted_change": predicted})
+    return found
 
 
 @pytest.mark.parametrize(
-    "changes, final, trajectory",
+    "changes, final, trajectory, predicted",
     [
-        ([(5, 5)], "continuing", "continuing"),
-        ([(0.05, 0.05)], "converged", "converged"),
-        ([(5, 9), (0.05, 2)], "converged", "continuing"),  # the image has stalled, an inner boundary still moves
-        ([(5, 2), (0.05, 9)], "converged", "growing"),
-        ([(5, 9), (8, 3)], "growing", "growing"),
-        ([(0.02, 0.01), (0.05, 0.05)], "converged", "converged"),  # grew, but both are below the tolerance
-        ([(0.02, 0.01), (0.2, 0.05)], "growing", "growing"),
-        ([(0.1, 0.1)], "continuing", "continuing"),
+        ([(5, 5)], "continuing", "continuing", "continuing"),
+        ([(0.05, 0.05)], "converged", "converged", "continuing"),  # one change foretells nothing
+        ([(5, 9), (0.05, 2)], "converged", "continuing", "converged"),  # an inner boundary still moves
+        ([(5, 2), (0.05, 9)], "converged", "growing", "converged"),
+        ([(5, 9), (0.6, 1)], "continuing", "continuing", "converged"),  # 0.6 * 0.6 / 5 is to come
+        ([(5, 9), (1, 1)], "continuing", "continuing", "continuing"),
+        ([(5, 9), (8, 3)], "growing", "growing", "growing"),
+        ([(0.02, 0.01), (0.04, 0.05)], "converged", "converged", "converged"),  # grew, but both are below
+        ([(0.02, 0.01), (0.2, 0.05)], "growing", "growing", "growing"),
+        ([(0.1, 0.1)], "continuing", "continuing", "continuing"),
     ],
 )
-def test_stop_rules(changes, final, trajectory):
+def test_stop_rules(changes, final, trajectory, predicted):
+    assert main.judge(history(*changes), "predicted", 0.1) == predicted
     assert main.judge(history(*changes), "final", 0.1) == final
     assert main.judge(history(*changes), "trajectory", 0.1) == trajectory
 

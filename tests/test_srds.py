@@ -94,12 +94,13 @@ def test_first_k_boundaries_are_exact_whatever_the_correction(schedule, noise):
         assert iterate.k == 7 and iterate.exact
 
 
-def test_damping_is_the_largest_share_of_a_correction_that_was_withheld(noise):
+def test_damping_is_what_was_withheld_against_the_state(noise):
     problem, n = Mixture(20), boundaries(20, 4)
-    shares = {n[1]: 0.25, n[2]: 0.75, n[3]: 0.5}
-    correct = lambda dU, dG, start, end: (1 - shares[start]) * dG
-    damping = [iterate.damping.item() for iterate in srds(noise, problem.denoise, problem.step, n, correct=correct)]
-    assert damping == pytest.approx([0, 0.75, 0.75, 0.5, 0])
+    withheld = {n[1]: 0.25, n[2]: 0.75, n[3]: 0.5}
+    correct = lambda dU, dG, start, end: dG - withheld[start]
+    for iterate in srds(noise, problem.denoise, problem.step, n, correct=correct):
+        sizes = [withheld[n[i]] * noise.numel() ** 0.5 / iterate.states[i + 1].norm() for i in range(iterate.k or 4, 4)]
+        assert iterate.damping.item() == pytest.approx(float(max(sizes, default=0)), rel=1e-4)
     plain = srds(noise, problem.denoise, problem.step, n)
     assert [iterate.damping.item() for iterate in plain] == [0] * 5
 
