@@ -23,6 +23,7 @@ from diffusers import (
 )
 from diffusers.utils import logging
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 import main
 import scenes
@@ -158,6 +159,9 @@ def plot(table, path):
             axes.axvline(part[part.method == "sequential DDIM"][across].iloc[0], color="black", linewidth=0.8)
             axes.axhline(1, color="0.7", linestyle=":")
             axes.set(xscale="log", yscale="log", xlabel={"serial": "serial evaluations"}.get(across, across))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set(ylabel="difference to N-step DDIM, grey levels", title=f"N = {N}")
         column[1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -166,12 +170,12 @@ def plot(table, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument(
-        "--prompts", type=int, default=16, help="half of them at N = 200, 4 at 196, 961, 1000 (%(default)s)"
-    )
-    parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 1000, 200, 961, 196])
+    parser.add_argument("--prompts", type=int, default=16, help="a quarter of them from N = 196 on (%(default)s)")
+    parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 961, 1000, 200, 196],
+                        help="the results of the others stay (%(default)s)")  # fmt: skip
     args = parser.parse_args()
-    problem, rows = common.load(args.model), []
+    problem, path = common.load(args.model), common.RESULTS / "peers.csv"
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame({"N": []})
     problem.pipeline.scheduler = DDIMScheduler.from_config(problem.pipeline.scheduler.config, set_alpha_to_one=True)
     texts, attributes = common.prompts(np.random.default_rng(11), args.prompts)
     for N in args.steps:
@@ -181,11 +185,14 @@ if __name__ == "__main__":
         blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in main.SCHEDULES]  # pipelined first
         blocks += [(plan["blocks"], plan["schedule"])] * ((plan["blocks"], plan["schedule"]) not in blocks)
         print(f"N = {N}:", main.describe_plan(plan), flush=True)
-        count = {200: args.prompts // 2, 196: 4, 961: 4, 1000: 4}.get(N)
-        for i, text in enumerate(texts[:count]):
+        rows = []
+        for i, text in enumerate(texts[: args.prompts // 4 if N > 100 else None]):
             started = time.perf_counter()
             new = prompt_rows(common.vary(at, seed=42 + i), blocks, text, peers=N in STEPS)
             rows += [{**entry, "prompt": text} for entry in new]
             print(f"  prompt {i + 1}: {time.perf_counter() - started:.0f} s", flush=True)
-        common.save(summarise(rows, dict(zip(texts, attributes))), "peers")
-    plot(pd.read_csv(common.RESULTS / "peers.csv"), common.RESULTS / "peers.png")
+        table = pd.concat([table[table.N != N], summarise(rows, dict(zip(texts, attributes)))]).sort_values(
+            "N", kind="stable"
+        )
+        common.save(table, "peers")
+    plot(table, common.RESULTS / "peers.png")
