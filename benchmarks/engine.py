@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import main
 
-N, BLOCKS, REFINEMENTS, REPEATS = 100, (7, 10, 14, 20), 3, 7
+N, BLOCKS, REFINEMENTS, REPEATS = 100, (7, 10, 14, 20), 3, 3
 
 
 def measure(problem):
