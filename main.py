@@ -365,18 +365,17 @@ class Problem:
     def boundaries(self):
         return boundaries(self.args.fine_steps, self.args.coarse_steps)
 
-    def denoiser(self, text, lanes=None):
-        """The denoiser of a prompt, for ticks of up to `lanes` lanes: as many as blocks where None."""
+    def denoiser(self, text):
         import diffusion
 
         args = self.args
         embeddings = diffusion.encode_prompt(self.pipeline, text, args.negative_prompt, args.guidance_scale)
-        widest, sizes = len(embeddings) * (lanes or args.coarse_steps), None
+        pair, sizes = len(embeddings), None
         if args.fixed_batch:
-            sizes = [diffusion.fixed_batch(widest, args.max_batch)]
+            sizes = [diffusion.fixed_batch(pair * args.coarse_steps, args.max_batch)]
         elif args.compile:
-            most = min(widest, args.max_batch or widest)
-            sizes = diffusion.compiled_batches(min(len(embeddings), most), most)
+            most = min(pair * args.coarse_steps, args.max_batch or math.inf)
+            sizes = diffusion.compiled_batches(min(pair, most), most)
         settings = args.guidance_scale, args.max_batch, sizes
         return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, *settings)
 
@@ -431,26 +430,31 @@ def tick_widths(N, B, schedule, refinements, bound=None):
     return widths
 
 
+def clock(call, device):
+    """Seconds of a call, until the device has done what it asks for."""
+    import torch
+
+    def wait():
+        if torch.device(device).type != "cpu":
+            torch.accelerator.synchronize()
+
+    wait()
+    started = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - started
+
+
 def measure_calls(problem, widest):
     """Seconds of a tick by its lanes, {1: ..., 2: ..., ..., widest: ...}, and of a decoding; the median of five."""
     import numpy as np
-    import torch
 
     def seconds(call):
         call()
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            call()
-            if problem.x.device.type != "cpu":
-                torch.accelerator.synchronize()
-            times.append(time.perf_counter() - started)
-        return float(np.median(times))
+        return float(np.median([clock(call, problem.x.device) for _ in range(5)]))
 
-    denoise, x = problem.denoiser("", widest), problem.x
-    lanes = sorted(
-        {*(2**i for i in range(12) if 2**i < widest), *(3 * 2**i for i in range(12) if 3 * 2**i < widest), widest}
-    )
+    denoise, x = problem.denoiser(""), problem.x
+    lanes = sorted({widest, *(L for i in range(12) for L in (2**i, 3 * 2**i) if L < widest)})
     calls = {L: seconds(functools.partial(denoise, x.expand(L, -1, -1, -1), x.new_zeros(L, dtype=int))) for L in lanes}
     return calls, seconds(lambda: problem.image(x))
 

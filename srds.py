@@ -87,6 +87,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     while k <= K:
         # One tick: a model output for every lane that moves, its fine step, and its coarse step if it has yet to start.
         moving = lanes if schedule == "pipelined" else sweep(lanes, n)
+        # Those at their block's start go first in the batch: a slice of it then serves their coarse steps.
         first = [lane for lane in moving if lane.n == n[lane.i]]
         moving = first + [lane for lane in moving if lane.n > n[lane.i]]
         X = torch.stack([lane.x for lane in moving])
@@ -111,6 +112,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
             if r == 0 and (i, 0) in G:
                 states.append(G[i, 0][1])
             elif (i, r) in G and (i, r - 1) in F:
+                # The predictor-corrector: U_{i+1}^r = F_i(U_i^{r-1}) + the correction for how U_i, and so G_i, changed.
                 dU, dG = (new - old for new, old in zip(G[i, r], G.pop((i, r - 1))))
                 correction = correct(dU, dG, n[i], n[i + 1])
                 states.append(F.pop((i, r - 1)) + correction)

@@ -15,9 +15,9 @@ import main
 import scenes
 
 
-def load(model="demo", *more):
+def load(model="demo"):
     """The command's `Problem` for a model on the CPU, with its defaults and the prompts of prompts.txt."""
-    argv = ["--model", model, "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu", *more]
+    argv = ["--model", model, "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu"]
     return main.load(main.parse_arguments(argv))[0]
 
 
@@ -29,6 +29,12 @@ def vary(problem, **settings):
 def sequential(problem, denoise):
     """The sequential sample's state, (1, C, H, W)."""
     return diffusion.sequential(problem.x, denoise, problem.step, range(problem.args.fine_steps + 1))
+
+
+def errors(problem, denoise, truth):
+    """Difference to the image `truth`, in grey levels, and ticks, after refinements 0, 1, ...: (2, K + 1)."""
+    runs = [(main.difference(problem.image(at.states), truth), at.ticks) for at in problem.iterates(denoise)]
+    return np.array(runs).T
 
 
 def prompts(rng, count):

@@ -18,10 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import diffusion
-import main
 import scenes
 import train
-from srds import srds
 
 
 def adherence(problem, count, batch=20):
@@ -44,16 +42,6 @@ def adherence(problem, count, batch=20):
     read = [scenes.read(image) for image in images]
     right = pd.DataFrame([{name: want[name] == got[name] for name in want} for want, got in zip(asked, read)])
     return {**right.mean(), "all": right.all(axis=1).mean()}, images
-
-
-def refinement_errors(problem, text, seed, refinements):
-    """Image error to the sequential sample after 0, 1, ... refinements."""
-    x, denoise = diffusion.initial_noise(problem.pipeline, scenes.SIZE, scenes.SIZE, seed), problem.denoiser(text)
-    points = range(problem.args.fine_steps + 1)
-    truth = problem.image(diffusion.sequential(x, denoise, problem.step, points))
-    settings = {"refinements": refinements, "correct": problem.correct}
-    iterates = srds(x, denoise, problem.step, problem.boundaries, **settings)
-    return [main.difference(problem.image(iterate.states), truth) for iterate in iterates]
 
 
 def plot(table, path):
@@ -91,7 +79,12 @@ def benchmark():
 
     texts = problem.args.texts + common.prompts(np.random.default_rng(7), args.others)[0]
     seeds = [problem.args.seed] * len(problem.args.texts) + list(range(args.others))
-    errors = np.array([refinement_errors(problem, *pair, args.refinements) for pair in zip(texts, seeds)])
+    errors = []
+    for text, seed in zip(texts, seeds):
+        at = common.vary(problem, seed=seed, max_iterations=args.refinements)
+        denoise = at.denoiser(text)
+        errors.append(common.errors(at, denoise, at.image(common.sequential(at, denoise)))[0])
+    errors = np.array(errors)
     table = pd.DataFrame(errors, columns=[f"k={k}" for k in range(errors.shape[1])])
     table.insert(0, "prompt", texts)
     table["good"] = (errors.max(1) <= errors[:, 0] + 0.5) & (errors[:, :4][:, -1] <= 1)

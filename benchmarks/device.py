@@ -11,7 +11,6 @@ run holds beyond its widest network call, in latents. Guidance makes two samples
 """
 
 import argparse
-import time
 
 import common
 import numpy as np
@@ -53,15 +52,7 @@ class Bench:
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
     def seconds(self, call):
-        self.wait()
-        started = time.perf_counter()
-        call()
-        self.wait()
-        return time.perf_counter() - started
-
-    def wait(self):
-        if self.cuda:
-            torch.cuda.synchronize()
+        return main.clock(call, self.x.device)
 
     def denoiser(self, times, lanes):
         sizes = diffusion.compiled_batches(2, 2 * lanes) if self.compiled else None

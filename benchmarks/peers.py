@@ -96,7 +96,7 @@ def prompt_rows(problem, blocks, text, peers):
         pair = calls[0]
     else:  # diffusers' DDIM steps past the grid where N does not divide the training steps
         started = time.perf_counter()
-        denoise = problem.denoiser(text, 1)
+        denoise = problem.denoiser(text)
         image, pair = problem.image(common.sequential(problem, denoise)), len(denoise.embeddings)
         seconds = time.perf_counter() - started
     truth = image, seconds

@@ -15,18 +15,8 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-import main
-
 GUIDANCE = (1.0, 3.0, 5.0, 7.5, 12.0)
 GRID = ((25, 5), (25, 8), (25, 10), (50, 7), (50, 10), (50, 14), (100, 10), (100, 14), (100, 20))
-
-
-def errors(problem, denoise, truth):
-    """Image error after each refinement, and its ticks."""
-    iterates = [
-        (main.difference(problem.image(iterate.states), truth), iterate.ticks) for iterate in problem.iterates(denoise)
-    ]
-    return np.array(iterates).T
 
 
 def ticks_within(error, ticks, limit=1):
@@ -53,7 +43,7 @@ def measure(problem, count, most):
                         at = common.vary(
                             problem, guidance_scale=guidance, fine_steps=N, seed=seed, tolerance=0, **settings
                         )
-                        runs.append(errors(at, denoise, truth))
+                        runs.append(common.errors(at, denoise, truth))
                     error = np.array([run[0] for run in runs])
                     within = [ticks_within(*run) for run in runs]
                     rows.append({"guidance": guidance, "N": N, "B": B, "correction": correction})

@@ -27,40 +27,39 @@ SETTINGS = {  # N, B, guidance, correction
     "few steps, paper's correction": (25, 5, 3.0, "paper"),
 }
 TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-RULES = ("final", "trajectory", "predicted")
 
 
-def trace(problem, text, most):
-    """What each rule looks at, and the image error, after each refinement."""
-    denoise, rows, history, states, image = problem.denoiser(text), [], [], None, None
+def trace(problem, text):
+    """What the stop rules watch, with the image error and the ticks, after each refinement."""
+    denoise, history, states, image = problem.denoiser(text), [], None, None
     truth = problem.image(common.sequential(problem, denoise))
-    problem.args.max_iterations = most
     for iterate in problem.iterates(denoise):
-        new, old, image = iterate.states, image, problem.image(iterate.states)
-        row = {"k": iterate.k, "error": main.difference(image, truth), "ticks": iterate.ticks}
-        history.append(main.changes(image, old, new, states, history))
-        if iterate.k:
-            row["final"], trajectory, predicted = history[-1].values()
-            row["trajectory"] = max(row["final"], trajectory)
-            row["predicted"] = np.inf if predicted is None else predicted
-        rows.append(row)
-        states = new
-    return rows
+        earlier, image = image, problem.image(iterate.states)
+        found = main.changes(image, earlier, iterate.states, states, history)
+        history.append({**found, "k": iterate.k, "ticks": iterate.ticks, "error": main.difference(image, truth)})
+        states = iterate.states
+    return history
+
+
+def stop(history, rule, tolerance):
+    """The refinement at which a rule ends a run; the last where it does not."""
+    stops = (k for k in range(len(history)) if main.judge(history[: k + 1], rule, tolerance) == "converged")
+    return history[next(stops, -1)]
 
 
 def evaluate(runs, name):
     rows = []
-    for rule in RULES:
+    for rule in main.STOP_RULES:
         for tolerance in TOLERANCES:
-            stops = [next((row for row in run[1:] if row[rule] < tolerance), run[-1]) for run in runs]
-            error = np.array([stop["error"] for stop in stops])
+            stops = [stop(run, rule, tolerance) for run in runs]
+            error = np.array([at["error"] for at in stops])
             rows.append({
                 "setting": name,
                 "pairs": len(runs),
                 "rule": rule,
                 "tolerance": tolerance,
-                "refinements": np.mean([stop["k"] for stop in stops]),
-                "serial evaluations": np.mean([stop["ticks"] for stop in stops]),
+                "refinements": np.mean([at["k"] for at in stops]),
+                "serial evaluations": np.mean([at["ticks"] for at in stops]),
                 "wrong, %": 100 * (error > 1).mean(),
                 "above tolerance, %": 100 * (error > tolerance).mean(),
                 "worst": error.max(),
@@ -71,7 +70,7 @@ def evaluate(runs, name):
 def plot(table, path):
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (name, part) in zip(figure.subplots(2, 2).flat, table.groupby("setting", sort=False)):
-        for rule, marker in zip(RULES, "osD^"):
+        for rule, marker in zip(main.STOP_RULES, "osD"):
             line = part[part.rule == rule]
             axes.plot(line.refinements, line.worst.clip(lower=1e-3), marker=marker, label=rule)
         axes.axhline(1, color="0.4", linestyle="--")
@@ -95,10 +94,8 @@ if __name__ == "__main__":
         N, B, guidance, correction = SETTINGS[name]
         runs = []
         for text, seed in common.pairs(problem, args.pairs):
-            at = common.vary(
-                problem, fine_steps=N, coarse_steps=B, guidance_scale=guidance, correction=correction, seed=seed
-            )
-            runs.append(trace(at, text, min(B, 6)))
+            settings = {"fine_steps": N, "coarse_steps": B, "guidance_scale": guidance, "correction": correction}
+            runs.append(trace(common.vary(problem, seed=seed, max_iterations=6, **settings), text))
         table = pd.concat([table[table.setting != name], pd.DataFrame(evaluate(runs, name))])
         common.save(table, "stopping")
     plot(table, common.RESULTS / "stopping.png")

@@ -173,9 +173,9 @@ def test_iterates_do_not_depend_on_micro_batches(settings, noise, tiny):
 def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(max_batch, guidance_scale, noise, tiny):
     pipeline, times = loaded(tiny), diffusion.timesteps(15, 1000)
     step = diffusion.ddim_step(pipeline.scheduler, times)
-    pad_to = diffusion.fixed_batch(10 if guidance_scale > 1 else 5, max_batch)
-    assert pad_to == {(None, 3.0): 12, (8, 3.0): 8, (6, 3.0): 4, (1, 3.0): 1, (None, 1.0): 8}[max_batch, guidance_scale]
-    denoise = denoisers(pipeline, times, guidance_scale, sizes=[pad_to])
+    size = diffusion.fixed_batch(10 if guidance_scale > 1 else 5, max_batch)
+    assert size == {(None, 3.0): 12, (8, 3.0): 8, (6, 3.0): 4, (1, 3.0): 1, (None, 1.0): 8}[max_batch, guidance_scale]
+    denoise = denoisers(pipeline, times, guidance_scale, sizes=[size])
     truth = diffusion.sequential(noise, denoise, step, range(16), boundaries(15, 5))
     *_, last = srds(noise, denoise, step, boundaries(15, 5))
     assert last.exact and torch.equal(last.states, truth)

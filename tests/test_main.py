@@ -234,25 +234,13 @@ def test_a_compiler_that_fails_is_one_line_and_status_1(tiny, tmp_path, monkeypa
 
 def test_damping_is_recorded_and_shown(run):
     """On the demo model, as random weights turn nothing round."""
-    demo = [
-        "--prompt",
-        "a red sun",
-        "-cs",
-        "5",
-        "-fs",
-        "25",
-        "-gs",
-        "7.5",
-        "--max-iterations",
-        "2",
-        "--no-ground-truth",
-    ]
-    _, out, printed = run(*demo, model="demo")
+    strong = ["--prompt", "a red sun", *"-cs 5 -fs 25 -gs 7.5 --max-iterations 2 --no-ground-truth".split()]
+    _, out, printed = run(*strong, model="demo")
     (result,) = record(out)["prompts"]
     per_refinement = [at["damping"] for at in result["iterations"]]
     assert per_refinement[0] == 0 and result["damping"] == max(per_refinement) > 0
     assert f"damping {per_refinement[1]:.2f}" in printed and f"{result['damping']:.2f}" in printed.splitlines()[-1]
-    _, out, printed = run(*demo, "--correction", "paper", model="demo")
+    _, out, printed = run(*strong, "--correction", "paper", model="demo")
     assert record(out)["prompts"][0]["damping"] == 0 and "damping 0" not in printed
 
 
