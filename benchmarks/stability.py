@@ -4,7 +4,8 @@
 
 Image error to the sequential sample, in grey levels, over guidance, N and B: after each refinement the worst prompt
 and the mean. "excess" is by how much a refinement's image is worse than the initialisation's, at worst. "ticks" are
-the mean serial evaluations until the image stays within 1 grey level, where the refinements that were run get there.
+the mean serial evaluations until the image stays within 1 grey level, and "never" counts the prompts that the
+refinements that were run do not bring there (then there is no mean).
 """
 
 import argparse
@@ -12,7 +13,7 @@ import argparse
 import common
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LogNorm
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 GUIDANCE = (1.0, 3.0, 5.0, 7.5, 12.0)
@@ -48,6 +49,7 @@ def measure(problem, count, most):
                     within = [ticks_within(*run) for run in runs]
                     rows.append({"guidance": guidance, "N": N, "B": B, "correction": correction})
                     rows[-1] |= {"excess": (error[:, 1:] - error[:, :1]).max(), "ticks": np.mean(within)}
+                    rows[-1]["never"] = np.isnan(within).sum()
                     for name, values in (("worst", error.max(0)), ("mean", error.mean(0))):
                         rows[-1] |= {f"{name} k={k}": value for k, value in enumerate(values)}
                     print(*rows[-1].values(), flush=True)
@@ -60,17 +62,16 @@ def plot(table, path):
     for axes, correction, title in zip(
         figure.subplots(1, 2), ("paper", "damped"), ("the paper's correction", "damped correction (default)")
     ):
-        part = table[table.correction == correction].copy()
-        part["largest"] = part[[name for name in part if name.startswith("worst") and name != "worst k=0"]].max(axis=1)
-        part["ratio"] = part.largest / part["worst k=0"]
-        values = part.pivot_table(index="guidance", columns=["N", "B"], values="ratio")
-        shown = axes.imshow(values, cmap="RdBu_r", norm=LogNorm(1 / 20, 20), aspect="auto")
+        part = table[table.correction == correction]
+        values = part.pivot_table(index="guidance", columns=["N", "B"], values="excess")
+        shown = axes.imshow(values, cmap="RdBu_r", norm=SymLogNorm(0.5, vmin=-100, vmax=100), aspect="auto")
         for (row, column), value in np.ndenumerate(values.to_numpy()):
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value > 6 else "black")
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value > 10 else "black")
         axes.set_xticks(range(len(values.columns)), [f"{N}, {B}" for N, B in values.columns], rotation=45)
         axes.set_yticks(range(len(values)), values.index)
         axes.set(xlabel="N, B", ylabel="guidance", title=title)
-    figure.colorbar(shown, label="largest image error of a refinement\n/ that of the initialisation")
+    label = "largest image error of a refinement\nabove that of the initialisation, grey levels"
+    figure.colorbar(shown, label=label, ticks=(-10, -1, 0, 1, 10, 100), format="%g")
     figure.savefig(path, dpi=120)
 
 
