@@ -1,4 +1,4 @@
-"""The model's side: loading, time grid, DDIM as a table, the guided denoiser, sequential sampling, decoding."""
+"""The model's side: loading, time grid, solvers as tables, the guided denoiser, sequential sampling, decoding."""
 
 import json
 import math
@@ -6,7 +6,9 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from transformers.utils import logging as transformers_logging
 hub_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
+
+from families import FAMILIES, Family
 
 diffusers_logging.set_verbosity_error()
 
@@ -39,12 +43,16 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline in Stable Diffusion's format, known by its configs alone."""
+    """A pipeline known by its configs alone."""
 
     name: str  # what from_pretrained takes: a hub id or a folder
-    scheduler: DDIMScheduler
-    native_size: tuple[int, int]  # height and width, in pixels
-    factor: int  # pixels a latent
+    family: Family
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
+
+    @property
+    def solvers(self):
+        """The solvers that sample it, its default first."""
+        return ("euler", "dpmsolver++") if self.family.flow else ("ddim", "ddpm", "dpmsolver++")
 
 
 def find_model(name):
@@ -69,27 +77,29 @@ def _read_configs(name):
     folder = Path(name) if name and os.path.isdir(name) else _download_configs(name)
 
     def config(file):
+        path = folder / file
+        if not path.exists():  # old models of one network have its files beside model_index.json
+            path = folder / path.name
         try:
-            return dict(json.loads((folder / file).read_text(encoding="utf-8")))
+            return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             raise ModelError(f"{name} is not a diffusers model: it has no readable {file}") from None
 
     kind = config("model_index.json").get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise ModelError(f"{name} is a {kind}; this program samples StableDiffusionPipeline models")
-    unet, vae = config("unet/config.json"), config("vae/config.json")
-    if unet.get("time_cond_proj_dim"):
-        raise ModelError(f"{name} has its guidance scale embedded in the network, which is not supported")
-    channels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or [0] * 4
-    factor = 2 ** (len(channels) - 1)
-    size = unet.get("sample_size") or 64
-    height, width = (size, size) if isinstance(size, int) else size
-    scheduler = _ddim_scheduler(name, config("scheduler/scheduler_config.json"))
-    return Model(name, scheduler, (height * factor, width * factor), factor)
+    if kind not in FAMILIES:
+        raise ModelError(f"{name} is a {kind}; this program samples {', '.join(FAMILIES)} models")
+    network = config(f"{FAMILIES[kind].network}/config.json")
+    try:
+        family = FAMILIES[kind](network, config("vae/config.json") if FAMILIES[kind].latent else {})
+    except ValueError as error:
+        raise ModelError(f"{name} {error}") from None
+    scheduler = _flow_scheduler if family.flow else _diffusion_scheduler
+    return Model(name, family, scheduler(name, config("scheduler/scheduler_config.json"), family))
 
 
 def _download_configs(name):
-    configs = ["model_index.json", "scheduler/*.json", "unet/config.json", "vae/config.json"]
+    networks = [f"{network}/config.json" for network in ("unet", "transformer", "vae")]
+    configs = ["model_index.json", "scheduler/*.json", *networks, "config.json", "scheduler_config.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=configs))
     except HFValidationError:
@@ -107,7 +117,7 @@ def _download_configs(name):
         raise ModelError(f"{name} could not be downloaded: {_first_line(error)}") from None
 
 
-def _ddim_scheduler(name, config):
+def _diffusion_scheduler(name, config, family):
     """DDIM with trailing spacing from the config of any scheduler that shares its noise schedule."""
     kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
     if kind not in DDIMScheduler._compatibles or "beta_schedule" not in config:
@@ -117,8 +127,10 @@ def _ddim_scheduler(name, config):
     if config.get("thresholding"):
         raise ModelError(f"{name} has a scheduler with thresholding, which is not linear in the model's output")
     try:
-        # Latents are never clipped; an offset does nothing to trailing spacing, but diffusers warns of others than 1.
-        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
+        # Only pixels are clipped; an offset does nothing to trailing spacing, but diffusers warns of others than 1.
+        settings = {"timestep_spacing": "trailing", "steps_offset": 1}
+        clip = not family.latent and config.get("clip_sample", True)
+        scheduler = DDIMScheduler.from_config(config, clip_sample=clip, **settings)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name} has a scheduler config that DDIM cannot take: {_first_line(error)}") from None
     if prediction == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
@@ -126,8 +138,24 @@ def _ddim_scheduler(name, config):
     return scheduler
 
 
-def load_pipeline(model, device, dtype, variant=None):
-    """Load a `Model`'s weights from safetensors into a StableDiffusionPipeline whose scheduler is `model.scheduler`.
+def _flow_scheduler(name, config, family):
+    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        raise ModelError(
+            f"{name} has a {config.get('_class_name')}; flow matching needs FlowMatchEulerDiscreteScheduler"
+        )
+    for key in ("invert_sigmas", "stochastic_sampling"):
+        if config.get(key):
+            raise ModelError(f"{name} has a scheduler with {key}, which is not supported")
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ModelError(f"{name} has a scheduler config that cannot be used: {_first_line(error)}") from None
+
+
+def load_pipeline(model, device, dtype, variant=None, offload=False, tiling=False):
+    """Load a `Model`'s weights into its pipeline, whose scheduler is `model.scheduler`.
+
+    offload: keep in the device's memory only the component that runs. tiling: decode large images in tiles.
 
     Raises ModelError where weights are missing, unreadable or, for `variant`, not there.
     """
@@ -136,32 +164,34 @@ def load_pipeline(model, device, dtype, variant=None):
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             model.name,
             scheduler=model.scheduler,
             dtype=dtype,
             variant=variant,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **model.family.loading,
         )
     except Exception as error:  # files of all kinds, read by several libraries, each with errors of its own
         if out_of_memory(error):
             raise
         kind = f" variant {variant!r}" if variant else ""
-        raise ModelError(
-            f"{model.name}: its safetensors weights{kind} cannot be loaded: {_first_line(error)}"
-        ) from error
-    for network in (pipeline.unet, pipeline.vae):
-        network.to(memory_format=torch.channels_last)  # faster convolutions, in the demo's network by a quarter
+        raise ModelError(f"{model.name}: its weights{kind} cannot be loaded: {_first_line(error)}") from error
+    model.family.prepare(pipeline)
+    for component in ("unet", "vae"):
+        if component in pipeline.components:  # faster convolutions, in the demo's network by a quarter
+            pipeline.components[component].to(memory_format=torch.channels_last)
+    if tiling and "vae" in pipeline.components:
+        pipeline.vae.enable_tiling()
+    if offload:
+        pipeline.enable_model_cpu_offload(device=device)
+        return pipeline
     return pipeline.to(device)
 
 
-def compile_network(unet):
+def compile_network(network):
     """Have torch compile the network, for each batch shape at its first call; on cuda as a CUDA graph."""
     torch._dynamo.config.recompile_limit = 64  # a shape each; past the limit, calls would not be compiled
-    unet.compile(mode="reduce-overhead" if unet.device.type == "cuda" else "default", dynamic=False)
+    network.compile(mode="reduce-overhead" if network.device.type == "cuda" else "default", dynamic=False)
 
 
 def out_of_memory(error):
@@ -179,7 +209,17 @@ def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# Time grid and solver
+# Time grid and solvers
+
+
+class Grid(NamedTuple):
+    """The points in time of N steps: x = signal x0 + noise eps at each, and at the end of the chain."""
+
+    times: torch.Tensor  # what the network is told at points 0 to N - 1: int64 timesteps, or float32 for a flow, (N,)
+    signal: torch.Tensor  # float64 (N + 1,)
+    noise: torch.Tensor  # float64 (N + 1,)
+    prediction_type: str  # "epsilon", "v_prediction", "sample" or "flow"
+    clip: float | None = None  # the largest absolute value that x0 may have
 
 
 def timesteps(steps, training_steps):
@@ -194,63 +234,131 @@ def timesteps(steps, training_steps):
     return torch.from_numpy(grid.astype(np.int64))
 
 
-def _signal_and_noise(scheduler, times):
-    """sqrt(alpha) and sqrt(1 - alpha) of the grid's points and of its end, float64 (N + 1,)."""
-    alpha = torch.cat([scheduler.alphas_cumprod[times], scheduler.final_alpha_cumprod.reshape(1)]).double()
-    return alpha.sqrt(), (1 - alpha).sqrt()
+def diffusion_grid(scheduler, steps, solver="ddim"):
+    """The trailing grid of a DDIMScheduler's noise schedule. It ends as the solver does in diffusers: DDIM where
+    `set_alpha_to_one` says, others free of noise."""
+    config, times = scheduler.config, timesteps(steps, scheduler.config.num_train_timesteps)
+    final = scheduler.final_alpha_cumprod if solver == "ddim" else torch.tensor(1.0)
+    alpha = torch.cat([scheduler.alphas_cumprod[times], final.reshape(1)]).double()
+    clip = config.clip_sample_range if config.clip_sample and solver != "dpmsolver++" else None
+    return Grid(times, alpha.sqrt(), (1 - alpha).sqrt(), config.prediction_type, clip)
 
 
-def ddim_step(scheduler, times, device="cpu"):
-    """DDIM (Song, Meng and Ermon, 2021, eq. 12, eta = 0) between any two points of the grid `times`.
+def flow_grid(scheduler, steps, sigmas=None, tokens=None):
+    """The grid of a FlowMatchEulerDiscreteScheduler, which shifts `sigmas`, (steps,), or its own where None.
 
-    Returns step(x, m, start, end): L states at grid points `start` and their model outputs, both float32
-    (L, C, H, W), to the states at `end`; indices are int64 (L,), and N is the end of the chain.
-
-    With x = sqrt(alpha) x0 + sqrt(1 - alpha) eps, each prediction type gives x0 and eps as linear combinations of
-    state and output, so x' = sqrt(alpha') x0 + sqrt(1 - alpha') eps is one too: two coefficients for each pair.
+    tokens: patches in an image, by which a dynamic shift grows.
     """
-    signal, noise = _signal_and_noise(scheduler, times)
-    a, b = signal[:-1], noise[:-1]
-    one, zero = torch.ones_like(a), torch.zeros_like(a)
-    x0_x, x0_m, eps_x, eps_m = {  # x0 = x0_x x + x0_m m and eps = eps_x x + eps_m m
-        "epsilon": (1 / a, -b / a, zero, one),
-        "v_prediction": (a, -b, b, a),
-        "sample": (zero, one, 1 / b, -a / b),
-    }[scheduler.config.prediction_type]
-    table = torch.stack([
-        torch.outer(x0_x, signal) + torch.outer(eps_x, noise),
-        torch.outer(x0_m, signal) + torch.outer(eps_m, noise),
-    ])  # fmt: skip
-    table = table.float().to(device)
-
-    def step(x, m, start, end):
-        of_state, of_output = table[:, start, end].reshape(2, -1, 1, 1, 1)
-        return of_state * x + of_output * m
-
-    return step
+    config, shift = scheduler.config, {}
+    if config.use_dynamic_shifting:
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    scheduler.set_timesteps(steps, sigmas=sigmas, **shift)
+    noise = scheduler.sigmas.double()
+    return Grid(scheduler.timesteps, 1 - noise, noise, "flow")
 
 
-def damped(scheduler, times):
-    """The correction of SRDS, held back where DDIM's long step overshoots; `times` is the grid, as in `ddim_step`.
+def step_noise(seed, j, shape):
+    """The standard normal noise of the fine step from grid point j: float32, drawn on the CPU, of (seed, j) alone."""
+    mixed = int(np.random.SeedSequence([seed, j]).generate_state(1, np.uint64)[0])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
 
-    Returns correct(dU, dG, start, end): dG, or less, for changes dU at grid point `start` and dG at `end` of one shape.
 
-    In y = x / signal, with r the ratio of noise / signal at `end` to that at `start`, DDIM carries a change as
-    dy' = r dy + (1 - r) dx0. With dx0 = J dy and J constant, the sampler's ODE dy / d log(noise / signal) = y - x0
-    carries it to r^(1 - J) dy. The two are close for 0 <= J <= 1, where the Jacobian of an optimal denoiser lies (it
-    is a covariance) unless modes part. Strong guidance makes J negative: short steps then let a change decay, one long
-    step turns it round and enlarges it, and refinements diverge. There dx0 is scaled by the theta that makes the two
-    equal, r + (1 - r) theta J = r^(1 - J). J is measured for each element and for the whole state, the lower counts;
-    and nothing is withheld where J's negative part, its mean weighted by dy^2, is above -0.05.
+class Solver:
+    """A sampler as tables over a grid: `step` makes its steps and `damped` corrects them.
+
+    Every solver writes out x0 = p x + q m, then steps with x0 held: x' = signal' x0 + carry (x - signal x0) + spread z.
+    ddim: DDIM (Song, Meng and Ermon, 2021, eq. 12), for eta > 0 with noise z.
+    euler: Euler's step of a flow dx / dsigma = m, which is the same table without noise.
+    ddpm: ancestral sampling (Ho, Jain and Abbeel, 2020, algorithm 2) with the posterior's variance: ddim at eta = 1 but
+        for how x0 is clipped.
+    dpmsolver++: DPM-Solver++ (2M) (Lu et al., 2022, algorithm 2): x0 is extrapolated from the step before. At the grid
+        points `restarts`, where blocks begin, nothing came before, and the step is ddim's.
+
+    A step over several points, the coarse one, is what the fine steps there would do were x0 to stay what it is at the
+    first: for eta = 0 and eta = 1 that is the solver's own long step, and its noise is that of the fine steps, carried
+    to its end.
+
+    The noise z of the fine step from point j is `step_noise(seed, j)`, drawn anew each time.
     """
-    signal, noise = (values.tolist() for values in _signal_and_noise(scheduler, times))
 
-    def correct(dU, dG, start, end):
-        q = signal[end] / signal[start]
-        r = noise[end] / noise[start] / q
-        carried = q * r * dU  # were x0 to stay as it is
+    def __init__(self, grid, name="ddim", eta=0.0, seed=0, restarts=()):
+        self.name, self.seed, self.clip = name, seed, grid.clip
+        self.signal, self.noise = grid.signal, grid.noise
+        a, b, a_next, b_next = self.signal[:-1], self.noise[:-1], self.signal[1:], self.noise[1:]
+        one = torch.ones_like(a)
+        self.x0_of_state, self.x0_of_output = {
+            "epsilon": (1 / a, -b / a),
+            "v_prediction": (a, -b),
+            "sample": (0 * a, one),
+            "flow": (one, -b),
+        }[grid.prediction_type]
+
+        eta = 1.0 if name == "ddpm" else eta
+        self.spread = eta * b_next / b * (1 - (a / a_next) ** 2).clamp(min=0).sqrt()
+        self.stochastic = bool(self.spread.any())
+        kept = (b_next**2 - self.spread**2).clamp(min=0).sqrt() / b
+        steps = len(a)
+        # carry[i, j] = kept[i] ... kept[j - 1]: what is left at point j of a deviation from signal x0 at point i.
+        ones = torch.ones(steps + 1, steps + 1, dtype=torch.float64)
+        ones[:, 1:] = kept.expand(steps + 1, -1).where(ones[:, 1:].triu().bool(), 1.0)
+        self.carry = ones.cumprod(1)
+
+        rate = (a / b).log()  # half the log signal-to-noise ratio; 2M extrapolates in it
+        h = torch.cat([rate, (a_next / b_next)[-1:].log()]).diff()
+        self.extrapolation = torch.zeros(steps, dtype=torch.float64)
+        if name == "dpmsolver++":
+            self.extrapolation[1:] = (h[1:] / (2 * h[:-1])).where(h[1:].isfinite() & h[:-1].isfinite(), 0.0)
+            self.extrapolation[[n for n in restarts if n < steps]] = 0
+
+    def step(self, x, m, start, end, past):
+        """L states at grid points `start` and their model outputs, both float32 (L, C, H, W), to the states at `end`.
+
+        start, end: int64 (L,) on the CPU, 0 to N. past: of dpmsolver++, x0 of the steps that led to x, (L, C, H, W); of
+        no meaning at a restart and to others. Returns the states, and `past` for the steps from there.
+        """
+        columns = [self.x0_of_state[start], self.x0_of_output[start], self.extrapolation[start]]
+        columns += [self.signal[start], self.signal[end], self.carry[start, end]]
+        columns = torch.stack(columns).float().to(x.device, non_blocking=True)
+        p, q, extrapolation, signal, signal_end, carry = columns.reshape(6, -1, 1, 1, 1)
+        x0 = p * x + q * m
+        at_end = at_start = x0
+        if self.name == "dpmsolver++":
+            at_end = at_start = x0 + extrapolation * (x0 - past)
+        elif self.clip is not None:  # by ddim in diffusers as where the step leads to, not in the noise it finds in x
+            at_end = x0.clamp(-self.clip, self.clip)
+            at_start = at_end if self.name == "ddpm" else x0
+        x = signal_end * at_end + carry * (x - signal * at_start)
+        if self.stochastic:
+            noises = [self._noise(*between, x.shape[1:]) for between in zip(start.tolist(), end.tolist())]
+            x = x + torch.stack(noises).to(x.device, non_blocking=True)
+        return x, x0 if self.name == "dpmsolver++" else x
+
+    def _noise(self, start, end, shape):
+        """What the fine steps from one point to another add, were x0 held: float32, of a state's shape."""
+        total = torch.zeros(shape)
+        for j in range(start, end):
+            total += float(self.spread[j] * self.carry[j + 1, end]) * step_noise(self.seed, j, shape)
+        return total
+
+    def damped(self, dU, dG, start, end):
+        """The correction of SRDS, held back where a long step overshoots: dG, or less.
+
+        dU: change of the state at grid point `start`; dG: of where the coarse step leads from it, at `end`. One shape.
+
+        In y = x / signal, with r = carry signal / signal', the coarse step carries a change as r dy + (1 - r) dx0. With
+        dx0 = J dy and J constant, short steps carry it to r^(1 - J) dy. The two are close for 0 <= J <= 1, where
+        the Jacobian of an optimal denoiser lies (it is a covariance) unless modes part. Strong guidance makes J
+        negative: short steps then let a change decay, one long step turns it round and enlarges it, and refinements
+        diverge. There dx0 is scaled by the theta that makes the two equal, r + (1 - r) theta J = r^(1 - J). J is
+        measured for each element and for the whole state, the lower counts; and nothing is withheld where J's negative
+        part, its mean weighted by dy^2, is above -0.05.
+        """
+        carry, q = float(self.carry[start, end]), float(self.signal[end] / self.signal[start])
+        r = carry / q
+        carried = carry * dU  # were x0 to stay as it is
         rest = dG - carried
-        along, size = rest * dU / (q - q * r), dU * dU
+        along, size = rest * dU / (q - carry), dU * dU
         weight = size.sum() + 1e-30
         J = torch.minimum(along / (size + 1e-8 * size.mean() + 1e-30), along.sum() / weight)
         turned = along.clamp(max=0).sum() / weight
@@ -258,24 +366,13 @@ def damped(scheduler, times):
         theta = -torch.expm1(decay * math.log(max(r, 1e-30))) * r / ((1 - r) * decay)
         return torch.where((J < 0) & (turned < -0.05), carried + theta * rest, dG)
 
-    return correct
-
 
 # The denoiser
 
 
-@torch.no_grad()
-def encode_prompt(pipeline, prompt, negative_prompt="", guidance_scale=1.0):
-    """Embeddings of one prompt, (1, tokens, width); with guidance (scale above 1), (2, ...), the negative first."""
-    guided = guidance_scale > 1
-    positive, negative = pipeline.encode_prompt(prompt, pipeline.device, 1, guided, negative_prompt)
-    return torch.cat([negative, positive]) if guided else positive
-
-
-def cut_from_prompt(pipeline, prompt):
-    """What the tokenizer's limit cuts from the end of a prompt; "" where it fits."""
-    tokenizer = pipeline.tokenizer
-    return tokenizer.decode(tokenizer(prompt).input_ids[tokenizer.model_max_length - 1 : -1])
+def cut_from_prompt(tokenizer, limit, prompt):
+    """What a limit in tokens cuts from the end of a prompt; "" where it fits."""
+    return tokenizer.decode(tokenizer(prompt).input_ids[limit - 1 : -1])
 
 
 def fixed_batch(widest, max_batch=None):
@@ -296,56 +393,53 @@ def compiled_batches(smallest, widest):
 
 
 class Denoiser:
-    """The network under classifier-free guidance (Ho and Salimans, 2022): L states in, L guided outputs out.
+    """The network with its conditions: L states in, L model outputs out, guided where conditions come in pairs.
 
-    embeddings: as `encode_prompt` gives them.
-    times: the grid's timesteps, int64 (N,).
+    network(x, t, **conditions): outputs for states x, (S, C, H, W), of `dtype`, times t, (S,), and conditions (S, ...).
+    conditions: tensors of one row each, or of two (the negative prompt's first): then guidance is classifier-free (Ho
+        and Salimans, 2022), of the scale `guidance_scale`.
+    times: as in `Grid`.
     max_batch: most network samples in one call; more make several calls. None: all lanes of a tick in one.
     sizes: the network samples that a call may have, in place of max_batch: each call is filled up with copies to the
         next of them, so that few shapes are compiled or, with one size, all are rounded alike. None: any.
     """
 
-    def __init__(self, unet, embeddings, times, guidance_scale=1.0, max_batch=None, sizes=None):
-        self.unet, self.embeddings, self.times = unet, embeddings, times.to(unet.device)
+    def __init__(self, network, conditions, times, guidance_scale=1.0, max_batch=None, sizes=None, dtype=torch.float32):
+        self.network, self.conditions, self.times, self.dtype = network, conditions, times, dtype
         self.guidance_scale, self.max_batch, self.sizes = guidance_scale, max_batch, sizes
+        self.rows = max((len(rows) for rows in conditions.values()), default=1)
 
     @torch.no_grad()
     def __call__(self, x, n):
-        """Model outputs, float32 (L, C, H, W), for states x, (L, C, H, W), at grid points n, int64 (L,)."""
-        pair, lanes = len(self.embeddings), len(x)
-        samples = x.to(self.unet.dtype).repeat(pair, 1, 1, 1)
-        times = self.times[n].repeat(pair)
-        embeddings = self.embeddings.repeat_interleave(lanes, 0)
-        most = max(self.sizes) if self.sizes else self.max_batch or pair * lanes
-        parts = zip(samples.split(most), times.split(most), embeddings.split(most))
-        outputs = torch.cat([self._network(*part) for part in parts])
-        if pair == 1:
+        """Model outputs, float32 (L, C, H, W), for states x, (L, C, H, W), at grid points n, int64 (L,) on the CPU."""
+        lanes = len(x)
+        samples = x.to(self.dtype).repeat(self.rows, 1, 1, 1)
+        times = self.times[n].repeat(self.rows).to(x.device, non_blocking=True)
+        conditions = {name: rows.repeat_interleave(lanes, 0) for name, rows in self.conditions.items()}
+        most = max(self.sizes) if self.sizes else self.max_batch or self.rows * lanes
+        parts = zip(*(part.split(most) for part in (samples, times, *conditions.values())))
+        outputs = torch.cat([self._call(*part) for part in parts])
+        if self.rows == 1:
             return outputs
         negative, positive = outputs.chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
-    def _network(self, x, t, embeddings):
-        count = len(x)
-        for size in self.sizes or ():
-            if size > count:
-                pad = size - count
-                x, t, embeddings = (
-                    torch.cat([part, part[-1:].expand(pad, *part.shape[1:])]) for part in (x, t, embeddings)
-                )
-            if size >= count:
-                break
-        output = self.unet(x, t, encoder_hidden_states=embeddings, return_dict=False)[0][:count]
+    def _call(self, *inputs):
+        count = len(inputs[0])
+        size = next((size for size in self.sizes or () if size >= count), count)
+        if size > count:
+            inputs = [torch.cat([part, part[-1:].expand(size - count, *part.shape[1:])]) for part in inputs]
+        x, t, *conditions = inputs
+        output = self.network(x, t, **dict(zip(self.conditions, conditions)))[:count]
         return output.to(torch.float32, copy=True)  # a compiled network's next call may reuse the memory of this one
 
 
 # Sampling
 
 
-def initial_noise(pipeline, height, width, seed):
-    """x_T, float32 (1, C, h, w) on the pipeline's device, drawn on the CPU so that it is the same on every device."""
-    factor = pipeline.vae_scale_factor
-    shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pipeline.device)
+def initial_noise(shape, seed, device="cpu"):
+    """x_T, float32 (1, *shape), drawn on the CPU so that it is the same on every device."""
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 @torch.no_grad()
@@ -356,24 +450,25 @@ def sequential(x, denoise, step, points, keep=None):
     """
     points = list(points)
     keep = {points[-1]} if keep is None else set(keep)
-    x, kept = x.float(), [x.float()] if points[0] in keep else []
-    indices = torch.tensor(points, device=x.device).split(1)
-    for after, start, end in zip(points[1:], indices, indices[1:]):
-        x = step(x, denoise(x, start), start, end)
-        if after in keep:
+    x = past = x.float()
+    kept = [x] if points[0] in keep else []
+    for start, end in pairwise(points):
+        start, at_end = torch.tensor([start]), torch.tensor([end])
+        x, past = step(x, denoise(x, start), start, at_end, past)
+        if end in keep:
             kept.append(x)
     return torch.cat(kept)
 
 
 @torch.no_grad()
-def decode(pipeline, latent):
-    """The image of a latent, (C, H, W) or (1, C, H, W): uint8, (height, width, 3).
+def decode(family, pipeline, state):
+    """The image of a state, (C, H, W) or (1, C, H, W): uint8, (height, width, 3).
 
-    Raises FloatingPointError where the latent or what the autoencoder makes of it is not finite.
+    Raises FloatingPointError where the state or what an autoencoder makes of it is not finite.
     """
-    vae = pipeline.vae
-    latent = latent.reshape(1, *latent.shape[-3:]).to(vae.dtype)  # always a batch of one: always the same kernels
-    image = vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0]
-    if not (latent.isfinite().all() and image.isfinite().all()):
-        raise FloatingPointError(f"the latents or the image are not finite in {str(vae.dtype).removeprefix('torch.')}")
-    return np.asarray(pipeline.image_processor.postprocess(image, output_type="pil")[0])
+    state = state.reshape(1, *state.shape[-3:])  # always a batch of one: always the same kernels
+    image = family.decode(pipeline, state)
+    if not (state.isfinite().all() and image.isfinite().all()):
+        dtype = str(image.dtype).removeprefix("torch.")
+        raise FloatingPointError(f"the latents or the image are not finite in {dtype}")
+    return ((image[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

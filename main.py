@@ -20,10 +20,12 @@ MODEL = "stabilityai/stable-diffusion-2"
 COARSE_STEPS = 10  # or "auto"
 FINE_STEPS = 100
 TOLERANCE = 0.1  # mean absolute change of the 8-bit image, 0 to 255
-GUIDANCE_SCALE = 7.5
+SOLVER = None  # ddim; for flow matching, euler
+ETA = 0.0  # of ddim: 0 takes no noise, 1 as much as ddpm
+GUIDANCE_SCALE = None  # the usual one of the model's family: 7.5 for Stable Diffusion
 DEMO_GUIDANCE_SCALE = 2.0  # for --model demo
-HEIGHT = 512  # pixels; the model's native size where that is smaller
-WIDTH = 512
+HEIGHT = None  # pixels; the model's native size, for Stable Diffusion at most 512
+WIDTH = None
 SEED = 42
 SCHEDULE = "pipelined"
 CORRECTION = "damped"
@@ -39,6 +41,7 @@ EXPECTED_REFINEMENTS = 3  # that --coarse-steps auto plans for: what most runs o
 SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
 CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
+SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -110,7 +113,9 @@ def parse_arguments(argv):
     add("--coarse-steps", "-cs", metavar="B", type=blocks, default=COARSE_STEPS,
         help="blocks, at most N; auto plans for the least time on this device (%(default)s)")  # fmt: skip
     add("--fine-steps", "-fs", metavar="N", type=integer(1), default=FINE_STEPS,
-        help="DDIM steps to be equalled, at most as many as the model was trained on (%(default)s)")  # fmt: skip
+        help="steps to be equalled; in diffusion, no more than the model was trained on (%(default)s)")  # fmt: skip
+    add("--solver", choices=SOLVERS, default=SOLVER, help="the sampler that makes the steps (ddim; of a flow, euler)")
+    add("--eta", metavar="E", type=real, default=ETA, help="noise in ddim's steps, 0 to 1 (%(default)s)")
     add("--tolerance", "-tol", metavar="T", type=real, default=TOLERANCE,
         help="stop below this change of the image, 0-255; 0 runs to exactness (%(default)s)")  # fmt: skip
     add("--schedule", choices=SCHEDULES, help=f"which lanes move in a tick ({SCHEDULE}; auto blocks: the faster)")
@@ -131,20 +136,22 @@ def parse_arguments(argv):
     add = group.add_argument
     add("--model", default=MODEL, help="hub id, local folder, or demo (%(default)s)")
     add("--variant", default=VARIANT, help="variant of the weights, such as fp16")
-    add("--guidance-scale", "-gs", metavar="S", type=real,
-        help=f"classifier-free guidance above 1 ({GUIDANCE_SCALE}; demo: {DEMO_GUIDANCE_SCALE})")  # fmt: skip
+    add("--guidance-scale", "-gs", metavar="S", type=real, default=GUIDANCE_SCALE,
+        help="classifier-free guidance, on above 1, or the network's own (the usual one of the model)")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", default=NEGATIVE_PROMPT, help="what guidance leads away from")
-    add("--height", metavar="PX", type=integer(1), help=f"({HEIGHT}, or the model's native height if smaller)")
-    add("--width", metavar="PX", type=integer(1), help=f"({WIDTH}, or the model's native width if smaller)")
+    for side, default in (("height", HEIGHT), ("width", WIDTH)):
+        add(f"--{side}", metavar="PX", type=integer(1), default=default, help=f"(the model's native {side})")
     add("--seed", "-s", type=integer(0, 2**64 - 1), default=SEED, help="of the initial noise (%(default)s)")
     add("--no-ground-truth", action="store_true", help="only sample: no sequential run to compare with")
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps ... (%(default)s)")
-    add("--dtype", choices=DTYPES, default=DTYPE, help="auto: float16 on cuda, float32 elsewhere")
+    add("--dtype", choices=DTYPES, default=DTYPE, help="auto: float16 or bfloat16 on cuda, float32 elsewhere")
     add("--max-batch", metavar="M", type=integer(1), default=MAX_BATCH,
         help="most network samples in one call, where memory is short")  # fmt: skip
+    add("--offload", action="store_true", help="keep on the device only the part of the model that runs")
+    add("--vae-tiling", action="store_true", help="decode large images in tiles, where memory is short")
     add("--fixed-batch", action="store_true", help="pad every network call to one shape: reproducible to the bit")
     add("--compile", action="store_true", help="torch.compile the network: minutes once, then faster calls")
 
@@ -162,6 +169,10 @@ def parse_arguments(argv):
             f"argument --coarse-steps/-cs: {args.coarse_steps} is more than the {args.fine_steps} of --fine-steps; "
             "give at most as many"
         )
+    if args.eta > 1:
+        raise Failure(f"argument --eta: {args.eta:g} is not usable; give a number from 0 to 1")
+    if args.eta and args.solver not in (None, "ddim"):
+        raise Failure(f"argument --eta: {args.eta:g} is for --solver ddim, not {args.solver}; leave it out")
     args.texts = read_prompts(args)
     check_output_dir(args.output_dir)
     return args
@@ -212,7 +223,7 @@ def check_output_dir(folder):
 
 
 def choose_device(args):
-    """The torch device and dtype of --device and --dtype."""
+    """The torch device of --device."""
     import torch
 
     name = args.device
@@ -226,8 +237,9 @@ def choose_device(args):
     if device is None or (device.index or 0) >= count.get(device.type, 0):
         there = ", ".join(kind for kind in count if count[kind])
         raise Failure(f"argument --device: {args.device!r} is not on this machine; give auto or one of: {there}")
-    automatic = torch.float16 if device.type == "cuda" else torch.float32
-    return device, automatic if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.offload and device.type == "cpu":
+        raise Failure("argument --offload: the device is the cpu, there is nowhere to offload to; leave it out")
+    return device
 
 
 def choose_model(args):
@@ -235,20 +247,37 @@ def choose_model(args):
     import diffusion
 
     model = diffusion.find_model(args.model)
-    most = model.scheduler.config.num_train_timesteps
-    if args.fine_steps > most:
+    family, most = model.family, model.scheduler.config.num_train_timesteps
+    if not family.flow and args.fine_steps > most:
         raise Failure(
             f"argument --fine-steps/-fs: {args.fine_steps} exceeds the model's {most} training timesteps; "
             f"give at most {most}"
         )
-    for side, default, native in zip(("height", "width"), (HEIGHT, WIDTH), model.native_size):
-        pixels = getattr(args, side) or min(default, native)
-        if pixels % model.factor:
-            near = max(1, round(pixels / model.factor)) * model.factor
-            raise Failure(f"argument --{side}: {pixels} is not a multiple of {model.factor}; give {near}, for instance")
+    given, args.solver = args.solver, args.solver or model.solvers[0]
+    if args.solver not in model.solvers:
+        raise Failure(f"argument --solver: {given} does not sample {model.name}; give {' or '.join(model.solvers)}")
+    if args.eta and args.solver != "ddim":
+        raise Failure(
+            f"argument --eta: {args.eta:g} is for ddim, and {model.name} is sampled by {args.solver}; leave it out"
+        )
+    for side, default in zip(("height", "width"), family.default_size):
+        pixels = getattr(args, side) or default
+        if pixels % family.multiple:
+            near = max(1, round(pixels / family.multiple)) * family.multiple
+            raise Failure(
+                f"argument --{side}: {pixels} is not a multiple of {family.multiple}; give {near}, for instance"
+            )
         setattr(args, side, pixels)
+    if family.guidance is None and args.guidance_scale is not None:
+        raise Failure(
+            f"argument --guidance-scale/-gs: {args.guidance_scale:g}: {model.name} has no guidance; leave it out"
+        )
+    if family.guidance != "classifier-free" and args.negative_prompt:
+        raise Failure(
+            f"argument --negative-prompt: {args.negative_prompt!r}: {model.name} has no use for it; leave it out"
+        )
     if args.guidance_scale is None:
-        args.guidance_scale = DEMO_GUIDANCE_SCALE if args.model == "demo" else GUIDANCE_SCALE
+        args.guidance_scale = DEMO_GUIDANCE_SCALE if args.model == "demo" else family.guidance_scale
     return model
 
 
@@ -257,7 +286,7 @@ def choose_model(args):
 
 def load(args):
     """The `Problem` that the arguments set, and what run.json says of the run as a whole."""
-    device, dtype = choose_device(args)
+    device = choose_device(args)
     model = choose_model(args)
 
     import diffusers
@@ -265,22 +294,26 @@ def load(args):
 
     import diffusion
 
+    automatic = model.family.dtype if device.type == "cuda" else torch.float32
+    dtype = automatic if args.dtype == "auto" else getattr(torch, args.dtype)
+    settings = device, dtype, args.variant, args.offload, args.vae_tiling
     try:
-        pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
+        pipeline = diffusion.load_pipeline(model, *settings)
     except diffusion.ModelError:
         if model.name not in diffusion.MIRRORS:
             raise
         model = diffusion.find_model(diffusion.MIRRORS[model.name])
-        pipeline = diffusion.load_pipeline(model, device, dtype, args.variant)
+        pipeline = diffusion.load_pipeline(model, *settings)
     if args.compile:
-        diffusion.compile_network(pipeline.unet)
+        diffusion.compile_network(getattr(pipeline, model.family.network))
     if model.name == diffusion.MIRRORS.get(args.model):
         print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
-    problem = Problem(args, pipeline)
+    problem = Problem(args, model, pipeline, device)
     plan = None
     if args.coarse_steps == "auto":
         plan = make_plan(problem)
         args.coarse_steps, args.schedule = plan["blocks"], plan["schedule"]
+        problem = Problem(args, model, pipeline, device)  # as its solver may depend on the blocks
         print(describe_plan(plan))
     args.schedule = args.schedule or SCHEDULE
     about = {
@@ -294,9 +327,10 @@ def load(args):
         },
         "model": {
             "name": model.name,
-            "prediction_type": model.scheduler.config.prediction_type,
-            "native_height": model.native_size[0],
-            "native_width": model.native_size[1],
+            "family": type(model.family).__name__,
+            "prediction_type": problem.grid.prediction_type,
+            "native_height": model.family.native_size[0],
+            "native_width": model.family.native_size[1],
         },
     }
     if plan:
@@ -335,11 +369,13 @@ def sample_all(problem, about):
     try:
         output = utils.Output(args.output_dir, about, len(args.texts))
         results = output.record["prompts"]
-        if args.guidance_scale > 1:
+        if args.negative_prompt:
             warn_if_cut(problem, args.negative_prompt)
         for text in tqdm(args.texts, "prompts", unit="prompt", disable=None):
             tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {' '.join(text.split())}")
-            output.add(*sample(problem, text))
+            # Without prompts, only the noise can make samples differ.
+            seed = (args.seed + len(results)) % 2**64
+            output.add(*sample(problem if problem.model.family.prompted else problem.vary(seed=seed), text))
         output.finish()
     except KeyboardInterrupt:
         done = f"{len(results)} of {len(args.texts)} prompts are complete in {args.output_dir}"
@@ -348,18 +384,29 @@ def sample_all(problem, about):
 
 
 class Problem:
-    """What all prompts of a run share: pipeline, initial noise x, the solver's step and correction, blocks."""
+    """What all prompts of a run share: model, pipeline, initial noise x, time grid, solver, correction, blocks."""
 
-    def __init__(self, args, pipeline):
+    def __init__(self, args, model, pipeline, device):
         import diffusion
         import srds
 
-        self.args, self.pipeline = args, pipeline
-        self.times = diffusion.timesteps(args.fine_steps, pipeline.scheduler.config.num_train_timesteps)
-        self.step = diffusion.ddim_step(pipeline.scheduler, self.times, pipeline.device)
-        damped = diffusion.damped(pipeline.scheduler, self.times)
-        self.correct = {"damped": damped, "paper": srds.algorithm_1}[args.correction]
-        self.x = diffusion.initial_noise(pipeline, args.height, args.width, args.seed)
+        self.args, self.model, self.pipeline, self.device = args, model, pipeline, device
+        family = model.family
+        height, width = args.height // family.factor, args.width // family.factor
+        self.x = diffusion.initial_noise((family.channels, height, width), args.seed, device)
+        if family.flow:
+            tokens = height * width // family.patch**2
+            self.grid = diffusion.flow_grid(model.scheduler, args.fine_steps, family.sigmas(args.fine_steps), tokens)
+        else:
+            self.grid = diffusion.diffusion_grid(model.scheduler, args.fine_steps, args.solver)
+        restarts = () if args.coarse_steps == "auto" else self.boundaries
+        solver = diffusion.Solver(self.grid, args.solver, args.eta, args.seed, restarts)
+        self.step, self.correct = solver.step, {"damped": solver.damped, "paper": srds.algorithm_1}[args.correction]
+
+    def vary(self, **settings):
+        """The same pipeline with other settings."""
+        args = argparse.Namespace(**{**vars(self.args), **settings})
+        return Problem(args, self.model, self.pipeline, self.device)
 
     @property
     def boundaries(self):
@@ -368,16 +415,19 @@ class Problem:
     def denoiser(self, text):
         import diffusion
 
-        args = self.args
-        embeddings = diffusion.encode_prompt(self.pipeline, text, args.negative_prompt, args.guidance_scale)
-        pair, sizes = len(embeddings), None
+        args, family, pipeline = self.args, self.model.family, self.pipeline
+        size = args.height, args.width
+        conditions = family.encode(pipeline, text, args.negative_prompt, args.guidance_scale, size, self.device)
+        predict, dtype = functools.partial(family.predict, pipeline), getattr(pipeline, family.network).dtype
+        denoise = diffusion.Denoiser(
+            predict, conditions, self.grid.times, args.guidance_scale, args.max_batch, dtype=dtype
+        )
         if args.fixed_batch:
-            sizes = [diffusion.fixed_batch(pair * args.coarse_steps, args.max_batch)]
+            denoise.sizes = [diffusion.fixed_batch(denoise.rows * args.coarse_steps, args.max_batch)]
         elif args.compile:
-            most = min(pair * args.coarse_steps, args.max_batch or math.inf)
-            sizes = diffusion.compiled_batches(min(pair, most), most)
-        settings = args.guidance_scale, args.max_batch, sizes
-        return diffusion.Denoiser(self.pipeline.unet, embeddings, self.times, *settings)
+            most = min(denoise.rows * args.coarse_steps, args.max_batch or math.inf)
+            denoise.sizes = diffusion.compiled_batches(min(denoise.rows, most), most)
+        return denoise
 
     def iterates(self, denoise):
         """The iterates of a run with these settings."""
@@ -391,14 +441,16 @@ class Problem:
         """The image of a trajectory's last state, uint8 (height, width, 3)."""
         import diffusion
 
-        return diffusion.decode(self.pipeline, states[-1])
+        return diffusion.decode(self.model.family, self.pipeline, states[-1])
 
     def warm_up(self):
         """Make each call that the clock will time once before: a first call chooses kernels and takes memory."""
+        import torch
+
         args, denoise = self.args, self.denoiser("")
         widths = range(1, args.coarse_steps + 1) if args.compile else (1, args.coarse_steps)
         for lanes in [*widths] * (3 if args.compile else 1):  # a CUDA graph is recorded at the second call
-            denoise(self.x.expand(lanes, -1, -1, -1), self.x.new_zeros(lanes, dtype=int))
+            denoise(self.x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
         self.image(self.x)
 
 
@@ -421,8 +473,8 @@ def tick_widths(N, B, schedule, refinements, bound=None):
         widths.append(len(x))
         return x
 
-    def step(x, m, start, end):
-        return x
+    def step(x, m, start, end, past):
+        return x, past
 
     for iterate in srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B), schedule, bound):
         if iterate.k >= refinements:
@@ -448,6 +500,7 @@ def clock(call, device):
 def measure_calls(problem, widest):
     """Seconds of a tick by its lanes, {1: ..., 2: ..., ..., widest: ...}, and of a decoding; the median of five."""
     import numpy as np
+    import torch
 
     def seconds(call):
         call()
@@ -455,7 +508,7 @@ def measure_calls(problem, widest):
 
     denoise, x = problem.denoiser(""), problem.x
     lanes = sorted({widest, *(L for i in range(12) for L in (2**i, 3 * 2**i) if L < widest)})
-    calls = {L: seconds(functools.partial(denoise, x.expand(L, -1, -1, -1), x.new_zeros(L, dtype=int))) for L in lanes}
+    calls = {L: seconds(functools.partial(denoise, x.expand(L, -1, -1, -1), torch.zeros(L, dtype=int))) for L in lanes}
     return calls, seconds(lambda: problem.image(x))
 
 
@@ -502,7 +555,8 @@ def warn_if_cut(problem, text):
     """Say what the tokenizer's limit cuts from a text, if it does."""
     import diffusion
 
-    cut = diffusion.cut_from_prompt(problem.pipeline, text)
+    family = problem.model.family
+    cut = family.prompted and diffusion.cut_from_prompt(*family.reader(problem.pipeline), text)
     if cut:
         tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
 

@@ -39,8 +39,9 @@ class Lane:
 
     i: int
     k: int
-    x: torch.Tensor
     n: int
+    x: torch.Tensor
+    past: torch.Tensor  # what the solver keeps of the lane's last step
 
 
 def algorithm_1(dU, dG, start, end):
@@ -53,8 +54,11 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     """Yield the initialisation (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
     x: the initial noise, (C, H, W) or (1, C, H, W). A time is known here by its index in the grid, 0 to N.
-    denoise(x, n): model outputs, (L, C, H, W), for L states x at grid points n, int64 (L,).
-    step(x, m, start, end): the L states that the solver reaches at `end` from x at `start` with model outputs m.
+    Grid points are handed out as int64 (L,) on the CPU.
+    denoise(x, n): model outputs, (L, C, H, W), for L states x at grid points n.
+    step(x, m, start, end, past): the L states that the solver reaches at `end` from x at `start` with model outputs m,
+        and what it wants to find as `past`, of the same shape, at each lane's next step. At a block's start `past`
+        means nothing.
     boundaries: n_0 < n_1 < ... < n_B, the grid points between which the blocks lie.
     schedule: which lanes move in a tick. "pipelined" (section on pipelining): all of them. "sweep" (Algorithm 1):
         those of one refinement, first one by one through their first step, then together through the rest.
@@ -81,7 +85,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     U = {0: [x]}  # U[k][i] of the iterates that are not complete yet, as far as it is known
     F, G = {}, {}  # F[i, k] = F_i(U_i^k) and G[i, k] = U_i^k, G_i(U_i^k), until refinement k + 1 has used them
     damping = {0: x.new_zeros(())}
-    lanes = [Lane(0, 0, x, n[0])]
+    lanes = [Lane(0, 0, n[0], x, x)]
     ticks = lane_steps = k = 0
 
     while k <= K:
@@ -91,16 +95,16 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
         first = [lane for lane in moving if lane.n == n[lane.i]]
         moving = first + [lane for lane in moving if lane.n > n[lane.i]]
         X = torch.stack([lane.x for lane in moving])
-        start = torch.tensor([lane.n for lane in moving]).to(x.device, non_blocking=True)
+        start = torch.tensor([lane.n for lane in moving])
         m = denoise(X, start)
         ticks, lane_steps = ticks + 1, lane_steps + len(moving)
 
         if first:
-            f, end = len(first), torch.tensor([n[lane.i + 1] for lane in first]).to(x.device, non_blocking=True)
-            for lane, coarse in zip(first, step(X[:f], m[:f], start[:f], end)):
+            f, end = len(first), torch.tensor([n[lane.i + 1] for lane in first])
+            for lane, coarse in zip(first, step(X[:f], m[:f], start[:f], end, X[:f])[0]):
                 G[lane.i, lane.k] = lane.x, coarse.clone()  # not a view, which would keep the whole batch alive
-        for lane, fine in zip(moving, step(X, m, start, start + 1)):
-            lane.x, lane.n = fine, lane.n + 1
+        for lane, fine, past in zip(moving, *step(X, m, start, start + 1, torch.stack([lane.past for lane in moving]))):
+            lane.x, lane.n, lane.past = fine, lane.n + 1, past
             if lane.n == n[lane.i + 1]:
                 F[lane.i, lane.k] = fine.clone()
         # Lanes end with their block; those of refinement K after their first step, as nothing corrects it.
@@ -120,14 +124,14 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
             else:
                 continue
             if i + 1 < B:
-                lanes.append(Lane(i + 1, r, states[-1], n[i + 1]))
+                lanes.append(Lane(i + 1, r, n[i + 1], states[-1], states[-1]))
         i = len(exact) - 1
         if i < K and (i, i) in F:
             exact.append(F.pop((i, i)))
             del G[i, i]
             U[i + 1], damping[i + 1] = list(exact), x.new_zeros(())
             if i + 1 < B:
-                lanes.append(Lane(i + 1, i + 1, exact[-1], n[i + 1]))
+                lanes.append(Lane(i + 1, i + 1, n[i + 1], exact[-1], exact[-1]))
 
         while k in U and len(U[k]) == B + 1:
             yield Iterate(k, torch.stack(U.pop(k)), ticks, lane_steps, k == B or fine_is_coarse, damping.pop(k))

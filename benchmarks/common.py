@@ -1,6 +1,5 @@
 """What the benchmarks share: the command's own problem with other settings, other prompts, places for results."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,11 +18,6 @@ def load(model="demo"):
     """The command's `Problem` for a model on the CPU, with its defaults and the prompts of prompts.txt."""
     argv = ["--model", model, "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu"]
     return main.load(main.parse_arguments(argv))[0]
-
-
-def vary(problem, **settings):
-    """The same pipeline with other settings."""
-    return main.Problem(argparse.Namespace(**{**vars(problem.args), **settings}), problem.pipeline)
 
 
 def sequential(problem, denoise):

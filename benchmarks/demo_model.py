@@ -17,7 +17,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import diffusion
 import scenes
 import train
 
@@ -31,14 +30,14 @@ def adherence(problem, count, batch=20):
         positive, negative = problem.pipeline.encode_prompt(part, "cpu", 1, True, [""] * len(part))
         x = torch.randn(len(part), *problem.x.shape[1:], generator=generator)
         for n in range(problem.args.fine_steps):
-            at, t = torch.tensor([n]), problem.times[n]
+            at, t = torch.tensor([n]), problem.grid.times[n]
             with torch.no_grad():
                 pair = problem.pipeline.unet(
                     x.repeat(2, 1, 1, 1), t, encoder_hidden_states=torch.cat([negative, positive])
                 ).sample
             away, towards = pair.chunk(2)
-            x = problem.step(x, away + problem.args.guidance_scale * (towards - away), at, at + 1)
-        images += [diffusion.decode(problem.pipeline, latent) for latent in x]
+            x, _ = problem.step(x, away + problem.args.guidance_scale * (towards - away), at, at + 1, x)
+        images += [problem.image(latent[None]) for latent in x]
     read = [scenes.read(image) for image in images]
     right = pd.DataFrame([{name: want[name] == got[name] for name in want} for want, got in zip(asked, read)])
     return {**right.mean(), "all": right.all(axis=1).mean()}, images
@@ -81,7 +80,7 @@ def benchmark():
     seeds = [problem.args.seed] * len(problem.args.texts) + list(range(args.others))
     errors = []
     for text, seed in zip(texts, seeds):
-        at = common.vary(problem, seed=seed, max_iterations=args.refinements)
+        at = problem.vary(seed=seed, max_iterations=args.refinements)
         denoise = at.denoiser(text)
         errors.append(common.errors(at, denoise, at.image(common.sequential(at, denoise)))[0])
     errors = np.array(errors)

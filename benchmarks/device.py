@@ -49,21 +49,26 @@ class Bench:
         self.compiled = compiled
         self.embeddings = torch.randn(2, 77, config["cross_attention_dim"], device=device, dtype=unet.dtype)
         self.x = torch.randn(1, 4, config["sample_size"], config["sample_size"]).to(device)
-        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        self.scheduler = DDIMScheduler(**schedule, clip_sample=False)
 
     def seconds(self, call):
         return main.clock(call, self.x.device)
 
+    def network(self, x, t, embeddings):
+        return self.unet(x, t, embeddings, return_dict=False)[0]
+
     def denoiser(self, times, lanes):
         sizes = diffusion.compiled_batches(2, 2 * lanes) if self.compiled else None
-        return diffusion.Denoiser(self.unet, self.embeddings, times, 7.5, sizes=sizes)
+        conditions = {"embeddings": self.embeddings}
+        return diffusion.Denoiser(self.network, conditions, times, 7.5, sizes=sizes, dtype=self.unet.dtype)
 
     def calls(self, most):
         """c(b) for b = 2, 4, 8, ... up to `most`: the median of five."""
         found, times = {}, diffusion.timesteps(100, 1000)
         for lanes in (2**i for i in range(12) if 2 ** (i + 1) <= most):
             denoise = self.denoiser(times, lanes)
-            x, n = self.x.expand(lanes, -1, -1, -1), torch.full((lanes,), 50, device=self.x.device)
+            x, n = self.x.expand(lanes, -1, -1, -1), torch.full((lanes,), 50)
             for _ in range(3):
                 denoise(x, n)
             found[2 * lanes] = float(np.median([self.seconds(lambda: denoise(x, n)) for _ in range(5)]))  # noqa: B023
@@ -71,19 +76,18 @@ class Bench:
 
     def compare(self, N, calls, repeats):
         """A row for each refinement: SRDS, with B near sqrt(N), against the sequential run."""
-        B, times, pipelined = round(N**0.5), diffusion.timesteps(N, 1000), "pipelined"
-        step = diffusion.ddim_step(self.scheduler, times, self.x.device)
-        correct, bounds = diffusion.damped(self.scheduler, times), main.boundaries(N, B)
-        denoise, one = self.denoiser(times, B), self.denoiser(times, 1)
+        B, grid, pipelined = round(N**0.5), diffusion.diffusion_grid(self.scheduler, N), "pipelined"
+        solver, bounds = diffusion.Solver(grid), main.boundaries(N, B)
+        denoise, one = self.denoiser(grid.times, B), self.denoiser(grid.times, 1)
         for lanes in [*range(1, B + 1)] * 3:  # a CUDA graph is recorded at the second call
-            denoise(self.x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int, device=self.x.device))
+            denoise(self.x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
 
         def run(k, denoise=denoise):
-            for _ in srds(self.x, denoise, step, bounds, pipelined, k, correct):
+            for _ in srds(self.x, denoise, solver.step, bounds, pipelined, k, solver.damped):
                 pass
 
         def sequential():
-            diffusion.sequential(self.x, one, step, range(N + 1))
+            diffusion.sequential(self.x, one, solver.step, range(N + 1))
 
         def cost(widths):
             return np.interp(np.multiply(widths, 2), list(calls), list(calls.values())).sum()
@@ -108,7 +112,7 @@ class Bench:
     def memory(self, run, denoise, B):
         if not self.cuda:
             return np.nan
-        peaks, widest = [], (self.x.expand(B, -1, -1, -1), torch.zeros(B, dtype=int, device=self.x.device))
+        peaks, widest = [], (self.x.expand(B, -1, -1, -1), torch.zeros(B, dtype=int))
         for call in (lambda: denoise(*widest), run):
             torch.cuda.reset_peak_memory_stats()
             call()

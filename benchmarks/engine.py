@@ -55,7 +55,7 @@ if __name__ == "__main__":
     problem, rows = common.load(), []
     for B in BLOCKS:
         for schedule in main.SCHEDULES:
-            at = common.vary(problem, fine_steps=N, coarse_steps=B, schedule=schedule)
+            at = problem.vary(fine_steps=N, coarse_steps=B, schedule=schedule)
             measure(at)
             for _ in range(REPEATS):
                 predicted = main.predict(*main.measure_calls(at, B), N, B, schedule, REFINEMENTS)

@@ -9,6 +9,7 @@ largest, all means over prompts. "own" is the image difference, in grey levels, 
 """
 
 import argparse
+import dataclasses
 import time
 
 import common
@@ -67,7 +68,7 @@ def srds_rows(problem, text, truth, name):
     rows, stops, history, states, image, seconds = [], {}, [], None, None, 0.0
     started = time.perf_counter()
     denoise = problem.denoiser(text)
-    pair = len(denoise.embeddings)
+    pair = denoise.rows
     for iterate in problem.iterates(denoise):
         before, image = image, problem.image(iterate.states)
         seconds += time.perf_counter() - started
@@ -88,7 +89,7 @@ def srds_rows(problem, text, truth, name):
 
 def prompt_rows(problem, blocks, text, peers):
     """All entries of one prompt at one N."""
-    N, config = problem.args.fine_steps, problem.pipeline.scheduler.config
+    N, config = problem.args.fine_steps, problem.model.scheduler.config
     trailing = {"timestep_spacing": "trailing"}
     if peers:
         ddim = DDIMScheduler.from_config(config, **trailing)
@@ -97,15 +98,15 @@ def prompt_rows(problem, blocks, text, peers):
     else:  # diffusers' DDIM steps past the grid where N does not divide the training steps
         started = time.perf_counter()
         denoise = problem.denoiser(text)
-        image, pair = problem.image(common.sequential(problem, denoise)), len(denoise.embeddings)
+        image, pair = problem.image(common.sequential(problem, denoise)), denoise.rows
         seconds = time.perf_counter() - started
     truth = image, seconds
     rows = [row(problem, "sequential DDIM", truth, image, *truth, N, N, pair)]
     for B, schedule in blocks:
-        at = common.vary(problem, coarse_steps=B, schedule=schedule, max_iterations=None)
+        at = problem.vary(coarse_steps=B, schedule=schedule, max_iterations=None)
         rows += srds_rows(at, text, truth, f"SRDS {schedule} B={B}")
     B, schedule = blocks[0]
-    at = common.vary(problem, coarse_steps=B, schedule=schedule, max_iterations=1)
+    at = problem.vary(coarse_steps=B, schedule=schedule, max_iterations=1)
     rows.append({**srds_rows(at, text, truth, "")[1], "method": f"SRDS {schedule} B={B}, bound to 1"})
     if not peers:
         return rows
@@ -170,25 +171,26 @@ def plot(table, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--prompts", type=int, default=16, help="a quarter of them from N = 196 on (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=16, help="a quarter of them above N = 200 (%(default)s)")
     parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 961, 1000, 200, 196],
                         help="the results of the others stay (%(default)s)")  # fmt: skip
     args = parser.parse_args()
     problem, path = common.load(args.model), common.RESULTS / "peers.csv"
     table = pd.read_csv(path) if path.exists() else pd.DataFrame({"N": []})
-    problem.pipeline.scheduler = DDIMScheduler.from_config(problem.pipeline.scheduler.config, set_alpha_to_one=True)
+    to_one = DDIMScheduler.from_config(problem.model.scheduler.config, set_alpha_to_one=True)
+    problem.model = dataclasses.replace(problem.model, scheduler=to_one)
     texts, attributes = common.prompts(np.random.default_rng(11), args.prompts)
     for N in args.steps:
-        at = common.vary(problem, fine_steps=N, schedule=None)
+        at = problem.vary(fine_steps=N, schedule=None)
         plan = main.make_plan(at)
         sqrt = round(N**0.5)
         blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in main.SCHEDULES]  # pipelined first
         blocks += [(plan["blocks"], plan["schedule"])] * ((plan["blocks"], plan["schedule"]) not in blocks)
         print(f"N = {N}:", main.describe_plan(plan), flush=True)
         rows = []
-        for i, text in enumerate(texts[: args.prompts // 4 if N > 100 else None]):
+        for i, text in enumerate(texts[: args.prompts // 4 if N > 200 else None]):
             started = time.perf_counter()
-            new = prompt_rows(common.vary(at, seed=42 + i), blocks, text, peers=N in STEPS)
+            new = prompt_rows(at.vary(seed=42 + i), blocks, text, peers=N in STEPS)
             rows += [{**entry, "prompt": text} for entry in new]
             print(f"  prompt {i + 1}: {time.perf_counter() - started:.0f} s", flush=True)
         table = pd.concat([table[table.N != N], summarise(rows, dict(zip(texts, attributes)))]).sort_values(

@@ -33,7 +33,7 @@ def measure(problem, count, most):
         for N in sorted({N for N, _ in GRID}):
             truths = []
             for text, seed in common.pairs(problem, count):
-                at = common.vary(problem, guidance_scale=guidance, fine_steps=N, seed=seed)
+                at = problem.vary(guidance_scale=guidance, fine_steps=N, seed=seed)
                 denoise = at.denoiser(text)
                 truths.append((seed, denoise, at.image(common.sequential(at, denoise))))
             for B in (B for n, B in GRID if n == N):
@@ -41,9 +41,7 @@ def measure(problem, count, most):
                     settings = {"coarse_steps": B, "correction": correction, "max_iterations": min(B, most)}
                     runs = []
                     for seed, denoise, truth in truths:
-                        at = common.vary(
-                            problem, guidance_scale=guidance, fine_steps=N, seed=seed, tolerance=0, **settings
-                        )
+                        at = problem.vary(guidance_scale=guidance, fine_steps=N, seed=seed, tolerance=0, **settings)
                         runs.append(common.errors(at, denoise, truth))
                     error = np.array([run[0] for run in runs])
                     within = [ticks_within(*run) for run in runs]

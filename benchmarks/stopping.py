@@ -95,7 +95,7 @@ if __name__ == "__main__":
         runs = []
         for text, seed in common.pairs(problem, args.pairs):
             settings = {"fine_steps": N, "coarse_steps": B, "guidance_scale": guidance, "correction": correction}
-            runs.append(trace(common.vary(problem, seed=seed, max_iterations=6, **settings), text))
+            runs.append(trace(problem.vary(seed=seed, max_iterations=6, **settings), text))
         table = pd.concat([table[table.setting != name], pd.DataFrame(evaluate(runs, name))])
         common.save(table, "stopping")
     plot(table, common.RESULTS / "stopping.png")

@@ -82,7 +82,7 @@ def test_demo_sequential_equals_diffusers_pipeline(problem):
         theirs = pipeline(text, num_inference_steps=problem.args.fine_steps, guidance_scale=scale,
                           latents=problem.x, height=64, width=64, output_type="latent").images  # fmt: skip
         torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
-        assert main.difference(diffusion.decode(pipeline, ours), diffusion.decode(pipeline, theirs)) < 0.1
+        assert main.difference(problem.image(ours), problem.image(theirs)) < 0.1
 
 
 def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(problem):

@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import DDIMScheduler
 from PIL import Image
+from pipelines import stable_diffusion
+
+from families import StableDiffusion
 
 import diffusion
 import main
@@ -167,13 +169,13 @@ def test_a_run_removes_what_the_earlier_one_wrote_and_nothing_else(run):
     "more", [["--max-batch", "1"], ["--max-batch", "4"], ["--max-batch", "4", "--fixed-batch"], []]
 )
 def test_schedule_and_batch_options_reach_the_network(more, run, monkeypatch):
-    widths, network = [], diffusion.Denoiser._network
+    widths, predict = [], StableDiffusion.predict
 
-    def counting(self, x, *rest):
-        widths.append(max(len(x), max(self.sizes or [0])))
-        return network(self, x, *rest)
+    def counting(self, pipeline, x, t, **conditions):
+        widths.append(len(x))
+        return predict(self, pipeline, x, t, **conditions)
 
-    monkeypatch.setattr(diffusion.Denoiser, "_network", counting)
+    monkeypatch.setattr(StableDiffusion, "predict", counting)
     status, out, _ = run("--prompt", "a", "-tol", "0", "--schedule", "sweep", "--no-ground-truth", *more)
     (result,) = record(out)["prompts"]
     assert status == 0 and [at["serial_evaluations"] for at in result["iterations"]] == [3, 7, 10, 12]
@@ -400,16 +402,16 @@ def test_models_that_cannot_be_had_are_one_line_and_status_1(model, words, workp
 
 
 def test_weights_that_are_missing_are_one_line_and_status_1(workplace, capsys):
-    tiny_pipeline().save_pretrained("pickled", safe_serialization=False)
+    stable_diffusion().save_pretrained("pickled", safe_serialization=False)
     argv = ["-o", "out", "--prompt", "a", *SMALL]
     fails_with_one_line([*argv, "--model", "pickled"], "safetensors", capsys)
-    tiny_pipeline().save_pretrained("plain")
+    stable_diffusion().save_pretrained("plain")
     fails_with_one_line([*argv, "--model", "plain", "--variant", "fp16"], "variant 'fp16'", capsys)
     assert Path("out/srds_final.png").exists()
 
 
 def test_a_scheduler_that_is_refused_is_one_line_and_status_1(workplace, capsys):
-    tiny_pipeline(DDIMScheduler(thresholding=True)).save_pretrained("model")
+    stable_diffusion(DDIMScheduler(thresholding=True)).save_pretrained("model")
     fails_with_one_line(["-o", "out", "--prompt", "a", "--model", "model", *SMALL], "thresholding", capsys)
 
 
@@ -418,15 +420,15 @@ def test_a_scheduler_that_is_refused_is_one_line_and_status_1(workplace, capsys)
     [(torch.OutOfMemoryError("CUDA out of memory."), "--max-batch"), (MemoryError(), "--max-batch")],
 )
 def test_out_of_memory_is_one_line_and_status_1(error, words, run, monkeypatch, tiny, capsys, tmp_path):
-    def fail(*args):
+    def fail(*args, **conditions):
         raise error
 
-    monkeypatch.setattr(diffusion.Denoiser, "_network", fail)
+    monkeypatch.setattr(StableDiffusion, "predict", fail)
     fails_with_one_line(["-o", str(tmp_path / "out"), "--model", str(tiny), *SMALL, "--prompt", "a"], words, capsys)
 
 
 def test_latents_that_are_not_finite_are_one_line_and_status_1(tiny, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(diffusion.Denoiser, "_network", lambda self, x, *args: x * float("nan"))
+    monkeypatch.setattr(StableDiffusion, "predict", lambda self, pipeline, x, t, **conditions: x * float("nan"))
     argv = ["-o", str(tmp_path), "--model", str(tiny), *SMALL, "--prompt", "a"]
     fails_with_one_line(argv, "--dtype", capsys)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import Gaussian, Mixture, Stiff, boundaries
 
-import diffusion
 from srds import SCHEDULES, algorithm_1, srds
 
 
@@ -88,7 +87,7 @@ def test_first_k_boundaries_are_exact_after_k_iterations(N, B, schedule, noise):
 def test_first_k_boundaries_are_exact_whatever_the_correction(schedule, noise):
     problem, n = Mixture(50), boundaries(50, 7)
     truth = problem.sequential(noise, keep=n)
-    for correct in (diffusion.damped(problem.scheduler, problem.times), lambda dU, dG, start, end: -dU):
+    for correct in (problem.solver.damped, lambda dU, dG, start, end: -dU):
         for iterate in srds(noise, problem.denoise, problem.step, n, schedule, correct=correct):
             assert torch.equal(iterate.states[: iterate.k + 1], truth[: iterate.k + 1])
         assert iterate.k == 7 and iterate.exact
@@ -114,7 +113,7 @@ def test_damped_refinements_of_a_stiff_problem_do_not_diverge(N, B, noise):
         iterates = srds(noise, problem.denoise, problem.step, n, correct=correct)
         return [(iterate.states - truth).norm().item() for iterate in iterates]
 
-    paper, damped = errors(algorithm_1), errors(diffusion.damped(problem.scheduler, problem.times))
+    paper, damped = errors(algorithm_1), errors(problem.solver.damped)
     assert max(paper) > 1.3 * paper[0] and damped[1] < 0.1 * damped[0] and damped[2] < 0.1 * damped[1], (paper, damped)
 
 
@@ -122,10 +121,9 @@ def test_damped_refinements_of_a_stiff_problem_do_not_diverge(N, B, noise):
 def test_a_run_never_waits_for_the_device(schedule):
     """On a device whose values cannot be read at all."""
     problem, n = Gaussian(20), boundaries(20, 4)
-    step = diffusion.ddim_step(problem.scheduler, problem.times, "meta")
-    correct = diffusion.damped(problem.scheduler, problem.times)
-    x = torch.empty(1, 4, 8, 8, device="meta")
-    assert [iterate.k for iterate in srds(x, lambda x, n: x, step, n, schedule, correct=correct)] == [0, 1, 2, 3, 4]
+    x, correct = torch.empty(1, 4, 8, 8, device="meta"), problem.solver.damped
+    iterates = srds(x, lambda x, n: x, problem.step, n, schedule, correct=correct)
+    assert [iterate.k for iterate in iterates] == [0, 1, 2, 3, 4]
 
 
 def test_refinements_follow_algorithm_1(noise):
@@ -136,12 +134,12 @@ def test_refinements_follow_algorithm_1(noise):
     def F(i, x):
         for j in range(n[i], n[i + 1]):
             at = torch.tensor([j])
-            x = problem.step(x, problem.denoise(x, at), at, at + 1)
+            x, _ = problem.step(x, problem.denoise(x, at), at, at + 1, x)
         return x
 
     def G(i, x):
         start, end = torch.tensor([n[i]]), torch.tensor([n[i + 1]])
-        return problem.step(x, problem.denoise(x, start), start, end)
+        return problem.step(x, problem.denoise(x, start), start, end, x)[0]
 
     U = [noise]
     for i in range(B):

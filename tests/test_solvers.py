@@ -1,0 +1,137 @@
+"""Solvers: orders of convergence, parity with diffusers' schedulers, refinements of each."""
+
+import pytest
+import torch
+from conftest import Gaussian, Mixture, boundaries
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import scheduling_ddpm
+from pipelines import SD
+
+import diffusion
+from srds import SCHEDULES, srds
+
+KINDS = {
+    "ddim": {},
+    "ddim, eta = 0.5": {"eta": 0.5},
+    "ddpm": {"solver": "ddpm"},
+    "dpmsolver++": {"solver": "dpmsolver++"},
+    "euler": {"solver": "euler", "prediction_type": "flow"},
+    "dpmsolver++ of a flow": {"solver": "dpmsolver++", "prediction_type": "flow"},
+}
+
+
+@pytest.mark.parametrize("kind, order", [("ddim", 1), ("euler", 1), ("dpmsolver++", 2), ("dpmsolver++ of a flow", 2)])
+def test_order_of_convergence_within_a_block(kind, order, noise):
+    """Against the ODE's solution at half the timesteps; from 40 to 320 steps, the error falls by 2^order a doubling."""
+    errors = []
+    for N in (40, 80, 160, 320):
+        problem = Gaussian(N, **KINDS[kind])
+        end = diffusion.sequential(noise.double(), problem.denoise, problem.step, range(N // 2 + 1))
+        errors.append((end - problem.solution(noise, N // 2)).abs().max().item())
+    ratios = [before / after for before, after in zip(errors, errors[1:])]
+    assert all(0.75 * 2**order < ratio < 1.3 * 2**order for ratio in ratios), (errors, ratios)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of a scheduler of diffusers
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind", ["ddim", "ddim, eta = 0.5", "ddpm", "dpmsolver++"])
+def test_a_solver_is_diffusers_scheduler(kind, prediction_type, noise, monkeypatch):
+    """On grids that divide the chain; with the same noise, and without restarts."""
+    settings = KINDS[kind]
+    problem = Mixture(20, prediction_type, seed=3, **settings)
+    config = {**SD, "prediction_type": prediction_type, "timestep_spacing": "trailing"}
+    if kind == "ddpm":
+        scheduler = DDPMScheduler(**config, clip_sample=False)
+    elif kind == "dpmsolver++":
+        scheduler = DPMSolverMultistepScheduler(**config)
+    else:
+        scheduler = DDIMScheduler(**config, clip_sample=False)
+    scheduler.set_timesteps(20)
+    assert torch.equal(scheduler.timesteps, problem.grid.times)
+    x = noise
+    for j, t in enumerate(scheduler.timesteps):
+        drawn, more = diffusion.step_noise(3, j, noise.shape[1:])[None], {}
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
+        if "ddim" in kind:
+            more = {"eta": settings.get("eta", 0), "variance_noise": drawn if "eta" in settings else None}
+        x = scheduler.step(problem.denoise(x, torch.tensor([j])), t, x, **more).prev_sample
+    torch.testing.assert_close(problem.sequential(noise), x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddim, eta = 0.5", "ddpm"])
+def test_pixels_are_clipped_as_diffusers_clips_them(kind, noise, monkeypatch):
+    """Data beyond the range, so that every step clips."""
+    scheduler = (DDPMScheduler if kind == "ddpm" else DDIMScheduler)(**SD, timestep_spacing="trailing")
+    solver, eta = KINDS[kind].get("solver", "ddim"), KINDS[kind].get("eta", 0.0)
+    grid = diffusion.diffusion_grid(DDIMScheduler(**SD), 10, solver)
+    assert scheduler.config.clip_sample and grid.clip == 1
+    scheduler.set_timesteps(10)
+    step, x, y = diffusion.Solver(grid, solver, eta).step, noise, noise
+    for j, t in enumerate(scheduler.timesteps):
+        drawn, at = diffusion.step_noise(0, j, noise.shape[1:])[None], torch.tensor([j])
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
+        more = {} if kind == "ddpm" else {"eta": eta, "variance_noise": drawn if eta else None}
+        a, b = grid.signal[j].float(), grid.noise[j].float()
+        x = scheduler.step((x - a * 1.5) / b, t, x, **more).prev_sample
+        y, _ = step(y, (y - a * 1.5) / b, at, at + 1, y)
+    torch.testing.assert_close(y, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shift", [{"shift": 3.0}, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}]
+)
+def test_euler_is_diffusers_flow_scheduler(shift, noise):
+    grid = diffusion.flow_grid(FlowMatchEulerDiscreteScheduler(**shift), 20, tokens=1000)
+    scheduler = FlowMatchEulerDiscreteScheduler(**shift)
+    scheduler.set_timesteps(20, mu=0.5 + (1000 - 256) / (4096 - 256) * 0.65)
+    assert torch.allclose(scheduler.timesteps, grid.times, rtol=1e-6)
+    step, x, y = diffusion.Solver(grid, "euler").step, noise, noise
+    for j, t in enumerate(scheduler.timesteps):
+        at = torch.tensor([j])
+        x = scheduler.step(x.sin(), t, x).prev_sample
+        y, _ = step(y, y.sin(), at, at + 1, y)
+    torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_k_boundaries_are_exact_after_k_iterations(kind, schedule, noise):
+    n = boundaries(31, 6)
+    problem = Mixture(31, restarts=n, seed=5, **KINDS[kind])
+    truth = problem.sequential(noise, keep=n)
+    errors = []
+    for iterate in srds(noise, problem.denoise, problem.step, n, schedule, correct=problem.solver.damped):
+        assert torch.equal(iterate.states[: iterate.k + 1], truth[: iterate.k + 1])
+        errors.append((iterate.states - truth).abs().mean().item())
+    assert iterate.exact and torch.equal(iterate.states, truth) and errors[2] < 0.5 * errors[0], errors
+
+
+def test_restarts_make_a_coarse_step_and_a_blocks_first_step_ddims(noise):
+    n = boundaries(20, 4)
+    two, one = Mixture(20, solver="dpmsolver++", restarts=n), Mixture(20)
+    other = torch.randn(1, 4, 8, 8)
+    for start in n[:-1]:
+        for end in (start + 1, start + 5):
+            at = torch.tensor([start]), torch.tensor([end])
+            results = [p.step(noise, p.denoise(noise, at[0]), *at, other)[0] for p in (two, one)]
+            assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["ddim, eta = 0.5", "ddpm"])
+def test_coarse_noise_is_what_the_fine_steps_add_with_x0_held(kind, noise):
+    """A denoiser that always says the same: the coarse step then lands where the fine ones do."""
+    problem = Mixture(40, "sample", seed=9, **KINDS[kind])
+    for start, end in ((0, 10), (10, 40), (33, 34)):
+        x, x0 = noise, noise.flip(-1)
+        for j in range(start, end):
+            x, _ = problem.step(x, x0, torch.tensor([j]), torch.tensor([j + 1]), x)
+        coarse, _ = problem.step(noise, x0, torch.tensor([start]), torch.tensor([end]), noise)
+        torch.testing.assert_close(coarse, x, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_is_of_the_seed_and_the_step_alone(noise):
+    draws = [diffusion.step_noise(seed, j, (4, 8, 8)) for seed, j in ((1, 0), (0, 1), (1, 0), (2**64 - 1, 999))]
+    assert torch.equal(draws[0], draws[2])
+    assert all((draws[i] - draws[j]).abs().mean() > 0.5 for i, j in ((0, 1), (0, 3), (1, 3)))
+    assert (diffusion.initial_noise((4, 8, 8), 1)[0] - draws[0]).abs().mean() > 0.5
+    torch.testing.assert_close(diffusion.step_noise(0, 0, (100000,)).var(), torch.tensor(1.0), atol=0.02, rtol=0)
