@@ -85,7 +85,7 @@ def _read_configs(name):
         except (OSError, ValueError, TypeError):
             raise ModelError(f"{name} is not a diffusers model: it has no readable {file}") from None
 
-    kind = config("model_index.json").get("_class_name")
+    kind = str(config("model_index.json").get("_class_name"))  # a list where it is code of the model's own
     if kind not in FAMILIES:
         raise ModelError(f"{name} is a {kind}; this program samples {', '.join(FAMILIES)} models")
     network = config(f"{FAMILIES[kind].network}/config.json")
@@ -155,7 +155,8 @@ def _flow_scheduler(name, config, family):
 def load_pipeline(model, device, dtype, variant=None, offload=False, tiling=False):
     """Load a `Model`'s weights into its pipeline, whose scheduler is `model.scheduler`.
 
-    offload: keep in the device's memory only the component that runs. tiling: decode large images in tiles.
+    offload: of the text encoders and the network, keep on the device only the one that runs. tiling: decode large
+        images in tiles.
 
     Raises ModelError where weights are missing, unreadable or, for `variant`, not there.
     """
@@ -183,6 +184,9 @@ def load_pipeline(model, device, dtype, variant=None, offload=False, tiling=Fals
     if tiling and "vae" in pipeline.components:
         pipeline.vae.enable_tiling()
     if offload:
+        # The autoencoder stays on the device, as it would drive the network out at every refinement.
+        pipeline.model_cpu_offload_seq = pipeline.model_cpu_offload_seq.removesuffix("->vae")
+        pipeline._exclude_from_cpu_offload = ["vae"]
         pipeline.enable_model_cpu_offload(device=device)
         return pipeline
     return pipeline.to(device)
@@ -235,8 +239,10 @@ def timesteps(steps, training_steps):
 
 
 def diffusion_grid(scheduler, steps, solver="ddim"):
-    """The trailing grid of a DDIMScheduler's noise schedule. It ends as the solver does in diffusers: DDIM where
-    `set_alpha_to_one` says, others free of noise."""
+    """The trailing grid of a DDIMScheduler's noise schedule.
+
+    It ends as the solver does in diffusers: ddim where `set_alpha_to_one` says, the others without noise.
+    """
     config, times = scheduler.config, timesteps(steps, scheduler.config.num_train_timesteps)
     final = scheduler.final_alpha_cumprod if solver == "ddim" else torch.tensor(1.0)
     alpha = torch.cat([scheduler.alphas_cumprod[times], final.reshape(1)]).double()

@@ -1,8 +1,13 @@
 """The model families: what each diffusers pipeline does its own way, and nothing that they share.
 
-A family is made from a model's configs and is handed the loaded pipeline at each call. States are latents, or pixels
-of -1 to 1, (L, C, h, w). Conditions are a dict of tensors with one row, or with two where guidance is classifier-free
-and on (the negative prompt's first); the denoiser repeats the rows for the lanes of a tick.
+A family is made from a model's configs and is handed the loaded pipeline at each call. Each has
+
+    encode(pipeline, prompt, negative_prompt, guidance_scale, size, device)
+        The conditions of one prompt for images of `size`, (height, width) in pixels: a dict of tensors with one row, or
+        with two where guidance is classifier-free and on (scale above 1), the negative prompt's first.
+    predict(pipeline, x, t, **conditions)
+        The network's outputs, (L, C, h, w), for states x of the same shape (latents, or pixels of -1 to 1) at times t,
+        (L,), and conditions of L rows.
 """
 
 import numpy as np

@@ -175,3 +175,20 @@ def test_pixel_models_with_their_files_at_the_top_load(folders, tmp_path):
     for path in folders["Unconditional"].rglob("*.*"):
         (flat / path.name).write_bytes(path.read_bytes())
     assert torch.equal(sequential(load(folders["Unconditional"])), sequential(load(flat)))
+
+
+def test_offloading_changes_nothing_but_where_the_parts_are(folders):
+    """With the CPU for an accelerator, as its hooks run there all the same."""
+    model = diffusion.find_model(str(folders["StableDiffusionXL"]))
+    pipeline = diffusion.load_pipeline(model, "cpu", torch.float32, offload=True)
+    assert hasattr(pipeline.unet, "_hf_hook") and hasattr(pipeline.text_encoder_2, "_hf_hook")
+    assert not hasattr(pipeline.vae, "_hf_hook")
+    plain = load(folders["StableDiffusionXL"])
+    offloaded = main.Problem(plain.args, model, pipeline, plain.device)
+    torch.testing.assert_close(sequential(plain), sequential(offloaded), atol=1e-4, rtol=1e-4)
+
+
+def test_code_of_a_models_own_is_not_run(folders, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "OwnPipeline"]}))
+    with pytest.raises(diffusion.ModelError, match="OwnPipeline.*this program samples"):
+        diffusion.find_model(str(tmp_path))

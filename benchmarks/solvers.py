@@ -1,0 +1,115 @@
+"""How each solver refines, what coarse steps should take for noise, and what restarts cost DPM-Solver++.
+
+    python benchmarks/solvers.py          # about 15 minutes; writes benchmarks/results/solvers.{csv,png}
+
+On the demo model: the image error to the solver's own sequential sample, in grey levels, after refinements 0 to 4, the
+worst prompt and the mean; and the refinements and serial evaluations at the default stop. A stochastic solver's coarse
+step has the noise of its fine steps ("fine steps'", what srds runs), noise of its own of the same variance ("own"), or
+none ("none", DDIM's step). "to the limit" is the image difference of the sequential sample to that of 1000 DDIM steps,
+"unrestarted" the same of diffusers' DPMSolverMultistepScheduler, which has no blocks to restart at.
+"""
+
+import argparse
+
+import common
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from matplotlib.figure import Figure
+
+import diffusion
+import main
+
+GRID = ((25, 5), (100, 10))
+SOLVERS = {
+    "ddim": {},
+    "ddim, eta = 0.5": {"eta": 0.5},
+    "ddpm": {"solver": "ddpm"},
+    "dpmsolver++": {"solver": "dpmsolver++"},
+}
+NOISES = ("fine steps'", "own", "none")
+
+
+def with_coarse_noise(problem, kind):
+    """The problem's step, with other noise in its coarse steps."""
+    args = problem.args
+    solver = diffusion.Solver(problem.grid, args.solver, args.eta, args.seed)
+    own = diffusion.Solver(problem.grid, args.solver, args.eta, args.seed + 10**6)
+    coarse = {"fine steps'": solver, "own": own, "none": diffusion.Solver(problem.grid)}[kind]
+    return lambda x, m, start, end, past: (coarse if (end > start + 1).any() else solver).step(x, m, start, end, past)
+
+
+def unrestarted(problem, text):
+    """The image of diffusers' own 2M sampler in the place of ours."""
+    scheduler = DPMSolverMultistepScheduler.from_config(problem.model.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(problem.args.fine_steps)
+    x, denoise = problem.x, problem.denoiser(text)
+    for j, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(denoise(x, torch.tensor([j])), t, x).prev_sample
+    return problem.image(x)
+
+
+def measure(problem, count):
+    rows = []
+    for text, seed in common.pairs(problem, count):
+        limit = problem.vary(fine_steps=1000, seed=seed)
+        limit = limit.image(common.sequential(limit, limit.denoiser(text)))
+        for N, B in GRID:
+            for name, settings in SOLVERS.items():
+                at = problem.vary(fine_steps=N, coarse_steps=B, seed=seed, max_iterations=4, **settings)
+                denoise = at.denoiser(text)
+                truth = at.image(common.sequential(at, denoise))
+                row = {"N": N, "B": B, "solver": name, "to the limit": main.difference(truth, limit)}
+                if at.args.solver == "dpmsolver++":
+                    row["unrestarted"] = main.difference(unrestarted(at, text), limit)
+                stochastic = at.args.eta or at.args.solver == "ddpm"
+                for noise in NOISES if stochastic else (None,):
+                    if noise:
+                        at.step = with_coarse_noise(at, noise)
+                    history, states, image, errors, stop = [], None, None, [], None
+                    for iterate in at.iterates(denoise):
+                        earlier, image = image, at.image(iterate.states)
+                        history.append(main.changes(image, earlier, iterate.states, states, history))
+                        states = iterate.states
+                        errors.append(main.difference(image, truth))
+                        if main.judge(history, at.args.stop_rule, at.args.tolerance) == "converged" or iterate.k == 4:
+                            stop = stop or {"refinements": iterate.k, "serial": iterate.ticks}
+                    rows.append({**row, "coarse noise": noise or "-", **stop, "k": errors})
+    return rows
+
+
+def summarise(rows):
+    table = pd.DataFrame(rows)
+    errors = np.stack(table.pop("k"))
+    for k in range(errors.shape[1]):
+        table[f"mean k={k}"] = errors[:, k]
+    groups = table.groupby(["N", "B", "solver", "coarse noise"], sort=False)
+    worst = groups[[f"mean k={k}" for k in range(errors.shape[1])]].max()
+    worst.columns = [name.replace("mean", "worst") for name in worst]
+    return groups.mean().join(worst).reset_index()
+
+
+def plot(table, path):
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    styles = dict(zip(["-", *NOISES], ("-", "-", "--", ":")))
+    for axes, ((N, B), part) in zip(figure.subplots(1, 2), table.groupby(["N", "B"])):
+        for _, line in part.iterrows():
+            errors = [max(line[f"mean k={k}"], 1e-3) for k in range(5)]
+            noise = "" if line["coarse noise"] == "-" else f", coarse noise: {line['coarse noise']}"
+            color = f"C{list(SOLVERS).index(line.solver)}"
+            axes.plot(errors, styles[line["coarse noise"]], marker="o", color=color, label=line.solver + noise)
+        axes.set(yscale="log", xlabel="refinement k", xticks=range(5), title=f"N = {N}, B = {B}")
+        axes.set_ylabel("mean image error, grey levels (from 0.001)")
+        axes.grid(color="0.9")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=12, help="(%(default)s)")
+    args = parser.parse_args()
+    results = summarise(measure(common.load(), args.prompts))
+    common.save(results, "solvers")
+    plot(results, common.RESULTS / "solvers.png")
