@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from pipelines import stable_diffusion
 
 import diffusion
+from pipelines import stable_diffusion
 
 
 class Gaussian:

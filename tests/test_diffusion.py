@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import Gaussian, Mixture, Stiff, boundaries
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -16,9 +15,10 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from pipelines import SD, stable_diffusion
 
 import diffusion
+from conftest import Gaussian, Mixture, Stiff, boundaries
+from pipelines import SD, stable_diffusion
 from srds import srds
 
 

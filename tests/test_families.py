@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pipelines
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
@@ -11,6 +10,7 @@ from diffusers.utils import logging
 
 import diffusion
 import main
+import pipelines
 
 logging.set_verbosity_error()
 FAMILIES = {

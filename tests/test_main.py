@@ -14,13 +14,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from pipelines import stable_diffusion
-
-from families import StableDiffusion
 
 import diffusion
 import main
 import utils
+from families import StableDiffusion
+from pipelines import stable_diffusion
 from srds import SCHEDULES
 
 ROOT = Path(main.__file__).parent

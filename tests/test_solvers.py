@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import Gaussian, Mixture, boundaries
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import scheduling_ddpm
-from pipelines import SD
 
 import diffusion
+from conftest import Gaussian, Mixture, boundaries
+from pipelines import SD
 from srds import SCHEDULES, srds
 
 KINDS = {

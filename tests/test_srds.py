@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Gaussian, Mixture, Stiff, boundaries
 
+from conftest import Gaussian, Mixture, Stiff, boundaries
 from srds import SCHEDULES, algorithm_1, srds
 
 
