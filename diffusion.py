@@ -290,8 +290,8 @@ class Solver:
 
     def __init__(self, grid, name="ddim", eta=0.0, seed=0, restarts=()):
         self.name, self.seed, self.clip = name, seed, grid.clip
-        self.signal, self.noise = grid.signal, grid.noise
-        a, b, a_next, b_next = self.signal[:-1], self.noise[:-1], self.signal[1:], self.noise[1:]
+        self.signal = grid.signal
+        a, b, a_next, b_next = grid.signal[:-1], grid.noise[:-1], grid.signal[1:], grid.noise[1:]
         one = torch.ones_like(a)
         self.x0_of_state, self.x0_of_output = {
             "epsilon": (1 / a, -b / a),
@@ -306,13 +306,12 @@ class Solver:
         kept = (b_next**2 - self.spread**2).clamp(min=0).sqrt() / b
         steps = len(a)
         # carry[i, j] = kept[i] ... kept[j - 1]: what is left at point j of a deviation from signal x0 at point i.
-        ones = torch.ones(steps + 1, steps + 1, dtype=torch.float64)
-        ones[:, 1:] = kept.expand(steps + 1, -1).where(ones[:, 1:].triu().bool(), 1.0)
-        self.carry = ones.cumprod(1)
+        from_here_on = torch.ones(steps + 1, steps).triu().bool()
+        self.carry = torch.cat([one.new_ones(steps + 1, 1), kept.where(from_here_on, 1.0)], 1).cumprod(1)
 
         rate = (a / b).log()  # half the log signal-to-noise ratio; 2M extrapolates in it
         h = torch.cat([rate, (a_next / b_next)[-1:].log()]).diff()
-        self.extrapolation = torch.zeros(steps, dtype=torch.float64)
+        self.extrapolation = torch.zeros_like(a)
         if name == "dpmsolver++":
             self.extrapolation[1:] = (h[1:] / (2 * h[:-1])).where(h[1:].isfinite() & h[:-1].isfinite(), 0.0)
             self.extrapolation[[n for n in restarts if n < steps]] = 0
@@ -331,7 +330,9 @@ class Solver:
         at_end = at_start = x0
         if self.name == "dpmsolver++":
             at_end = at_start = x0 + extrapolation * (x0 - past)
-        elif self.clip is not None:  # by ddim in diffusers as where the step leads to, not in the noise it finds in x
+        elif (
+            self.clip is not None
+        ):  # ddim, in diffusers, clips what the step leads to, not the noise that it finds in x
             at_end = x0.clamp(-self.clip, self.clip)
             at_start = at_end if self.name == "ddpm" else x0
         x = signal_end * at_end + carry * (x - signal * at_start)
