@@ -38,6 +38,7 @@ VARIANT = None
 MAX_BATCH = None  # all lanes of a tick in one network call
 EXPECTED_REFINEMENTS = 3  # that --coarse-steps auto plans for: what most runs of benchmarks/stopping.py use
 
+WHERE = ("output_dir", "prompts", "prompt", "texts", "resume")  # arguments that results do not depend on
 SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
 CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
@@ -142,6 +143,7 @@ def parse_arguments(argv):
     for side, default in (("height", HEIGHT), ("width", WIDTH)):
         add(f"--{side}", metavar="PX", type=integer(1), default=default, help=f"(the model's native {side})")
     add("--seed", "-s", type=integer(0, 2**64 - 1), default=SEED, help="of the initial noise (%(default)s)")
+    add("--resume", action="store_true", help="keep what an earlier run with the same settings has completed")
     add("--no-ground-truth", action="store_true", help="only sample: no sequential run to compare with")
 
     group = parser.add_argument_group("machine")
@@ -281,6 +283,36 @@ def choose_model(args):
     return model
 
 
+def check_resume(args):
+    """Raise Failure unless the earlier run in --output-dir, if there is one, was of the same prompts and settings.
+
+    What --coarse-steps auto planned then is taken over.
+    """
+    import utils
+
+    try:
+        earlier = utils.earlier_run(args.output_dir)
+        if not earlier:
+            return
+        before, texts, plan = earlier["settings"], earlier["texts"], earlier.get("plan")
+        if plan and args.coarse_steps == "auto":
+            args.coarse_steps, args.schedule = plan["blocks"], plan["schedule"]
+    except (KeyError, TypeError):
+        raise Failure(f"argument --resume: {args.output_dir}/run.json is not of a run that can be resumed") from None
+    now = {**vars(args), "schedule": args.schedule or SCHEDULE}
+    different = [key for key in now if key not in WHERE and before.get(key) != now[key]]
+    if different:
+        key = different[0]
+        raise Failure(
+            f"argument --{key.replace('_', '-')}: {now[key]!r}, but {before.get(key)!r} in the run to --resume; "
+            "give the same, or leave out --resume"
+        )
+    if texts != args.texts:
+        raise Failure(
+            "argument --resume: the prompts are not those of the earlier run; give the same, or leave out --resume"
+        )
+
+
 # The run. torch and all that imports it wait until the arguments are known to be good.
 
 
@@ -288,6 +320,8 @@ def load(args):
     """The `Problem` that the arguments set, and what run.json says of the run as a whole."""
     device = choose_device(args)
     model = choose_model(args)
+    if args.resume:
+        check_resume(args)
 
     import diffusers
     import torch
@@ -317,7 +351,8 @@ def load(args):
         print(describe_plan(plan))
     args.schedule = args.schedule or SCHEDULE
     about = {
-        "settings": {key: value for key, value in vars(args).items() if key != "texts"},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("texts", "resume")},
+        "texts": args.texts,
         "environment": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -345,42 +380,70 @@ def run(args):
 
     try:
         problem, about = load(args)
-        problem.warm_up()
-        sample_all(problem, about)
+        output = utils.Output(args.output_dir, about, args.texts, args.resume)
+        left = [i for i in range(len(args.texts)) if not output.result(i)]
+        if left:
+            problem.warm_up()
+        sample_all(problem, output, left)
+    except Failure:
+        raise
     except (diffusion.ModelError, utils.WriteError) as error:
         raise Failure(error, 1) from error
-    except FloatingPointError as error:
-        raise Failure(f"argument --dtype: {args.dtype!r}: {error}; try --dtype float32 or bfloat16", 1) from error
     except Exception as error:
-        if diffusion.out_of_memory(error):
-            given = args.max_batch or "not given"
-            raise Failure(f"argument --max-batch: {given}: out of memory; give a smaller one, 1 at least", 1) from error
-        if diffusion.of_the_compiler(error):
-            line = " ".join(str(error).split())[:200]
-            raise Failure(f"argument --compile: torch cannot compile here ({line}); leave it out", 1) from error
-        raise
+        message = explain(args, error)
+        if not message:
+            raise
+        raise Failure(message, 1) from error
 
 
-def sample_all(problem, about):
-    """Sample every prompt and write what comes of it."""
+def explain(args, error):
+    """What went wrong in the network or on the device, and the remedy, in one line; None for a bug."""
+    import diffusion
+
+    if isinstance(error, FloatingPointError):
+        return f"argument --dtype: {args.dtype!r}: {error}; try --dtype float32 or bfloat16"
+    if diffusion.out_of_memory(error):
+        return f"argument --max-batch: {args.max_batch or 'not given'}: out of memory; give a smaller one, 1 at least"
+    if diffusion.of_the_compiler(error):
+        line = " ".join(str(error).split())[:200]
+        return f"argument --compile: torch cannot compile here ({line}); leave it out"
+
+
+def sample_all(problem, output, left):
+    """Sample the prompts that are left, by number, and write what comes of it; one that fails leaves the others be."""
     import utils
 
-    args, results = problem.args, []
+    args, failures = problem.args, []
+    kept = len(args.texts) - len(left)
+    if kept:
+        print(f"{kept} of {len(args.texts)} prompts are complete")
     try:
-        output = utils.Output(args.output_dir, about, len(args.texts))
-        results = output.record["prompts"]
         if args.negative_prompt:
             warn_if_cut(problem, args.negative_prompt)
-        for text in tqdm(args.texts, "prompts", unit="prompt", disable=None):
-            tqdm.write(f"prompt {len(results) + 1} of {len(args.texts)}: {' '.join(text.split())}")
+        for i in tqdm(left, "prompts", unit="prompt", disable=None):
+            text = args.texts[i]
+            tqdm.write(f"prompt {i + 1} of {len(args.texts)}: {' '.join(text.split())}")
             # Without prompts, only the noise can make samples differ.
-            seed = (args.seed + len(results)) % 2**64
-            output.add(*sample(problem if problem.model.family.prompted else problem.vary(seed=seed), text))
-        output.finish()
+            at = problem if problem.model.family.prompted else problem.vary(seed=(args.seed + i) % 2**64)
+            try:
+                output.add(i, *sample(at, text))
+            except utils.WriteError:
+                raise
+            except Exception as error:
+                message = explain(args, error)
+                if not message:
+                    raise
+                failures.append(message)
+                output.fail(i, at.args.seed, message)
+                tqdm.write(f"  failed: {message}")
+        results = output.finish()
     except KeyboardInterrupt:
-        done = f"{len(results)} of {len(args.texts)} prompts are complete in {args.output_dir}"
+        done = sum("error" not in result for result in output.save())
+        done = f"{done} of {len(args.texts)} prompts are complete in {args.output_dir}"
         raise Failure(f"interrupted; {done}", 130) from None
     print(utils.summary(results, args.fine_steps))
+    if failures:
+        raise Failure(f"{len(failures)} of {len(args.texts)} prompts failed; the first: {failures[0]}", 1)
 
 
 class Problem:

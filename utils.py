@@ -18,7 +18,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 CELL = 192  # width of a filmstrip's picture, in pixels
-OURS = re.compile(r"([0-9]{3,}-[a-z0-9-]+/)?(srds|trajectory)_[a-z0-9_]+\.(png|csv)")  # every path that save_set writes
+SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
+OURS = re.compile(
+    r"([0-9]{3,}-[a-z0-9-]+/)?((srds|trajectory)_[a-z0-9_]+\.(png|csv)|result\.json)"
+)  # what Output writes
 
 
 class WriteError(Exception):
@@ -26,60 +29,104 @@ class WriteError(Exception):
 
 
 class Output:
-    """The output directory. Its `run.json` says what is in it, and a later run removes just that.
+    """The output directory.
+
+    A prompt's set of files ends with its `result.json`, which lists them and alone says that the set is complete.
+    `run.json` describes the run, repeats the results at its end, and tells a later run what to remove.
 
     folder: the directory, made if it is not there.
     about: what `run.json` says of the run: "settings", "environment", "model".
-    count: how many prompts there will be. Several have a folder each, and an overview at the top.
+    texts: the prompts. Several have a folder each, and an overview at the top.
+    resume: keep what an earlier run of the same prompts has completed, instead of removing it.
     """
 
-    def __init__(self, folder, about, count):
-        self.folder, self.count = Path(folder), count
-        _remove_earlier(self.folder)
-        self.record = {**about, "prompts": [], "files": []}
-        self.errors = []
-        self._save_record()
+    def __init__(self, folder, about, texts, resume=False):
+        self.folder, self.about, self.texts = Path(folder), about, texts
+        self.folders = [""] if len(texts) == 1 else [folder_name(i, text) for i, text in enumerate(texts)]
+        if not resume:
+            _remove_earlier(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"{folder} cannot be made: {error.strerror}") from error
+        self.save()
 
-    def add(self, result, images, errors=None):
-        """Write one prompt's set.
+    def result(self, i):
+        """The `result.json` of prompt i, None where its set is not complete."""
+        found = _read_json(self.folder / self.folders[i] / "result.json")
+        there = found.get("complete") and all((self.folder / name).is_file() for name in found["files"])
+        return found if there else None
 
-        result: the prompt's entry in `run.json`; "folder" is added here.
+    def add(self, i, result, images, errors=None):
+        """Write the set of prompt i.
+
+        result: its entry in `run.json`; "folder" is added here.
         images: uint8 (height, width, 3) by file name without ".png".
         errors: L2 norms of the difference to the ground truth, (refinements + 1, B); None without ground truth.
         """
-        prompts = self.record["prompts"]
-        result["folder"] = "" if self.count == 1 else folder_name(len(prompts), result["prompt"])
-        self._save_set(result["folder"], [result], [images.__getitem__], [errors])
-        self.errors.append(errors)
-        prompts.append(result)
-        self._save_record()
+        folder = self.folders[i]
+        entry = {"complete": False, "files": [], "result": {**result, "folder": folder}, "errors": errors}
+
+        def announce(files):
+            # Named before they are written: a run that is cut short leaves nothing that the next one does not know.
+            entry["files"] = [*files, _path(folder, "result.json")]
+            self._write(_path(folder, "result.json"), entry)
+
+        self._save_set(folder, [entry], lambda entry: images.__getitem__, announce)
+        self._write(_path(folder, "result.json"), {**entry, "complete": True})
+
+    def fail(self, i, seed, error):
+        """Note that prompt i failed, and why."""
+        result = {"prompt": self.texts[i], "seed": seed, "error": error, "folder": self.folders[i]}
+        name = _path(self.folders[i], "result.json")
+        self._write(name, {"complete": False, "files": [name], "result": result, "errors": None})
 
     def finish(self):
-        """Write the overview of several prompts."""
-        if self.count > 1:
-            results = self.record["prompts"]
-            self._save_set("", results, [self._reader(result["folder"]) for result in results], self.errors)
+        """Write the overview of several prompts, and `run.json` with all results; returns the results."""
+        entries, overview = list(filter(None, map(self.result, range(len(self.texts))))), []
 
-    def _reader(self, folder):
-        return lambda name: np.asarray(Image.open(self.folder / folder / f"{name}.png").convert("RGB"))
+        def announce(files):
+            overview.extend(files)
+            self.save(overview)
 
-    def _save_set(self, folder, results, readers, errors):
-        """Write the pictures, table and plot of `results`, with one cell a prompt, into one folder."""
+        if len(self.texts) > 1 and entries:
+            try:
+                self._save_set("", entries, self._reader, announce)
+            except FileNotFoundError as error:
+                raise WriteError(f"{error.filename} is gone") from error
+        return self.save(overview)
+
+    def save(self, files=()):
+        """Write `run.json` with the results so far and what is in the directory; returns the results."""
+        found = [_read_json(self.folder / folder / "result.json") for folder in self.folders]
+        results = [entry["result"] for entry in found if entry.get("complete") or "error" in entry.get("result", ())]
+        files = [*files, *(name for entry in found for name in entry.get("files", ()))]
+        self._write("run.json", {**self.about, "folders": self.folders, "prompts": results, "files": files})
+        return results
+
+    def _write(self, name, content):
+        write(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _reader(self, entry):
+        folder = self.folder / entry["result"]["folder"]
+        return lambda name: np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
+
+    def _save_set(self, folder, entries, reader, announce):
+        """Write the pictures, table and plot of `entries`, with one cell a prompt, into one folder."""
+        results, errors = [entry["result"] for entry in entries], [entry["errors"] for entry in entries]
         longest = max(len(result["iterations"]) for result in results) - 1
         truth = errors[0] is not None
         names = ["srds_initialized", *(f"srds_iteration_{i}" for i in range(longest)), "srds_final"]
         names += ["srds_ddim_gt", "srds_ddim_course"] if truth else []
         table = ["trajectory_errors_table.csv", "trajectory_errors_plot.png"] if truth else []
-        files = [f"{name}.png" for name in names] + ["srds_filmstrip.png"] + table
-        # Named before they are written: a run that is cut short leaves nothing that the next one does not know.
-        self.record["files"] += [str(Path(folder, file).as_posix()) for file in files]
-        self._save_record()
+        announce([_path(folder, name) for name in [*(f"{name}.png" for name in names), "srds_filmstrip.png", *table]])
 
-        def images(name):
-            return [reader(_stage(name, result)) for reader, result in zip(readers, results)]
+        def images(name, most=SHOWN):
+            return [reader(entry)(_stage(name, entry["result"])) for entry in entries[:most]]
 
-        path, text = self.folder / folder, self._png_text(results)
-        write(path / "srds_filmstrip.png", png(filmstrip(results, images, names, self._steps), text))
+        path, text = self.folder / folder, self._png_text(results[:SHOWN])
+        strip = filmstrip(results[:ROWS], lambda name: images(name, ROWS), names, self._steps)
+        write(path / "srds_filmstrip.png", png(strip, text))
         for name in names:
             write(path / f"{name}.png", png(grid(images(name)), text))
         if truth:
@@ -89,25 +136,41 @@ class Output:
 
     @property
     def _steps(self):
-        return self.record["settings"]["fine_steps"]
+        return self.about["settings"]["fine_steps"]
 
     def _png_text(self, results):
         return {
             "prompt": "\n".join(result["prompt"] for result in results),
             "seed": str(results[0]["seed"]),
-            "settings": json.dumps(self.record["settings"]),
+            "settings": json.dumps(self.about["settings"]),
         }
 
-    def _save_record(self):
-        write(self.folder / "run.json", (json.dumps(self.record, indent=2) + "\n").encode())
+
+def earlier_run(folder):
+    """The `run.json` of an earlier run; empty where there is none."""
+    return _read_json(Path(folder) / "run.json")
+
+
+def _read_json(path):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # not there, or not ours
+    return found if isinstance(found, dict) else {}
+
+
+def _path(folder, name):
+    return Path(folder, name).as_posix()
 
 
 def _remove_earlier(folder):
+    record = earlier_run(folder)
     try:
-        files = json.loads((folder / "run.json").read_text(encoding="utf-8"))["files"]
-        files = [name for name in files if OURS.fullmatch(name)]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # no earlier run, or a run.json that is not ours
+        entries = [_read_json(folder / name / "result.json") for name in record.get("folders", ())]
+        named = [name for entry in [record, *entries] for name in entry.get("files", ())]
+        files = [name for name in dict.fromkeys(named) if OURS.fullmatch(name)]
+    except TypeError:
+        return  # a run.json that is not ours
     for name in files:
         try:
             (folder / name).unlink(missing_ok=True)
@@ -134,12 +197,14 @@ def folder_name(index, prompt):
 
 
 def write(path, data):
-    """Write bytes to `path`, whole or not at all, making its folder. Raises WriteError."""
+    """Write bytes to `path`, whole or not at all, making its folder in one that is there. Raises WriteError."""
     part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not its parents: an output directory removed in mid-run stays removed
         try:
             part.write_bytes(data)
+            with part.open("r+b") as file:
+                os.fsync(file.fileno())  # or a machine that crashes may keep the name and lose what is in it
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -289,17 +354,18 @@ def report(entry, state):
 
 
 def summary(results, steps):
-    """The closing table: a row a prompt."""
+    """The closing table: a row a prompt, as `run.json` has it."""
     header = "prompt|iterations|serial evaluations|total|srds s|sequential s|difference|damping|converged"
     rows = [header.split("|")]
     for result in results:
-        text, error, truth = (
-            " ".join(result["prompt"].split()),
-            result["image_error"],
-            result["seconds"]["ground_truth"],
-        )
+        text = " ".join(result["prompt"].split())
+        text = text if len(text) <= 40 else text[:37] + "..."
+        if "error" in result:
+            rows.append((text, *"-------", "failed"))
+            continue
+        error, truth = result["image_error"], result["seconds"]["ground_truth"]
         rows.append((
-            text if len(text) <= 40 else text[:37] + "...",
+            text,
             str(len(result["iterations"]) - 1),
             f"{result['serial_evaluations']} of {steps}",
             str(result["total_evaluations"]),

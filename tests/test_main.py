@@ -24,6 +24,7 @@ from srds import SCHEDULES
 
 ROOT = Path(main.__file__).parent
 SMALL = ["-cs", "3", "-fs", "9", "-gs", "2"]
+RECORDS = {"run.json", "result.json"}
 SET = {"srds_initialized.png", "srds_final.png", "srds_filmstrip.png"}
 TRUTH = {"srds_ddim_gt.png", "srds_ddim_course.png", "trajectory_errors_plot.png", "trajectory_errors_table.csv"}
 
@@ -58,7 +59,7 @@ def run(tiny, tmp_path, capsys):
 def test_one_prompt_fills_the_output_directory(run):
     status, out, printed = run("--prompt", "A red sun, 夜", "--tolerance", "0", "--fixed-batch")
     assert status == 0
-    assert files(out) == SET | TRUTH | iterations(3) | {"run.json"}
+    assert files(out) == SET | TRUTH | iterations(3) | RECORDS
 
     (result,) = record(out)["prompts"]
     assert (result["prompt"], result["seed"], result["folder"]) == ("A red sun, 夜", 42, "")
@@ -111,8 +112,8 @@ def test_several_prompts_have_a_folder_each_and_an_overview(run, tmp_path):
     results = record(out)["prompts"]
     folders = [result["folder"] for result in results]
     assert folders == ["000-a-red-sun", "001-uber-the-hills", "002-a-moon"]
-    one = SET | TRUTH | iterations(2)
-    assert files(out) == one | {f"{folder}/{file}" for folder in folders for file in one} | {"run.json"}
+    overview, one = SET | TRUTH | iterations(2), SET | TRUTH | iterations(2) | {"result.json"}
+    assert files(out) == overview | {f"{folder}/{file}" for folder in folders for file in one} | {"run.json"}
     assert set(record(out)["files"]) == files(out) - {"run.json"}
 
     cells = [pixels(out / folder / "srds_iteration_1.png") for folder in folders]
@@ -136,7 +137,7 @@ def test_an_image_does_not_depend_on_the_other_prompts(run):
 
 def test_without_ground_truth_only_samples(run):
     status, out, printed = run("--prompt", "a moon", "--no-ground-truth", "-tol", "0")
-    assert status == 0 and files(out) == SET | iterations(3) | {"run.json"}
+    assert status == 0 and files(out) == SET | iterations(3) | RECORDS
     (result,) = record(out)["prompts"]
     assert result["image_error"] is None and result["seconds"]["ground_truth"] is None
     assert "error" not in printed
@@ -144,7 +145,7 @@ def test_without_ground_truth_only_samples(run):
 
 def test_blocks_of_one_step_need_no_refinement(run):
     status, out, _ = run("--prompt", "a moon", "-cs", "9", "--fixed-batch")
-    assert status == 0 and files(out) == SET | TRUTH | {"run.json"}
+    assert status == 0 and files(out) == SET | TRUTH | RECORDS
     (result,) = record(out)["prompts"]
     assert result["stop_reason"] == "exact" and result["serial_evaluations"] == 9 and result["image_error"] == 0
     assert pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).shape == (0, 9)
@@ -160,7 +161,7 @@ def test_a_run_removes_what_the_earlier_one_wrote_and_nothing_else(run):
     (out / "run.json").write_text(json.dumps(earlier))
     (out.parent / "outside.png").write_text("keep")
     _, out, _ = run("--prompt", "a hill", "--no-ground-truth", "--max-iterations", "1")
-    assert files(out) == SET | iterations(1) | mine | {"run.json"}
+    assert files(out) == SET | iterations(1) | mine | RECORDS
     assert (out.parent / "outside.png").exists() and not (out / "001-a-moon").exists()
 
 
@@ -444,7 +445,7 @@ def test_a_full_disk_is_one_line_and_status_1_and_leaves_no_half_file(run, tiny,
     monkeypatch.setattr(Path, "write_bytes", full)
     argv = ["-o", str(tmp_path / "out"), "--model", str(tiny), *SMALL, "--prompt", "a"]
     fails_with_one_line(argv, "No space left", capsys)
-    assert files(tmp_path / "out") == {"run.json"}
+    assert files(tmp_path / "out") == RECORDS
 
 
 # When to stop

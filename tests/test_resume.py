@@ -1,0 +1,174 @@
+"""Runs that never lose work: failures, kills and --resume."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+import utils
+from families import StableDiffusion
+
+ROOT = Path(main.__file__).parent
+PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
+
+
+def arguments(out, tiny, *more):
+    prompts = [word for text in PROMPTS for word in ("--prompt", text)]
+    return ["-o", str(out), "--model", str(tiny), "--device", "cpu", "-cs", "3", "-fs", "9", *prompts, *more]
+
+
+def record(out):
+    return json.loads((out / "run.json").read_text())
+
+
+def contents(folder):
+    """Everything that a run leaves but seconds and places: pixels by file, tables, results."""
+    found = {}
+    for path in folder.rglob("*.*"):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".png":
+            found[name] = np.asarray(Image.open(path)).tobytes()
+        elif path.suffix == ".csv":
+            found[name] = path.read_text()
+        else:
+            found[name] = None
+    results = record(folder)["prompts"]
+    return found, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    """What an uninterrupted run leaves."""
+    assert main.main(arguments(tmp_path / "whole", tiny)) == 0
+    return contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, whole, tiny, tmp_path):
+    """Killed at a random moment after the first to the third prompt, in whatever it does then."""
+    out, chance = tmp_path / "out", random.Random(seed)
+    argv = [sys.executable, "main.py", *arguments(out, tiny)]
+    run = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done, limit = chance.randrange(1, 4), time.monotonic() + 120
+    while sum('"complete": true' in path.read_text() for path in out.glob("*/result.json")) < done:
+        assert run.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    time.sleep(chance.random() * 0.3)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert contents(out) == whole
+
+
+def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny, "--resume")) == 0, "there is nothing to resume, which is no error"
+    folders = [result["folder"] for result in record(out)["prompts"]]
+    (out / folders[1] / "srds_final.png").unlink()
+    cut = out / folders[2] / "result.json"
+    cut.write_text(cut.read_text()[:100])
+    kept = (out / folders[0] / "result.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main.main(arguments(out, tiny, "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 4 prompts are complete" in printed and (out / folders[0] / "result.json").stat().st_mtime_ns == kept
+    assert "prompt 2 of 4" in printed and "prompt 3 of 4" in printed and "prompt 1 of 4" not in printed
+    assert contents(out) == whole
+
+    monkeypatch.setattr(main.Problem, "warm_up", lambda self: pytest.fail("nothing is left to run"))
+    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["-gs", "3"], "--guidance-scale: 3.0, but 7.5"),
+        (["--seed", "7"], "--seed: 7, but 42"),
+        (["--schedule", "sweep"], "--schedule: 'sweep', but 'pipelined'"),
+        (["--prompt", "another"], "--resume: the prompts are not those"),
+    ],
+)
+def test_settings_that_differ_are_one_line_and_nothing_is_touched(more, words, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny, "--max-iterations", "1")) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    capsys.readouterr()
+    assert main.main(arguments(out, tiny, "--max-iterations", "1", "--resume", *more)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny, "-cs", "auto")) == 0
+    monkeypatch.setattr(main, "make_plan", lambda problem: pytest.fail("a plan was made again"))
+    assert main.main(arguments(out, tiny, "-cs", "auto", "--resume")) == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), None])
+def test_a_prompt_that_fails_leaves_the_others_be_and_is_run_again(error, whole, tiny, tmp_path, monkeypatch, capsys):
+    """Out of memory, or numbers that are not finite."""
+    out, encode, predict, failing = tmp_path / "out", StableDiffusion.encode, StableDiffusion.predict, []
+
+    def watch(self, pipeline, prompt, *rest):
+        failing[:] = [prompt == PROMPTS[1]]
+        return encode(self, pipeline, prompt, *rest)
+
+    def fail(self, pipeline, x, t, **conditions):
+        if failing[0] and error:
+            raise error
+        return predict(self, pipeline, x, t, **conditions) * (float("nan") if failing[0] else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "encode", watch)
+        patch.setattr(StableDiffusion, "predict", fail)
+        assert main.main(arguments(out, tiny)) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "1 of 4 prompts failed" in captured.err
+    table = captured.out.splitlines()[-4:]
+    assert [line.endswith("failed") for line in table] == [False, True, False, False]
+    words = "out of memory" if error else "not finite"
+    assert [words in result.get("error", "") for result in record(out)["prompts"]] == [False, True, False, False]
+    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert contents(out) == whole
+
+
+def test_an_output_directory_removed_in_mid_run_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    out, add = tmp_path / "out", utils.Output.add
+
+    def remove(self, i, *rest):
+        add(self, i, *rest)
+        if i == 1:
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(utils.Output, "add", remove)
+    assert main.main(arguments(out, tiny)) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be written" in error and not out.exists()
+
+
+def test_overviews_of_many_prompts_stay_readable(tmp_path):
+    """100 of them: the pictures show the first 64, the filmstrip 16; the table and the results have all."""
+    texts = [f"prompt {i}" for i in range(100)]
+    output = utils.Output(tmp_path / "out", {"settings": {"fine_steps": 4}}, texts)
+    at = {"iteration": -1, "serial_evaluations": 4, "total_evaluations": 4, "image_error": 1.0}
+    for i, text in enumerate(texts):
+        names = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
+        images = {name: np.full((16, 16, 3), i, np.uint8) for name in names}
+        output.add(i, {"prompt": text, "seed": 0, "iterations": [at]}, images, [[1.0, 2.0]])
+    assert len(output.finish()) == 100
+    final = np.asarray(Image.open(tmp_path / "out" / "srds_final.png"))
+    assert final.shape == (128, 128, 3) and final[-1, -1, 0] == 63
+    assert Image.open(tmp_path / "out" / "srds_filmstrip.png").height < 16 * 300
