@@ -257,10 +257,10 @@ def choose_model(args):
         )
     given, args.solver = args.solver, args.solver or model.solvers[0]
     if args.solver not in model.solvers:
-        raise Failure(f"argument --solver: {given} does not sample {model.name}; give {' or '.join(model.solvers)}")
+        raise Failure(f"argument --solver: {given} does not sample {args.model}; give {' or '.join(model.solvers)}")
     if args.eta and args.solver != "ddim":
         raise Failure(
-            f"argument --eta: {args.eta:g} is for ddim, and {model.name} is sampled by {args.solver}; leave it out"
+            f"argument --eta: {args.eta:g} is for ddim, and {args.model} is sampled by {args.solver}; leave it out"
         )
     for side, default in zip(("height", "width"), family.default_size):
         pixels = getattr(args, side) or default
@@ -272,11 +272,11 @@ def choose_model(args):
         setattr(args, side, pixels)
     if family.guidance is None and args.guidance_scale is not None:
         raise Failure(
-            f"argument --guidance-scale/-gs: {args.guidance_scale:g}: {model.name} has no guidance; leave it out"
+            f"argument --guidance-scale/-gs: {args.guidance_scale:g}: {args.model} has no guidance; leave it out"
         )
     if family.guidance != "classifier-free" and args.negative_prompt:
         raise Failure(
-            f"argument --negative-prompt: {args.negative_prompt!r}: {model.name} has no use for it; leave it out"
+            f"argument --negative-prompt: {args.negative_prompt!r}: {args.model} has no use for it; leave it out"
         )
     if args.guidance_scale is None:
         args.guidance_scale = DEMO_GUIDANCE_SCALE if args.model == "demo" else family.guidance_scale

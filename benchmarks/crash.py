@@ -1,0 +1,105 @@
+"""Whether runs lose work: killed at random moments and resumed; and whether memory grows with the prompts.
+
+    python benchmarks/crash.py          # about 15 minutes; prints a table, and fails where something was lost
+
+Demo model. A run of several prompts is killed (SIGKILL) at a random moment, resumed, killed again and so on, until it
+ends; then every file must be what an uninterrupted run leaves, seconds aside. For memory, a run of many prompts without
+ground truth: its resident memory after each, and the slope of a line through the second half.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import numpy as np
+from PIL import Image
+
+SETTINGS = ["--model", "demo", "--device", "cpu", "-fs", "25", "-cs", "5"]
+
+
+def command(out, texts, *more):
+    prompts = [word for text in texts for word in ("--prompt", text)]
+    return [sys.executable, str(common.ROOT / "main.py"), "-o", str(out), *SETTINGS, *prompts, *more]
+
+
+def start(*arguments):
+    return subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def contents(folder):
+    """What a run leaves, by file; of results all but their seconds."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        found[name] = np.asarray(Image.open(path)).tobytes() if path.suffix == ".png" else path.read_text()
+    results = json.loads(found.pop("run.json"))["prompts"]
+    images = {name: content for name, content in found.items() if not name.endswith("result.json")}
+    return images, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+
+def crashes(texts, kills, seed):
+    """Kill and resume a run; returns how often it was killed with how many prompts complete, and how it ended."""
+    chance, done = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        whole, out = Path(folder) / "whole", Path(folder) / "out"
+        started = time.perf_counter()
+        assert start(whole, texts).wait() == 0
+        seconds = time.perf_counter() - started
+        while len(done) < kills:
+            run = start(out, texts, "--resume")
+            time.sleep(chance.uniform(0, seconds))
+            if run.poll() is None:
+                run.send_signal(signal.SIGKILL)
+                complete = sum('"complete": true' in path.read_text() for path in out.glob("*/result.json"))
+                done.append(complete)
+            elif run.returncode:
+                raise SystemExit(f"the resumed run ended with status {run.returncode}")
+            run.wait()
+            if sum('"complete": true' in path.read_text() for path in out.glob("*/result.json")) == len(texts):
+                break
+        assert start(out, texts, "--resume").wait() == 0
+        return done, contents(out) == contents(whole)
+
+
+def memory(texts):
+    """Resident megabytes of a run when each prompt is complete."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, sizes = start(Path(folder) / "out", texts, "--no-ground-truth"), []
+        while run.poll() is None:
+            done = sum(1 for _ in Path(folder).glob("out/*/srds_filmstrip.png"))
+            if done > len(sizes):
+                status = Path(f"/proc/{run.pid}/status").read_text()
+                pages = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")]
+                sizes += [int(pages[0]) / 1024] * (done - len(sizes)) if pages else []
+            time.sleep(0.05)
+        assert run.returncode == 0
+    return sizes
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="(%(default)s)")
+    parser.add_argument("--prompts", type=int, default=200, help="of the run whose memory is watched (%(default)s)")
+    args = parser.parse_args()
+    texts, _ = common.prompts(np.random.default_rng(3), args.prompts)
+
+    killed, seed, lost = [], 0, 0
+    while len(killed) < args.kills:
+        done, same = crashes(texts[:4], args.kills - len(killed), seed)
+        killed, seed, lost = killed + done, seed + 1, lost + (not same)
+        print(f"killed with {done} of 4 prompts complete, resumed: {'the same' if same else 'DIFFERENT'}", flush=True)
+    print(f"{len(killed)} kills, {seed} runs, {lost} of them different from an uninterrupted one")
+
+    sizes = memory(texts)
+    half = sizes[len(sizes) // 2 :]
+    slope = np.polyfit(range(len(half)), half, 1)[0]
+    print(f"{len(sizes)} prompts: {sizes[len(sizes) // 10]:.0f} MB after a tenth, {sizes[-1]:.0f} at the end; "
+          f"{1024 * slope:.1f} kB a prompt over the second half")  # fmt: skip
+    sys.exit(bool(lost))
