@@ -46,11 +46,12 @@ def contents(folder):
     return found, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
 
 
-@pytest.fixture
-def whole(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
     """What an uninterrupted run leaves."""
-    assert main.main(arguments(tmp_path / "whole", tiny)) == 0
-    return contents(tmp_path / "whole")
+    folder = tmp_path_factory.mktemp("whole")
+    assert main.main(arguments(folder, tiny)) == 0
+    return contents(folder)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
