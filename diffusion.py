@@ -175,8 +175,8 @@ def load_pipeline(model, device, dtype, variant=None, offload=False, tiling=Fals
     except Exception as error:  # files of all kinds, read by several libraries, each with errors of its own
         if out_of_memory(error):
             raise
-        kind = f" variant {variant!r}" if variant else ""
-        raise ModelError(f"{model.name}: its weights{kind} cannot be loaded: {_first_line(error)}") from error
+        kind = f"s variant {variant!r}" if variant else ""
+        raise ModelError(f"{model.name}: it{kind} cannot be loaded: {_first_line(error)}") from error
     model.family.prepare(pipeline)
     for component in ("unet", "vae"):
         if component in pipeline.components:  # faster convolutions, in the demo's network by a quarter
@@ -188,6 +188,9 @@ def load_pipeline(model, device, dtype, variant=None, offload=False, tiling=Fals
         pipeline.model_cpu_offload_seq = pipeline.model_cpu_offload_seq.removesuffix("->vae")
         pipeline._exclude_from_cpu_offload = ["vae"]
         pipeline.enable_model_cpu_offload(device=device)
+        parts = pipeline._all_hooks
+        if len(parts) > 1:
+            parts[0].hook.prev_module_hook = parts[-1]  # the next prompt's first encoder drives the network out again
         return pipeline
     return pipeline.to(device)
 
@@ -330,9 +333,8 @@ class Solver:
         at_end = at_start = x0
         if self.name == "dpmsolver++":
             at_end = at_start = x0 + extrapolation * (x0 - past)
-        elif (
-            self.clip is not None
-        ):  # ddim, in diffusers, clips what the step leads to, not the noise that it finds in x
+        elif self.clip is not None:
+            # ddim, in diffusers, clips what the step leads to, not the noise that it finds in x.
             at_end = x0.clamp(-self.clip, self.clip)
             at_start = at_end if self.name == "ddpm" else x0
         x = signal_end * at_end + carry * (x - signal * at_start)
@@ -361,6 +363,8 @@ class Solver:
         measured for each element and for the whole state, the lower counts; and nothing is withheld where J's negative
         part, its mean weighted by dy^2, is above -0.05.
         """
+        if end - start == 1:
+            return dG  # the coarse step is the fine one
         carry, q = float(self.carry[start, end]), float(self.signal[end] / self.signal[start])
         r = carry / q
         carried = carry * dU  # were x0 to stay as it is
@@ -422,7 +426,7 @@ class Denoiser:
         lanes = len(x)
         samples = x.to(self.dtype).repeat(self.rows, 1, 1, 1)
         times = self.times[n].repeat(self.rows).to(x.device, non_blocking=True)
-        conditions = {name: rows.repeat_interleave(lanes, 0) for name, rows in self.conditions.items()}
+        conditions = {name: values.repeat_interleave(lanes, 0) for name, values in self.conditions.items()}
         most = max(self.sizes) if self.sizes else self.max_batch or self.rows * lanes
         parts = zip(*(part.split(most) for part in (samples, times, *conditions.values())))
         outputs = torch.cat([self._call(*part) for part in parts])

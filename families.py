@@ -10,6 +10,8 @@ A family is made from a model's configs and is handed the loaded pipeline at eac
         (L,), and conditions of L rows.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -28,6 +30,7 @@ class Family:
     loading = {"use_safetensors": True}  # what its pipeline's from_pretrained is told
     sample_size = 128  # height and width of the latents, where the network's config does not say
     patch = 1  # sides of the latents are multiples of this
+    largest = math.inf  # height and width, in pixels
 
     def __init__(self, network, autoencoder):
         """From the configs of the two; raises ValueError where the network is not one that this program can call."""
@@ -51,6 +54,11 @@ class Family:
 
     def prepare(self, pipeline):
         """Change what must be changed in a pipeline just loaded."""
+
+    def keep_the_autoencoder_in_float32(self, pipeline):
+        """For autoencoders that overflow in float16."""
+        if pipeline.vae.config.get("force_upcast") and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.to(torch.float32)
 
     def sigmas(self, steps):
         """The noise levels, before their shift, that the family's own pipeline asks of a flow's scheduler."""
@@ -78,10 +86,7 @@ class StableDiffusion(Family):
     network = "unet"
     guidance_scale = 7.5
     # Without the parts that only look at finished images.
-    loading = {
-        **Family.loading,
-        **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    }
+    loading = Family.loading | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     sample_size = 64
 
     @property
@@ -105,9 +110,7 @@ class StableDiffusionXL(Family):
     network = "unet"
     guidance_scale = 5.0
 
-    def prepare(self, pipeline):
-        if pipeline.vae.config.get("force_upcast") and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # its autoencoder overflows in float16
+    prepare = Family.keep_the_autoencoder_in_float32
 
     @torch.no_grad()
     def encode(self, pipeline, prompt, negative_prompt, guidance_scale, size, device):
@@ -138,6 +141,10 @@ class StableDiffusion3(Family):
     guidance_scale = 7.0
     dtype = torch.bfloat16
     patch = 2
+
+    def __init__(self, network, autoencoder):
+        super().__init__(network, autoencoder)
+        self.largest = network.get("pos_embed_max_size", 96) * self.patch * self.factor
 
     def reader(self, pipeline):
         return super().reader(pipeline) if pipeline.text_encoder_3 is None else (pipeline.tokenizer_3, 256)
@@ -199,6 +206,7 @@ class PixArt(Family):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     guidance_scale = 4.5
     patch = 2
+    prepare = Family.keep_the_autoencoder_in_float32  # Sigma's is Stable Diffusion XL's
 
     def reader(self, pipeline):
         return pipeline.tokenizer, 300 if "Sigma" in type(pipeline).__name__ else 120
@@ -235,6 +243,7 @@ class Unconditional(Family):
         if network.get("num_class_embeds") or network.get("class_embed_type"):
             raise ValueError("is conditioned on classes, which is not supported")
         super().__init__(network, {"block_out_channels": [0]})
+        # diffusers' own widths where a config has none
         self.patch = 2 ** (len(network.get("block_out_channels", (224, 448, 672, 896))) - 1)
 
     @torch.no_grad()

@@ -42,6 +42,7 @@ WHERE = ("output_dir", "prompts", "prompt", "texts", "resume")  # arguments that
 SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
 CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
+MOST_FLOW_STEPS = 4000  # a flow has no limit of its own, but tables of steps x steps
 SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -125,13 +126,8 @@ def parse_arguments(argv):
     add("--stop-rule", choices=STOP_RULES, default=STOP_RULE,
         help="what must be below the tolerance: the image's change, each state's as well, or the image's next change, "
         "as the last two foretell it (%(default)s)")  # fmt: skip
-    add(
-        "--max-iterations",
-        metavar="K",
-        type=integer(1),
-        default=MAX_ITERATIONS,
-        help="most refinements (as many as blocks)",
-    )
+    add("--max-iterations", metavar="K", type=integer(1), default=MAX_ITERATIONS,
+        help="most refinements (as many as blocks)")  # fmt: skip
 
     group = parser.add_argument_group("generation")
     add = group.add_argument
@@ -249,12 +245,13 @@ def choose_model(args):
     import diffusion
 
     model = diffusion.find_model(args.model)
-    family, most = model.family, model.scheduler.config.num_train_timesteps
-    if not family.flow and args.fine_steps > most:
-        raise Failure(
-            f"argument --fine-steps/-fs: {args.fine_steps} exceeds the model's {most} training timesteps; "
-            f"give at most {most}"
-        )
+    family, trained = model.family, model.scheduler.config.num_train_timesteps
+    most = MOST_FLOW_STEPS if family.flow else trained
+    if args.fine_steps > most:
+        why = "a flow's tables have room for" if family.flow else f"the model's {trained} training timesteps"
+        raise Failure(f"argument --fine-steps/-fs: {args.fine_steps} exceeds {why}; give at most {most}")
+    if args.vae_tiling and not family.latent:
+        raise Failure(f"argument --vae-tiling: {args.model} has no autoencoder; leave it out")
     given, args.solver = args.solver, args.solver or model.solvers[0]
     if args.solver not in model.solvers:
         raise Failure(f"argument --solver: {given} does not sample {args.model}; give {' or '.join(model.solvers)}")
@@ -268,6 +265,10 @@ def choose_model(args):
             near = max(1, round(pixels / family.multiple)) * family.multiple
             raise Failure(
                 f"argument --{side}: {pixels} is not a multiple of {family.multiple}; give {near}, for instance"
+            )
+        if pixels > family.largest:
+            raise Failure(
+                f"argument --{side}: {pixels} is more than {args.model} has places for; give at most {family.largest}"
             )
         setattr(args, side, pixels)
     if family.guidance is None and args.guidance_scale is not None:

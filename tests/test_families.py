@@ -120,8 +120,9 @@ def test_all_refinements_equal_sequential_and_micro_batches_do_not_matter(family
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_command_writes_every_output(family, folders, tmp_path, capsys):
-    argv = arguments(folders[family], "-o", str(tmp_path), "--prompt", "a red sun", "--prompt", "snow", "--vae-tiling")
-    assert main.main([*argv, "--max-iterations", "2"]) == 0, capsys.readouterr().err
+    argv = arguments(folders[family], "-o", str(tmp_path), "--prompt", "a red sun", "--prompt", "snow")
+    tiling = [] if family == "Unconditional" else ["--vae-tiling"]
+    assert main.main([*argv, *tiling, "--max-iterations", "2"]) == 0, capsys.readouterr().err
     run = json.loads((tmp_path / "run.json").read_text())
     assert all((tmp_path / file).stat().st_size for file in run["files"])
     prompted = family != "Unconditional"
@@ -143,6 +144,9 @@ def test_the_command_writes_every_output(family, folders, tmp_path, capsys):
         ("Unconditional", ["-gs", "3"], "--guidance-scale/-gs: 3"),
         ("Flux-dev", ["--negative-prompt", "rain"], "--negative-prompt: 'rain'"),
         ("StableDiffusion3", ["--height", "72"], "--height: 72 is not a multiple of 16"),
+        ("StableDiffusion3", ["--height", "512"], "--height: 512 is more than"),
+        ("StableDiffusion3", ["-fs", "100000"], "--fine-steps/-fs: 100000"),
+        ("Unconditional", ["--vae-tiling"], "--vae-tiling"),
         ("Unconditional", ["--height", "15"], "--height: 15 is not a multiple of 2"),
         ("StableDiffusion", ["--offload"], "--offload"),
     ],
@@ -169,12 +173,14 @@ def test_sizes_and_guidance_are_the_familys_own(folders):
 
 
 def test_pixel_models_with_their_files_at_the_top_load(folders, tmp_path):
-    """As google/ddpm-church-256 keeps them."""
+    """As google/ddpm-church-256 keeps them, pickled weights included."""
     flat = tmp_path / "Unconditional"
     flat.mkdir()
-    for path in folders["Unconditional"].rglob("*.*"):
+    pipelines.pixels().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    for path in (tmp_path / "pickled").rglob("*.*"):
         (flat / path.name).write_bytes(path.read_bytes())
-    assert torch.equal(sequential(load(folders["Unconditional"])), sequential(load(flat)))
+    assert (flat / "diffusion_pytorch_model.bin").exists() and not list(flat.glob("*.safetensors"))
+    torch.testing.assert_close(*map(sequential, (load(folders["Unconditional"]), load(flat))), atol=1e-4, rtol=1e-4)
 
 
 def test_offloading_changes_nothing_but_where_the_parts_are(folders):
@@ -183,6 +189,8 @@ def test_offloading_changes_nothing_but_where_the_parts_are(folders):
     pipeline = diffusion.load_pipeline(model, "cpu", torch.float32, offload=True)
     assert hasattr(pipeline.unet, "_hf_hook") and hasattr(pipeline.text_encoder_2, "_hf_hook")
     assert not hasattr(pipeline.vae, "_hf_hook")
+    first, *_, last = pipeline._all_hooks
+    assert first.model is pipeline.text_encoder and first.hook.prev_module_hook.model is pipeline.unet is last.model
     plain = load(folders["StableDiffusionXL"])
     offloaded = main.Problem(plain.args, model, pipeline, plain.device)
     torch.testing.assert_close(sequential(plain), sequential(offloaded), atol=1e-4, rtol=1e-4)
@@ -192,3 +200,14 @@ def test_code_of_a_models_own_is_not_run(folders, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "OwnPipeline"]}))
     with pytest.raises(diffusion.ModelError, match="OwnPipeline.*this program samples"):
         diffusion.find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_runs_and_is_near_float32(family, dtype, folders):
+    half, whole = (load(folders[family], "--dtype", kind) for kind in (dtype, "float32"))
+    assert getattr(half.pipeline, half.model.family.network).dtype == getattr(torch, dtype)
+    if dtype == "float16" and family in ("StableDiffusionXL", "PixArt-Sigma"):
+        assert half.pipeline.vae.dtype == torch.float32
+    ours, truth = sequential(half)[1], sequential(whole)[1]
+    assert (ours - truth).abs().mean() < 0.1 * truth.abs().mean() and half.image(ours[None]).shape[2] == 3

@@ -117,6 +117,14 @@ def test_damped_refinements_of_a_stiff_problem_do_not_diverge(N, B, noise):
     assert max(paper) > 1.3 * paper[0] and damped[1] < 0.1 * damped[0] and damped[2] < 0.1 * damped[1], (paper, damped)
 
 
+def test_blocks_of_one_step_are_corrected_in_full(noise):
+    """There the coarse step is the fine one: nothing can overshoot."""
+    problem, n = Stiff(12), boundaries(12, 8)
+    for start, end in zip(n, n[1:]):
+        dG = -noise
+        assert (problem.solver.damped(noise, dG, start, end) is dG) == (end - start == 1)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_run_never_waits_for_the_device(schedule):
     """On a device whose values cannot be read at all."""
