@@ -1,5 +1,6 @@
 """The command, as its users run it: `main(argv)` in-process, and once each as a process of its own."""
 
+import functools
 import json
 import os
 import signal
@@ -573,7 +574,10 @@ def test_help_answers_in_under_half_a_second():
 def test_ctrl_c_leaves_the_finished_prompts_complete(tmp_path, tiny):
     prompts = [word for i in range(50) for word in ("--prompt", f"moon {i}")]
     argv = [sys.executable, "main.py", "-o", str(tmp_path / "out"), "--model", str(tiny), *SMALL, *prompts]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background job, as CI may be, has its children ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(argv, cwd=ROOT, **pipes, text=True, preexec_fn=heed)
     for line in process.stdout:
         if line.startswith("prompt 3 "):
             break
