@@ -6,14 +6,20 @@ python main.py --prompts prompts.txt --output-dir output/my_experiment
 import argparse
 import contextlib
 import functools
+import hashlib
+import json
 import math
 import os
 import stat
 import sys
 import time
+import traceback
+from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
+
+from processes import ProcessError, Processes
 
 # Defaults: edit them for experiments.
 MODEL = "stabilityai/stable-diffusion-2"
@@ -36,9 +42,10 @@ DEVICE = "auto"
 DTYPE = "auto"
 VARIANT = None
 MAX_BATCH = None  # all lanes of a tick in one network call
+PARALLEL = None  # of several processes: prompts where there are more of them than processes, else lanes
 EXPECTED_REFINEMENTS = 3  # that --coarse-steps auto plans for: what most runs of benchmarks/stopping.py use
 
-WHERE = ("output_dir", "prompts", "prompt", "texts", "resume")  # arguments that results do not depend on
+WHERE = ("output_dir", "prompts", "prompt", "texts", "resume", "parallel")  # arguments that results do not depend on
 SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
 CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
@@ -144,6 +151,9 @@ def parse_arguments(argv):
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
+    add("--parallel", choices=("lanes", "prompts"), default=PARALLEL,
+        help="what the processes of accelerate launch or torchrun share: each tick's lanes, or the prompts (prompts "
+        "where there are more of them than processes)")  # fmt: skip
     add("--device", default=DEVICE, help="auto, cpu, cuda, cuda:1, mps ... (%(default)s)")
     add("--dtype", choices=DTYPES, default=DTYPE, help="auto: float16 or bfloat16 on cuda, float32 elsewhere")
     add("--max-batch", metavar="M", type=integer(1), default=MAX_BATCH,
@@ -220,8 +230,8 @@ def check_output_dir(folder):
         raise Failure(f"argument --output-dir/-o: {folder!r} {problem}; give a directory, existing or new")
 
 
-def choose_device(args):
-    """The torch device of --device."""
+def choose_device(args, processes):
+    """The torch device of --device; of several processes, each has its own GPU."""
     import torch
 
     name = args.device
@@ -237,6 +247,15 @@ def choose_device(args):
         raise Failure(f"argument --device: {args.device!r} is not on this machine; give auto or one of: {there}")
     if args.offload and device.type == "cpu":
         raise Failure("argument --offload: the device is the cpu, there is nowhere to offload to; leave it out")
+    if processes.size > 1 and device.type != "cpu":
+        if device.index is not None or device.type == "mps":
+            raise Failure(f"argument --device: {args.device!r} is one device for several processes; give cuda or cpu")
+        if processes.local_rank >= count[device.type]:
+            raise Failure(
+                f"argument --device: {args.device!r}: more processes than the {count[device.type]} GPUs of a machine; "
+                "launch one a GPU"
+            )
+        device = torch.device(device.type, processes.local_rank)
     return device
 
 
@@ -317,12 +336,17 @@ def check_resume(args):
 # The run. torch and all that imports it wait until the arguments are known to be good.
 
 
-def load(args):
+def load(args, processes):
     """The `Problem` that the arguments set, and what run.json says of the run as a whole."""
-    device = choose_device(args)
-    model = choose_model(args)
-    if args.resume:
+    device = choose_device(args, processes)
+    processes.join(cpu=device.type == "cpu")
+    if processes.size > 1:
+        args.parallel = args.parallel or ("prompts" if len(args.texts) > processes.size else "lanes")
+    with processes.in_turn():
+        model = choose_model(args)
+    if args.resume and processes.first:
         check_resume(args)
+    args.coarse_steps, args.schedule = processes.tell([args.coarse_steps, args.schedule])
 
     import diffusers
     import torch
@@ -332,26 +356,28 @@ def load(args):
     automatic = model.family.dtype if device.type == "cuda" else torch.float32
     dtype = automatic if args.dtype == "auto" else getattr(torch, args.dtype)
     settings = device, dtype, args.variant, args.offload, args.vae_tiling
-    try:
-        pipeline = diffusion.load_pipeline(model, *settings)
-    except diffusion.ModelError:
-        if model.name not in diffusion.MIRRORS:
-            raise
-        model = diffusion.find_model(diffusion.MIRRORS[model.name])
-        pipeline = diffusion.load_pipeline(model, *settings)
+    with processes.in_turn():
+        try:
+            pipeline = diffusion.load_pipeline(model, *settings)
+        except diffusion.ModelError:
+            if model.name not in diffusion.MIRRORS:
+                raise
+            model = diffusion.find_model(diffusion.MIRRORS[model.name])
+            pipeline = diffusion.load_pipeline(model, *settings)
     if args.compile:
         diffusion.compile_network(getattr(pipeline, model.family.network))
     if model.name == diffusion.MIRRORS.get(args.model):
         print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
-    problem = Problem(args, model, pipeline, device)
+    problem = Problem(args, model, pipeline, device, processes)
     plan = None
     if args.coarse_steps == "auto":
-        plan = make_plan(problem)
-        args.coarse_steps, args.schedule = plan["blocks"], plan["schedule"]
-        problem = Problem(args, model, pipeline, device)  # as its solver may depend on the blocks
+        plan = processes.tell(make_plan(problem))
+        problem = problem.vary(coarse_steps=plan["blocks"], schedule=plan["schedule"])
+        args = problem.args
         print(describe_plan(plan))
     args.schedule = args.schedule or SCHEDULE
     about = {
+        "begun": datetime.now().astimezone().isoformat(),
         "settings": {key: value for key, value in vars(args).items() if key not in ("texts", "resume")},
         "texts": args.texts,
         "environment": {
@@ -360,6 +386,7 @@ def load(args):
             "diffusers": diffusers.__version__,
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
+            "processes": processes.size,
         },
         "model": {
             "name": model.name,
@@ -374,27 +401,63 @@ def load(args):
     return problem, about
 
 
-def run(args):
+def run(args, processes):
     """Load, sample and write; what can fail without being a bug becomes a Failure."""
     import diffusion
     import utils
 
     try:
-        problem, about = load(args)
-        output = utils.Output(args.output_dir, about, args.texts, args.resume)
-        left = [i for i in range(len(args.texts)) if not output.result(i)]
+        check_alike(args, processes)
+        problem, about = load(args, processes)
+        output = utils.Output(args.output_dir, about, args.texts)
+        if processes.first:
+            output.begin(args.resume)
+        if processes.size > 1 and args.parallel == "prompts":
+            check_shared(output, processes)
+        left = [i for i in range(len(args.texts)) if not output.result(i)] if processes.first else None
+        left = processes.tell(left)
         if left:
             problem.warm_up()
         sample_all(problem, output, left)
     except Failure:
         raise
-    except (diffusion.ModelError, utils.WriteError) as error:
+    except (diffusion.ModelError, utils.WriteError, ProcessError) as error:
         raise Failure(error, 1) from error
     except Exception as error:
         message = explain(args, error)
         if not message:
             raise
         raise Failure(message, 1) from error
+
+
+def check_alike(args, processes):
+    """Raise Failure unless all processes have the same prompts and settings; machines may differ in their files."""
+    known = {key: value for key, value in vars(args).items() if key not in ("output_dir", "prompts")}
+    if processes.tell(digest := hashlib.sha256(json.dumps(known).encode()).hexdigest()) != digest:
+        raise Failure(
+            f"argument --prompts/-p: process {processes.rank} of the launch has other prompts or settings than the "
+            "first; give all the same"
+        )
+
+
+def check_shared(output, processes):
+    """Raise Failure unless all processes see the output directory that the first one has begun."""
+    import utils
+
+    begun = processes.tell(output.about["begun"])
+    if not wait_until(lambda: utils.earlier_run(output.folder).get("begun") == begun):
+        raise Failure(
+            f"argument --output-dir/-o: {str(output.folder)!r} is not one directory for all machines; give one that "
+            "they share, or --parallel lanes"
+        )
+
+
+def wait_until(seen, seconds=90):
+    """Whether something is seen before so many seconds are over; network file systems show changes late."""
+    limit = time.monotonic() + seconds
+    while not (found := seen()) and time.monotonic() < limit:
+        time.sleep(0.5)
+    return found
 
 
 def explain(args, error):
@@ -414,47 +477,68 @@ def sample_all(problem, output, left):
     """Sample the prompts that are left, by number, and write what comes of it; one that fails leaves the others be."""
     import utils
 
-    args, failures = problem.args, []
+    args, processes = problem.args, problem.processes
     kept = len(args.texts) - len(left)
     if kept:
         print(f"{kept} of {len(args.texts)} prompts are complete")
     try:
         if args.negative_prompt:
             warn_if_cut(problem, args.negative_prompt)
-        for i in tqdm(left, "prompts", unit="prompt", disable=None):
-            text = args.texts[i]
-            tqdm.write(f"prompt {i + 1} of {len(args.texts)}: {' '.join(text.split())}")
-            # Without prompts, only the noise can make samples differ.
-            at = problem if problem.model.family.prompted else problem.vary(seed=(args.seed + i) % 2**64)
-            try:
-                output.add(i, *sample(at, text))
-            except utils.WriteError:
-                raise
-            except Exception as error:
-                message = explain(args, error)
-                if not message:
+        with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
+            for i in left if problem.in_lanes else processes.take(left):
+                text = args.texts[i]
+                tqdm.write(f"prompt {i + 1} of {len(args.texts)}: {' '.join(text.split())}")
+                # Without prompts, only the noise can make samples differ.
+                at = problem if problem.model.family.prompted else problem.vary(seed=(args.seed + i) % 2**64)
+                try:
+                    if problem.in_lanes and not processes.first:
+                        take_part(at, text)
+                        continue
+                    output.add(i, *sample(at, text))
+                except (utils.WriteError, ProcessError):
                     raise
-                failures.append(message)
-                output.fail(i, at.args.seed, message)
-                tqdm.write(f"  failed: {message}")
+                except Exception as error:
+                    message = explain(args, error)
+                    # Of processes that share lanes, those where nothing failed wait in the middle of a tick.
+                    if not message or (problem.in_lanes and not isinstance(error, FloatingPointError)):
+                        raise
+                    output.fail(i, at.args.seed, message)
+                    tqdm.write(f"  failed: {message}")
+                bar.n = processes.count("sampled")
+                bar.refresh()
+            while processes.first and bar.n < len(left):
+                time.sleep(0.5)
+                bar.n = processes.count("sampled", 0)
+                bar.refresh()
+        if not processes.first:
+            return
+        if processes.size > 1 and not wait_until(lambda: len(output.results()) == len(args.texts)):
+            raise Failure(f"results of other processes do not show up in {args.output_dir}", 1)
         results = output.finish()
     except KeyboardInterrupt:
-        done = sum("error" not in result for result in output.save())
+        done = sum("error" not in result for result in (output.save() if processes.first else output.results()))
         done = f"{done} of {len(args.texts)} prompts are complete in {args.output_dir}"
         raise Failure(f"interrupted; {done}", 130) from None
     print(utils.summary(results, args.fine_steps))
+    failures = [result["error"] for result in results if "error" in result]
     if failures:
         raise Failure(f"{len(failures)} of {len(args.texts)} prompts failed; the first: {failures[0]}", 1)
+
+
+def take_part(problem, text):
+    """Call the network for this process's share of each tick of a prompt that the first process samples."""
+    for _ in problem.iterates(problem.denoiser(text)):
+        pass
 
 
 class Problem:
     """What all prompts of a run share: model, pipeline, initial noise x, time grid, solver, correction, blocks."""
 
-    def __init__(self, args, model, pipeline, device):
+    def __init__(self, args, model, pipeline, device, processes):
         import diffusion
         import srds
 
-        self.args, self.model, self.pipeline, self.device = args, model, pipeline, device
+        self.args, self.model, self.pipeline, self.device, self.processes = args, model, pipeline, device, processes
         family = model.family
         height, width = args.height // family.factor, args.width // family.factor
         self.x = diffusion.initial_noise((family.channels, height, width), args.seed, device)
@@ -470,11 +554,21 @@ class Problem:
     def vary(self, **settings):
         """The same pipeline with other settings."""
         args = argparse.Namespace(**{**vars(self.args), **settings})
-        return Problem(args, self.model, self.pipeline, self.device)
+        return Problem(args, self.model, self.pipeline, self.device, self.processes)
 
     @property
     def boundaries(self):
         return boundaries(self.args.fine_steps, self.args.coarse_steps)
+
+    @property
+    def in_lanes(self):
+        """Whether several processes share the lanes of each tick."""
+        return self.processes.size > 1 and self.args.parallel == "lanes"
+
+    @property
+    def widest(self):
+        """Most lanes in one process's call."""
+        return -(-self.args.coarse_steps // (self.processes.size if self.in_lanes else 1))
 
     def denoiser(self, text):
         import diffusion
@@ -487,9 +581,9 @@ class Problem:
             predict, conditions, self.grid.times, args.guidance_scale, args.max_batch, dtype=dtype
         )
         if args.fixed_batch:
-            denoise.sizes = [diffusion.fixed_batch(denoise.rows * args.coarse_steps, args.max_batch)]
+            denoise.sizes = [diffusion.fixed_batch(denoise.rows * self.widest, args.max_batch)]
         elif args.compile:
-            most = min(denoise.rows * args.coarse_steps, args.max_batch or math.inf)
+            most = min(denoise.rows * self.widest, args.max_batch or math.inf)
             denoise.sizes = diffusion.compiled_batches(min(denoise.rows, most), most)
         return denoise
 
@@ -499,7 +593,11 @@ class Problem:
 
         args = self.args
         settings = args.schedule, args.max_iterations, self.correct
-        return srds(self.x, denoise, self.step, self.boundaries, *settings)
+        iterates = srds(self.x, self.shared(denoise), self.step, self.boundaries, *settings)
+        return self.processes.in_step(iterates) if self.in_lanes else iterates
+
+    def shared(self, denoise):
+        return self.processes.split(denoise) if self.in_lanes else denoise
 
     def image(self, states):
         """The image of a trajectory's last state, uint8 (height, width, 3)."""
@@ -512,7 +610,7 @@ class Problem:
         import torch
 
         args, denoise = self.args, self.denoiser("")
-        widths = range(1, args.coarse_steps + 1) if args.compile else (1, args.coarse_steps)
+        widths = range(1, self.widest + 1) if args.compile else (1, self.widest)
         for lanes in [*widths] * (3 if args.compile else 1):  # a CUDA graph is recorded at the second call
             denoise(self.x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
         self.image(self.x)
@@ -570,7 +668,7 @@ def measure_calls(problem, widest):
         call()
         return float(np.median([clock(call, problem.x.device) for _ in range(5)]))
 
-    denoise, x = problem.denoiser(""), problem.x
+    denoise, x = problem.shared(problem.denoiser("")), problem.x
     lanes = sorted({widest, *(L for i in range(12) for L in (2**i, 3 * 2**i) if L < widest)})
     calls = {L: seconds(functools.partial(denoise, x.expand(L, -1, -1, -1), torch.zeros(L, dtype=int))) for L in lanes}
     return calls, seconds(lambda: problem.image(x))
@@ -649,9 +747,9 @@ def sample(problem, text):
 
     history, errors, states, image, seconds = [], [], None, None, 0.0
     most = args.fine_steps if args.schedule == "pipelined" else None
-    with ticking(denoise, "srds", most) as ticks:
+    with ticking(denoise, "srds", most) as ticks, contextlib.closing(problem.iterates(ticks)) as iterates:
         started = time.perf_counter()
-        for iterate in problem.iterates(ticks):
+        for iterate in iterates:
             earlier, image = image, problem.image(iterate.states)
             history.append({
                 "iteration": iterate.k - 1,
@@ -758,20 +856,25 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a prompt may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    processes = Processes()
     try:
-        run(parse_arguments(argv))
+        with processes.quiet():
+            run(parse_arguments(argv), processes)
+            processes.close()
     except Failure as failure:
-        return complain(failure, failure.status)
+        return processes.end(failure, failure.status)
+    except ProcessError as error:
+        return processes.end(error, 1)
     except KeyboardInterrupt:
-        return complain("interrupted; nothing was written", 130)
+        return processes.end("interrupted; nothing was written", 130)
     except SystemExit as done:  # --help
         return done.code
+    except Exception as error:
+        if processes.size == 1:
+            raise
+        traceback.print_exc()
+        return processes.end(f"process {processes.rank} failed with a {type(error).__name__}; see its traceback", 1)
     return 0
-
-
-def complain(message, status):
-    print("main.py: error:", " ".join(str(message).split()), file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

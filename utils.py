@@ -37,18 +37,20 @@ class Output:
     folder: the directory, made if it is not there.
     about: what `run.json` says of the run: "settings", "environment", "model".
     texts: the prompts. Several have a folder each, and an overview at the top.
-    resume: keep what an earlier run of the same prompts has completed, instead of removing it.
     """
 
-    def __init__(self, folder, about, texts, resume=False):
+    def __init__(self, folder, about, texts):
         self.folder, self.about, self.texts = Path(folder), about, texts
         self.folders = [""] if len(texts) == 1 else [folder_name(i, text) for i, text in enumerate(texts)]
+
+    def begin(self, resume=False):
+        """Make the directory, and remove what an earlier run wrote there unless told to `resume` that one."""
         if not resume:
             _remove_earlier(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise WriteError(f"{folder} cannot be made: {error.strerror}") from error
+            raise WriteError(f"{self.folder} cannot be made: {error.strerror}") from error
         self.save()
 
     def result(self, i):
@@ -98,11 +100,18 @@ class Output:
 
     def save(self, files=()):
         """Write `run.json` with the results so far and what is in the directory; returns the results."""
-        found = [_read_json(self.folder / folder / "result.json") for folder in self.folders]
-        results = [entry["result"] for entry in found if entry.get("complete") or "error" in entry.get("result", ())]
-        files = [*files, *(name for entry in found for name in entry.get("files", ()))]
+        results = self.results()
+        files = [*files, *(name for entry in self._entries() for name in entry.get("files", ()))]
         self._write("run.json", {**self.about, "folders": self.folders, "prompts": results, "files": files})
         return results
+
+    def results(self):
+        """What there is of each prompt that is complete or failed, in their order."""
+        entries = self._entries()
+        return [entry["result"] for entry in entries if entry.get("complete") or "error" in entry.get("result", ())]
+
+    def _entries(self):
+        return [_read_json(self.folder / folder / "result.json") for folder in self.folders]
 
     def _write(self, name, content):
         write(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())

@@ -17,7 +17,7 @@ import scenes
 def load(model="demo"):
     """The command's `Problem` for a model on the CPU, with its defaults and the prompts of prompts.txt."""
     argv = ["--model", model, "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu"]
-    return main.load(main.parse_arguments(argv))[0]
+    return main.load(main.parse_arguments(argv), main.Processes())[0]
 
 
 def sequential(problem, denoise):

@@ -23,7 +23,7 @@ PROMPTS = (ROOT / "prompts.txt").read_text().splitlines()
 @pytest.fixture(scope="module")
 def problem():
     argv = ["--model", "demo", "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu", "--fixed-batch"]
-    return main.load(main.parse_arguments(argv))[0]
+    return main.load(main.parse_arguments(argv), main.Processes())[0]
 
 
 def test_checker_reads_scenes_back():

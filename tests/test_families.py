@@ -42,7 +42,7 @@ def arguments(folder, *settings):
 
 def load(folder, *settings):
     argv = arguments(folder, "-o", "output", "--prompt", "a red sun", *settings)
-    return main.load(main.parse_arguments(argv))[0]
+    return main.load(main.parse_arguments(argv), main.Processes())[0]
 
 
 def sequential(problem, text="a red sun"):
@@ -192,7 +192,7 @@ def test_offloading_changes_nothing_but_where_the_parts_are(folders):
     first, *_, last = pipeline._all_hooks
     assert first.model is pipeline.text_encoder and first.hook.prev_module_hook.model is pipeline.unet is last.model
     plain = load(folders["StableDiffusionXL"])
-    offloaded = main.Problem(plain.args, model, pipeline, plain.device)
+    offloaded = main.Problem(plain.args, model, pipeline, plain.device, main.Processes())
     torch.testing.assert_close(sequential(plain), sequential(offloaded), atol=1e-4, rtol=1e-4)
 
 

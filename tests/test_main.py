@@ -198,7 +198,7 @@ def test_auto_plans_blocks_and_schedule_and_says_what_it_expects(run):
 def test_the_plan_is_the_cheapest_sum_over_ticks(tiny, monkeypatch):
     """On a device whose calls all take a second the fewest ticks win; where each lane does, the fewest lane-steps."""
     argv = ["--prompt", "a", "-o", "out", "--model", str(tiny), "-fs", "100"]
-    one, _ = main.load(main.parse_arguments(argv))
+    one, _ = main.load(main.parse_arguments(argv), main.Processes())
     one.args.schedule = None
     monkeypatch.setattr(main, "measure_calls", lambda problem, widest: ({1: 1.0, widest: 1.0}, 0.0))
     plan = main.make_plan(one)
@@ -258,7 +258,7 @@ def test_negative_prompt_guidance_and_seed_change_the_image(run):
 def test_table_is_the_distance_to_the_sequential_trajectory(run, tiny):
     _, out, _ = run("--prompt", "a moon", "-tol", "0")
     argv = ["-o", str(out), "--model", str(tiny), *SMALL, "--prompt", "a moon"]
-    problem, _ = main.load(main.parse_arguments(argv))
+    problem, _ = main.load(main.parse_arguments(argv), main.Processes())
     denoise = problem.denoiser("a moon")
     truth = diffusion.sequential(problem.x, denoise, problem.step, range(10), problem.boundaries)
     iterate = list(problem.iterates(denoise))[1]

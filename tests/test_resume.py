@@ -164,6 +164,7 @@ def test_overviews_of_many_prompts_stay_readable(tmp_path):
     """100 of them: the pictures show the first 64, the filmstrip 16; the table and the results have all."""
     texts = [f"prompt {i}" for i in range(100)]
     output = utils.Output(tmp_path / "out", {"settings": {"fine_steps": 4}}, texts)
+    output.begin()
     at = {"iteration": -1, "serial_evaluations": 4, "total_evaluations": 4, "image_error": 1.0}
     for i, text in enumerate(texts):
         names = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
