@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 
-SILENCE = 40.0  # seconds without a sign of life after which a process counts as dead
+SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead
 ENDLESS = timedelta(days=365)  # collectives wait for slow processes; dead ones are found otherwise
 
 

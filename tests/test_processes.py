@@ -1,0 +1,178 @@
+"""Runs of several processes, started by torchrun with gloo on the CPU."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import main
+import utils
+
+ROOT = Path(main.__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
+
+
+def arguments(out, tiny, *more, prompts=PROMPTS):
+    texts = [word for text in prompts for word in ("--prompt", text)]
+    return ["-o", str(out), "--model", str(tiny), "--device", "cpu", "-cs", "5", "-fs", "14", *texts, *more]
+
+
+def start(processes, *argv):
+    command = [*TORCHRUN, f"--nproc_per_node={processes}", "main.py", *argv]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(launch):
+    """Exit status, lines printed, and the program's own lines on stderr."""
+    out, err = launch.communicate(timeout=120)
+    return launch.returncode, out.splitlines(), [line for line in err.splitlines() if line.startswith("main.py:")]
+
+
+def results(folder):
+    return json.loads((folder / "run.json").read_text())["prompts"]
+
+
+def flat(value):
+    """The numbers and texts in nested lists and dictionaries, in order, but for seconds."""
+    if isinstance(value, dict):
+        value = [value[key] for key in value if key != "seconds"]
+    return [leaf for part in value for leaf in flat(part)] if isinstance(value, list) else [value]
+
+
+def assert_equal_runs(one, other):
+    """The same files; in them the same text, and numbers and pixels up to the rounding of another batch shape."""
+    files = [sorted(path.relative_to(run) for path in run.rglob("*.*")) for run in (one, other)]
+    assert files[0] == files[1]
+    for name in files[0]:
+        if name.suffix == ".csv":
+            tables = [pd.read_csv(run / name, index_col=0) for run in (one, other)]
+            pd.testing.assert_frame_equal(*tables, atol=1e-4, rtol=1e-3, check_dtype=False)
+        elif name.suffix == ".png" and name.stem.startswith("srds") and name.stem != "srds_filmstrip":
+            pixels = [np.asarray(Image.open(run / name)).astype(int) for run in (one, other)]
+            assert abs(pixels[0] - pixels[1]).max() <= 1, name
+    for a, b in zip(flat(results(one)), flat(results(other)), strict=True):
+        assert a == (pytest.approx(b, abs=0.01) if isinstance(b, float) else b)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """What one process leaves, by schedule."""
+    folder = tmp_path_factory.mktemp("alone")
+    for schedule in main.SCHEDULES:
+        assert main.main(arguments(folder / schedule, tiny, "--schedule", schedule)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "parallel, processes, schedule",
+    [("lanes", 2, "pipelined"), ("lanes", 3, "sweep"), ("prompts", 2, "sweep"), ("prompts", 3, "pipelined")],
+)
+def test_a_run_of_several_processes_equals_that_of_one(parallel, processes, schedule, alone, tiny, tmp_path):
+    """Five lanes and four prompts divide evenly among neither; only the first process prints."""
+    argv = arguments(tmp_path / "out", tiny, "--schedule", schedule, "--parallel", parallel)
+    status, printed, errors = finish(start(processes, *argv))
+    assert (status, errors) == (0, [])
+    assert_equal_runs(alone / schedule, tmp_path / "out")
+    announced = [line for line in printed if line.startswith("prompt ")]
+    assert len(set(announced)) == len(announced) and sum("serial evaluations  total" in line for line in printed) == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["environment"]["processes"] == processes
+
+
+@pytest.mark.parametrize(
+    "prompts, more",
+    [(PROMPTS[:2], ["--parallel", "prompts"]), (PROMPTS[:1], ["-cs", "auto"])],
+    ids=["prompts", "a plan of lanes"],
+)
+def test_processes_without_work_are_idle_rather_than_wrong(prompts, more, tiny, tmp_path):
+    """Three processes for two prompts, or for as many lanes as are planned; most ticks have fewer."""
+    argv = arguments(tmp_path / "out", tiny, *more, "--tolerance", "0", prompts=prompts)
+    assert finish(start(3, *argv))[::2] == (0, [])
+    found = results(tmp_path / "out")
+    assert len(found) == len(prompts)
+    assert all(result["stop_reason"] == "exact" and result["image_error"] < 0.01 for result in found)
+
+
+def test_lanes_of_one_batch_shape_equal_sequential_sampling_to_the_bit(tiny, tmp_path):
+    """Two lanes for three processes, one of which never has any."""
+    argv = arguments(tmp_path / "out", tiny, "-cs", "2", "--fixed-batch", "--tolerance", "0", prompts=PROMPTS[:1])
+    assert finish(start(3, *argv))[::2] == (0, [])
+    assert results(tmp_path / "out")[0]["image_error"] == 0
+    table = pd.read_csv(tmp_path / "out" / "trajectory_errors_table.csv", index_col=0)
+    assert (table.to_numpy()[-1] == 0).all()
+
+
+@pytest.mark.parametrize("parallel", ["lanes", "prompts"])
+def test_a_killed_process_ends_the_run_and_the_others_work_is_kept(parallel, alone, tiny, tmp_path):
+    """Within a minute, with one line; and one process alone can go on."""
+    out = tmp_path / "out"
+    launch = start(2, *arguments(out, tiny, "--parallel", parallel))
+    limit = time.monotonic() + 60
+    while not list(out.glob("*/result.json")):
+        assert launch.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True, check=True)
+    killed = int(random.Random(parallel).choice(workers.stdout.split()[1:]))
+    os.kill(killed, signal.SIGKILL)
+    since = time.monotonic()
+    status, _, errors = finish(launch)
+    assert status != 0 and time.monotonic() - since < 60
+    assert len(errors) == 1 and "another process of the run has died" in errors[0]
+    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert_equal_runs(alone / "pipelined", out)
+
+
+def test_what_fails_on_any_process_is_told_once_by_the_first(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / utils.folder_name(1, PROMPTS[1])).write_text("in the way")
+    status, _, errors = finish(start(2, *arguments(tmp_path / "out", tiny, "--parallel", "prompts")))
+    assert status != 0 and len(errors) == 1 and "cannot be written" in errors[0]
+
+
+def test_processes_started_with_other_prompts_or_settings_are_refused(tiny, tmp_path):
+    """As on several machines, each with its own copy of a file."""
+    shell = " ".join(
+        [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=["sun"]), "--seed", "$RANK"]
+    )
+    command = [*TORCHRUN, "--nproc_per_node=2", "--no-python", "sh", "-c", f"exec {shell}"]
+    launch = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status, _, errors = finish(launch)
+    assert status != 0 and len(errors) == 1 and re.search("process 1 .* has other prompts or settings", errors[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_directory_that_machines_do_not_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "wait_until", lambda seen: seen())
+    output = utils.Output(tmp_path / "out", {"begun": "now", "settings": {}}, ["a"])
+    output.begin()
+    first = SimpleNamespace(tell=lambda begun: begun)
+    main.check_shared(output, first)
+    elsewhere = SimpleNamespace(tell=lambda begun: "of the first machine's directory")
+    with pytest.raises(main.Failure, match="is not one directory for all machines"):
+        main.check_shared(output, elsewhere)
+
+
+@pytest.mark.parametrize(
+    "device, local_rank, words",
+    [("cuda:1", 0, "one device for several"), ("auto", 2, "more processes than the 2")],
+)
+def test_each_process_has_a_gpu_of_its_own(device, local_rank, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    several = SimpleNamespace(size=3, local_rank=1)
+    assert main.choose_device(SimpleNamespace(device="auto", offload=False), several) == torch.device("cuda:1")
+    several.local_rank = local_rank
+    with pytest.raises(main.Failure, match=words):
+        main.choose_device(SimpleNamespace(device=device, offload=False), several)
