@@ -21,7 +21,7 @@ import common
 import numpy as np
 from PIL import Image
 
-SETTINGS = ["--model", "demo", "--device", "cpu", "-fs", "25", "-cs", "5"]
+SETTINGS = ["--model", "demo", "--device", "cpu"]
 
 
 def command(out, texts, *more):
@@ -71,7 +71,7 @@ def crashes(texts, kills, seed):
 def memory(texts):
     """Resident megabytes of a run when each prompt is complete."""
     with tempfile.TemporaryDirectory() as folder:
-        run, sizes = start(Path(folder) / "out", texts, "--no-ground-truth"), []
+        run, sizes = start(Path(folder) / "out", texts, "--no-ground-truth", "-fs", "25", "-cs", "5"), []
         while run.poll() is None:
             done = sum(1 for _ in Path(folder).glob("out/*/srds_filmstrip.png"))
             if done > len(sizes):
