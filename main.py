@@ -478,6 +478,8 @@ def sample_all(problem, output, left):
     import utils
 
     args, processes = problem.args, problem.processes
+    if problem.in_lanes and not processes.first:
+        return follow(problem)
     kept = len(args.texts) - len(left)
     if kept:
         print(f"{kept} of {len(args.texts)} prompts are complete")
@@ -485,21 +487,18 @@ def sample_all(problem, output, left):
         if args.negative_prompt:
             warn_if_cut(problem, args.negative_prompt)
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
-            for i in left if problem.in_lanes else processes.take(left):
+            for i in processes.take(left):
                 text = args.texts[i]
                 tqdm.write(f"prompt {i + 1} of {len(args.texts)}: {' '.join(text.split())}")
                 # Without prompts, only the noise can make samples differ.
                 at = problem if problem.model.family.prompted else problem.vary(seed=(args.seed + i) % 2**64)
                 try:
-                    if problem.in_lanes and not processes.first:
-                        take_part(at, text)
-                        continue
                     output.add(i, *sample(at, text))
                 except (utils.WriteError, ProcessError):
                     raise
                 except Exception as error:
                     message = explain(args, error)
-                    # Of processes that share lanes, those where nothing failed wait in the middle of a tick.
+                    # Processes that share lanes wait in the middle of a tick for one whose call failed.
                     if not message or (problem.in_lanes and not isinstance(error, FloatingPointError)):
                         raise
                     output.fail(i, at.args.seed, message)
@@ -510,6 +509,8 @@ def sample_all(problem, output, left):
                 time.sleep(0.5)
                 bar.n = processes.count("sampled", 0)
                 bar.refresh()
+        if problem.in_lanes:
+            processes.tell(None)
         if not processes.first:
             return
         if processes.size > 1 and not wait_until(lambda: len(output.results()) == len(args.texts)):
@@ -525,10 +526,15 @@ def sample_all(problem, output, left):
         raise Failure(f"{len(failures)} of {len(args.texts)} prompts failed; the first: {failures[0]}", 1)
 
 
-def take_part(problem, text):
-    """Call the network for this process's share of each tick of a prompt that the first process samples."""
-    for _ in problem.iterates(problem.denoiser(text)):
-        pass
+def follow(problem):
+    """Take part in the ticks of each prompt that the first process samples, until it tells that there are no more."""
+    while called := problem.processes.tell():
+        text, seed = called
+        at = problem if seed == problem.args.seed else problem.vary(seed=seed)
+        denoise = at.denoiser(text)
+        problem.processes.wait()
+        for _ in at.iterates(denoise):
+            pass
 
 
 class Problem:
@@ -745,6 +751,10 @@ def sample(problem, text):
     warn_if_cut(problem, text)
     truth, images, truth_seconds = (None, {}, None) if args.no_ground_truth else ground_truth(problem, denoise)
 
+    if problem.in_lanes:
+        problem.processes.tell([text, args.seed])
+        problem.processes.wait()  # until the others have encoded the prompt: that is not the sampler's time
+
     history, errors, states, image, seconds = [], [], None, None, 0.0
     most = args.fine_steps if args.schedule == "pipelined" else None
     with ticking(denoise, "srds", most) as ticks, contextlib.closing(problem.iterates(ticks)) as iterates:
@@ -866,7 +876,7 @@ def main(argv=None):
     except ProcessError as error:
         return processes.end(error, 1)
     except KeyboardInterrupt:
-        return processes.end("interrupted; nothing was written", 130)
+        return processes.end("interrupted; what was complete is kept", 130)
     except SystemExit as done:  # --help
         return done.code
     except Exception as error:

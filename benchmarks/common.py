@@ -14,10 +14,10 @@ import main
 import scenes
 
 
-def load(model="demo"):
+def load(model="demo", *more, processes=None):
     """The command's `Problem` for a model on the CPU, with its defaults and the prompts of prompts.txt."""
-    argv = ["--model", model, "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu"]
-    return main.load(main.parse_arguments(argv), main.Processes())[0]
+    argv = ["--model", model, "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu", *more]
+    return main.load(main.parse_arguments(argv), processes or main.Processes())[0]
 
 
 def sequential(problem, denoise):

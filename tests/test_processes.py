@@ -19,6 +19,7 @@ from PIL import Image
 
 import main
 import utils
+from pipelines import stable_diffusion
 
 ROOT = Path(main.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -139,6 +140,21 @@ def test_what_fails_on_any_process_is_told_once_by_the_first(tiny, tmp_path):
     (tmp_path / "out" / utils.folder_name(1, PROMPTS[1])).write_text("in the way")
     status, _, errors = finish(start(2, *arguments(tmp_path / "out", tiny, "--parallel", "prompts")))
     assert status != 0 and len(errors) == 1 and "cannot be written" in errors[0]
+
+
+def test_a_prompt_that_fails_leaves_the_lanes_of_the_others_be(tiny, tmp_path):
+    """Of a model that knows no z, as numbers: the prompt's run ends for all processes, and the next begins."""
+    broken = stable_diffusion()
+    z = broken.tokenizer.convert_tokens_to_ids("z")
+    with torch.no_grad():
+        broken.text_encoder.get_input_embeddings().weight[z] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    more, prompts = ["--parallel", "lanes", "--no-ground-truth"], ["sun", "a zoo", "moon"]
+    argv = arguments(tmp_path / "out", tmp_path / "broken", *more, prompts=prompts)
+    status, printed, errors = finish(start(2, *argv))
+    assert status != 0 and len(errors) == 1 and "1 of 3 prompts failed" in errors[0] and "not finite" in errors[0]
+    assert [line.endswith("failed") for line in printed[-3:]] == [False, True, False]
+    assert ["error" in result for result in results(tmp_path / "out")] == [False, True, False]
 
 
 def test_processes_started_with_other_prompts_or_settings_are_refused(tiny, tmp_path):
