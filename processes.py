@@ -185,13 +185,24 @@ class Processes:
                     break
         except RuntimeError:  # the store is gone, and with it the launcher or the first process
             message, status = json.loads(lost)
-        if self.first:
+        if self.first or not self._heard(store):
             print(message, file=sys.__stderr__, flush=True)
         with contextlib.suppress(RuntimeError):
-            if self.first:
-                store.set("said", "")
-            store.wait(["said"], timedelta(seconds=5))  # or the launcher, seeing one end, kills the one that speaks
+            store.set("said", "")
         os._exit(status)
+
+    def _heard(self, store):
+        """Whether another process prints why the run ends: the first one, or where it is dead the one that asks first.
+
+        It returns when that is done, as the launcher, seeing a process end, may kill the others.
+        """
+        try:
+            with contextlib.suppress(RuntimeError):
+                store.wait(["said"], timedelta(seconds=5))
+                return True
+            return store.add("speakers", 1) > 1
+        except RuntimeError:  # there is no store: one a machine
+            return self.local_rank > 0
 
 
 @contextlib.contextmanager
