@@ -339,6 +339,10 @@ def check_resume(args):
 def load(args, processes):
     """The `Problem` that the arguments set, and what run.json says of the run as a whole."""
     device = choose_device(args, processes)
+    if processes.tell(device.type) != device.type:
+        raise Failure(
+            f"argument --device: {args.device!r} is a {device.type} here, not as for the first process; name one"
+        )
     processes.join(cpu=device.type == "cpu")
     if processes.size > 1:
         args.parallel = args.parallel or ("prompts" if len(args.texts) > processes.size else "lanes")
@@ -431,9 +435,14 @@ def run(args, processes):
 
 
 def check_alike(args, processes):
-    """Raise Failure unless all processes have the same prompts and settings; machines may differ in their files."""
+    """Raise Failure unless all processes are there and have the same prompts and settings, as machines may differ."""
+    if processes.missing:
+        raise Failure(
+            "accelerate launch has started one process of several; give it --multi_gpu as well, or use torchrun"
+        )
     known = {key: value for key, value in vars(args).items() if key not in ("output_dir", "prompts")}
-    if processes.tell(digest := hashlib.sha256(json.dumps(known).encode()).hexdigest()) != digest:
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    if processes.tell(digest) != digest:
         raise Failure(
             f"argument --prompts/-p: process {processes.rank} of the launch has other prompts or settings than the "
             "first; give all the same"
@@ -478,12 +487,12 @@ def sample_all(problem, output, left):
     import utils
 
     args, processes = problem.args, problem.processes
-    if problem.in_lanes and not processes.first:
-        return follow(problem)
     kept = len(args.texts) - len(left)
     if kept:
         print(f"{kept} of {len(args.texts)} prompts are complete")
     try:
+        if problem.in_lanes and not processes.first:
+            return follow(problem)
         if args.negative_prompt:
             warn_if_cut(problem, args.negative_prompt)
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
@@ -498,8 +507,7 @@ def sample_all(problem, output, left):
                     raise
                 except Exception as error:
                     message = explain(args, error)
-                    # Processes that share lanes wait in the middle of a tick for one whose call failed.
-                    if not message or (problem.in_lanes and not isinstance(error, FloatingPointError)):
+                    if not message or processes.broken:
                         raise
                     output.fail(i, at.args.seed, message)
                     tqdm.write(f"  failed: {message}")
@@ -511,15 +519,21 @@ def sample_all(problem, output, left):
                 bar.refresh()
         if problem.in_lanes:
             processes.tell(None)
-        if not processes.first:
-            return
-        if processes.size > 1 and not wait_until(lambda: len(output.results()) == len(args.texts)):
-            raise Failure(f"results of other processes do not show up in {args.output_dir}", 1)
-        results = output.finish()
+        if processes.first:
+            sum_up(args, output, processes)
     except KeyboardInterrupt:
         done = sum("error" not in result for result in (output.save() if processes.first else output.results()))
         done = f"{done} of {len(args.texts)} prompts are complete in {args.output_dir}"
         raise Failure(f"interrupted; {done}", 130) from None
+
+
+def sum_up(args, output, processes):
+    """Write the overview and print the closing table; raises Failure where a prompt failed."""
+    import utils
+
+    if processes.size > 1 and not wait_until(lambda: len(output.results()) == len(args.texts)):
+        raise Failure(f"results of other processes do not show up in {args.output_dir}", 1)
+    results = output.finish()
     print(utils.summary(results, args.fine_steps))
     failures = [result["error"] for result in results if "error" in result]
     if failures:
@@ -878,6 +892,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return processes.end("interrupted; what was complete is kept", 130)
     except SystemExit as done:  # --help
+        processes.stop_watching()
         return done.code
     except Exception as error:
         if processes.size == 1:

@@ -17,29 +17,37 @@ from collections import Counter
 from datetime import timedelta
 
 SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead
-ENDLESS = timedelta(days=365)  # collectives wait for slow processes; dead ones are found otherwise
+START = 600.0  # the same before its first sign: it may be importing from a slow disk
+ENDLESS = timedelta(days=20)  # all that waits does so for slow processes, as the watch finds dead ones; below 2^31 ms
 
 
 class ProcessError(Exception):
     """Another process that cannot be reached, in one line."""
 
-    def __init__(self):
+    def __init__(self, cause=None):
+        why = f" ({str(cause).splitlines()[0][:160]})" if cause else ""
         super().__init__(
-            "another process of the run has died, or the launcher has ended it; --resume keeps what is complete"
+            f"another process of the run has died, or the launcher has ended it{why}; --resume keeps what is complete"
         )
 
 
 class Processes:
-    """This process, and the others of its launch if it has any.
+    """This process, and the others of its launch if it has any. To be made once, in the main thread.
 
-    rank, size: its number, and how many there are. first: whether it is the one that prints and writes.
+    rank, size: its number, and how many there are. first: whether it is the one that prints, and writes what is of the
+    whole run. broken: whether a call failed on this process, for which the others now wait in the middle of a tick.
+
+    All but `count`, `take` and `end` must be called by all processes, in the same order. Raises ProcessError, at any
+    call, where another process cannot be reached.
     """
 
     def __init__(self):
-        launched = "LOCAL_RANK" in os.environ  # some clusters set WORLD_SIZE for processes that no launcher started
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        launched = all(name in os.environ for name in names)  # some clusters set the one or other of themselves
         self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched else (0, 1, 0)
-        self.first, self.told, self.counters = self.rank == 0, 0, Counter()
+        self.first, self.broken, self.told, self.waits, self.counters = self.rank == 0, False, 0, 0, Counter()
+        # What accelerate leaves where it was asked for several processes, but knows no launcher for them here.
+        self.missing = not launched and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
         if self.size > 1:
             # Python's handlers wait until the main thread is back from a collective; this wakes the watch at once.
             self.signals, self.wake = socket.socketpair()
@@ -49,8 +57,10 @@ class Processes:
 
             from torch.distributed import PrefixStore, rendezvous
 
-            self.store = PrefixStore("srds", next(rendezvous("env://"))[0])
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = PrefixStore(f"srds/{attempt}", next(rendezvous("env://"))[0])
             self.store.set_timeout(ENDLESS)
+            # A connection of its own, as one that waits for a key serves nothing else.
             self.watch = threading.Thread(target=self._watch, args=(self.store.clone(),), daemon=True)
             self.watch.start()
 
@@ -59,8 +69,9 @@ class Processes:
         if self.size > 1:
             from accelerate import PartialState
 
-            with _reaching():
-                self.state = PartialState(cpu=cpu, timeout=ENDLESS)
+            # Torch's own way with a lost peer is to abort without a word; here the watch ends the run.
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+            self.state = PartialState(cpu=cpu, timeout=ENDLESS)
 
     @contextlib.contextmanager
     def quiet(self):
@@ -84,23 +95,27 @@ class Processes:
     def wait(self):
         """Wait until all processes have come here."""
         if self.size > 1:
-            with _reaching():
-                self.state.wait_for_everyone()
+            self.waits += 1
+            with _reaching():  # by the store, as a barrier of torch's keeps idle GPUs busy
+                if self.store.add(f"here/{self.waits}", 1) == self.size:
+                    self.store.set(f"all/{self.waits}", "")
+                self.store.wait([f"all/{self.waits}"])
 
     def tell(self, value=None):
-        """The first process's value, anything that JSON can write. All processes call this, in the same order."""
+        """The first process's value, anything that JSON can write."""
         if self.size == 1:
             return value
         self.told += 1
         with _reaching():
             if self.first:
                 self.store.set(f"told/{self.told}", json.dumps(value))
+                return value
             return json.loads(self.store.get(f"told/{self.told}"))
 
-    def take(self, numbers):
-        """The numbers, each to one process: the next to the one that asks first."""
-        while (i := self.count("taken") - 1) < len(numbers):
-            yield numbers[i]
+    def take(self, items):
+        """The items of a list, each to one process: the next to the one that asks first. Once in a run."""
+        while (i := self.count("taken") - 1) < len(items):
+            yield items[i]
 
     def count(self, name, by=1):
         """A counter of all processes, after adding to it."""
@@ -121,7 +136,9 @@ class Processes:
             mine = slice(self.rank * most, (self.rank + 1) * most)
             own, outputs = x.new_zeros(most, *x.shape[1:]), x.new_empty(self.size * most, *x.shape[1:])
             if len(n[mine]):
+                self.broken = True
                 own[: len(n[mine])] = denoise(x[mine], n[mine])
+                self.broken = False
             with _reaching():
                 torch.distributed.all_gather_single(outputs, own)
             return outputs[: len(x)]
@@ -131,22 +148,30 @@ class Processes:
     def in_step(self, iterates):
         """The iterates, as many on every process as the first one takes before it leaves its loop."""
         for iterate in iterates:
-            more = False
             try:
                 yield iterate
-                more = True
-            finally:
-                more = self.tell(more)
-            if not more:
+            except GeneratorExit:  # the loop was left
+                self.tell(False)
+                raise
+            if not self.tell(True):
                 break
 
     def close(self):
         """End well: once all processes have come here."""
         if self.size > 1:
             self.wait()
-            self.wake.send(b"\0")
-            self.watch.join()
+            self.stop_watching()
+            self.count("closed")
+            while self.first and self.count("closed", 0) < self.size:  # the store may be in this process
+                time.sleep(0.01)
             self.state.destroy_process_group()
+
+    def stop_watching(self):
+        """From here on, this process may end without the others taking it for dead."""
+        if self.size > 1:
+            self.wake.send(b"\0")  # which no signal is
+            self.watch.join()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def end(self, message, status):
         """End badly: print one line on the first process, whichever failed, and return the exit status.
@@ -157,6 +182,7 @@ class Processes:
         if self.size == 1:
             print(message, file=sys.stderr)
             return status
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending
         with contextlib.suppress(RuntimeError):  # no store, and the watch will see it
             self.store.compare_set("end", "", json.dumps([message, status]))
         self.watch.join()
@@ -164,7 +190,7 @@ class Processes:
 
     def _watch(self, store):
         """A thread: shows the others that this process lives, and ends it when one of them fails or falls silent."""
-        signs = {rank: (0, time.monotonic()) for rank in (range(1, self.size) if self.first else [0])}
+        signs = {rank: (0, time.monotonic() + START) for rank in (range(1, self.size) if self.first else [0])}
         lost = json.dumps([f"main.py: error: {ProcessError()}", 1])
         try:
             while True:
@@ -172,11 +198,11 @@ class Processes:
                 if woken and 0 in woken:
                     return
                 store.add(f"sign/{self.rank}", 1)
-                for rank, (sign, since) in signs.items():
+                for rank, (sign, limit) in signs.items():
                     now = store.add(f"sign/{rank}", 0)
                     if now != sign:
-                        signs[rank] = now, time.monotonic()
-                    elif time.monotonic() - since > SILENCE:
+                        signs[rank] = now, time.monotonic() + SILENCE
+                    elif time.monotonic() > limit:
                         store.compare_set("end", "", lost)
                 if woken and signal.SIGTERM in woken:
                     store.compare_set("end", "", lost)
@@ -185,24 +211,26 @@ class Processes:
                     break
         except RuntimeError:  # the store is gone, and with it the launcher or the first process
             message, status = json.loads(lost)
-        if self.first or not self._heard(store):
+        if self._speaks(store):
             print(message, file=sys.__stderr__, flush=True)
-        with contextlib.suppress(RuntimeError):
-            store.set("said", "")
+            with contextlib.suppress(RuntimeError):
+                store.set("said", "")
+            time.sleep(2)  # the others look once a second, and the store may end with this process
         os._exit(status)
 
-    def _heard(self, store):
-        """Whether another process prints why the run ends: the first one, or where it is dead the one that asks first.
+    def _speaks(self, store):
+        """Whether this process is to print why the run ends: the first one, or another where that is dead.
 
-        It returns when that is done, as the launcher, seeing a process end, may kill the others.
+        Others wait here until it is printed, as the launcher, seeing a process end, may kill those that have not.
         """
         try:
-            with contextlib.suppress(RuntimeError):
-                store.wait(["said"], timedelta(seconds=5))
-                return True
-            return store.add("speakers", 1) > 1
+            if not self.first:
+                with contextlib.suppress(RuntimeError):
+                    store.wait(["said"], timedelta(seconds=5))
+                    return False
+            return store.add("speakers", 1) == 1
         except RuntimeError:  # there is no store: one a machine
-            return self.local_rank > 0
+            return self.local_rank == 0
 
 
 @contextlib.contextmanager
@@ -211,4 +239,4 @@ def _reaching():
     try:
         yield
     except RuntimeError as error:
-        raise ProcessError from error
+        raise ProcessError(error) from error

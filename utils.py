@@ -47,6 +47,9 @@ class Output:
         """Make the directory, and remove what an earlier run wrote there unless told to `resume` that one."""
         if not resume:
             _remove_earlier(self.folder)
+        for folder, entry in zip(self.folders, self._entries()):
+            if "error" in entry.get("result", ()):  # it is to be sampled again
+                (self.folder / folder / "result.json").unlink()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -56,8 +59,7 @@ class Output:
     def result(self, i):
         """The `result.json` of prompt i, None where its set is not complete."""
         found = _read_json(self.folder / self.folders[i] / "result.json")
-        there = found.get("complete") and all((self.folder / name).is_file() for name in found["files"])
-        return found if there else None
+        return found if self._is_whole(found) else None
 
     def add(self, i, result, images, errors=None):
         """Write the set of prompt i.
@@ -108,7 +110,10 @@ class Output:
     def results(self):
         """What there is of each prompt that is complete or failed, in their order."""
         entries = self._entries()
-        return [entry["result"] for entry in entries if entry.get("complete") or "error" in entry.get("result", ())]
+        return [entry["result"] for entry in entries if self._is_whole(entry) or "error" in entry.get("result", ())]
+
+    def _is_whole(self, entry):
+        return entry.get("complete") and all((self.folder / name).is_file() for name in entry["files"])
 
     def _entries(self):
         return [_read_json(self.folder / folder / "result.json") for folder in self.folders]
@@ -183,6 +188,7 @@ def _remove_earlier(folder):
     for name in files:
         try:
             (folder / name).unlink(missing_ok=True)
+            _part(folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise WriteError(f"{folder / name}, of an earlier run, cannot be removed: {error.strerror}") from error
     for name in {Path(name).parent for name in files if "/" in name}:
@@ -207,7 +213,7 @@ def folder_name(index, prompt):
 
 def write(path, data):
     """Write bytes to `path`, whole or not at all, making its folder in one that is there. Raises WriteError."""
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     try:
         path.parent.mkdir(exist_ok=True)  # not its parents: an output directory removed in mid-run stays removed
         try:
@@ -219,6 +225,11 @@ def write(path, data):
             part.unlink(missing_ok=True)
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _part(path):
+    """Where a file is written before it has its name."""
+    return path.with_name(f".{path.name}.part")
 
 
 def png(image, text):
