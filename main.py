@@ -341,7 +341,7 @@ def load(args, processes):
     device = choose_device(args, processes)
     if processes.tell(device.type) != device.type:
         raise Failure(
-            f"argument --device: {args.device!r} is a {device.type} here, not as for the first process; name one"
+            f"argument --device: {args.device!r} is {device.type} here, but not for the first process; name one"
         )
     processes.join(cpu=device.type == "cpu")
     if processes.size > 1:
@@ -438,7 +438,7 @@ def check_alike(args, processes):
     """Raise Failure unless all processes are there and have the same prompts and settings, as machines may differ."""
     if processes.missing:
         raise Failure(
-            "accelerate launch has started one process of several; give it --multi_gpu as well, or use torchrun"
+            "accelerate launch has started one process, not several; give it --multi_gpu as well, or use torchrun"
         )
     known = {key: value for key, value in vars(args).items() if key not in ("output_dir", "prompts")}
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -734,13 +734,14 @@ def describe_plan(plan):
 
 
 def warn_if_cut(problem, text):
-    """Say what the tokenizer's limit cuts from a text, if it does."""
+    """Say, and return, what the tokenizer's limit cuts from a text, if it does."""
     import diffusion
 
     family = problem.model.family
     cut = family.prompted and diffusion.cut_from_prompt(*family.reader(problem.pipeline), text)
     if cut:
         tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
+    return cut or None
 
 
 def ground_truth(problem, denoise):
@@ -762,7 +763,7 @@ def sample(problem, text):
     import utils
 
     args, denoise = problem.args, problem.denoiser(text)
-    warn_if_cut(problem, text)
+    cut = warn_if_cut(problem, text)
     truth, images, truth_seconds = (None, {}, None) if args.no_ground_truth else ground_truth(problem, denoise)
 
     if problem.in_lanes:
@@ -806,6 +807,7 @@ def sample(problem, text):
         )
     result = {
         "prompt": text,
+        "ignored": cut,
         "seed": args.seed,
         "converged": stop_reason != "max-iterations",
         "stop_reason": stop_reason,

@@ -63,7 +63,7 @@ def measure(processes):
         found[f"exchange {L}"] = [main.clock(functools.partial(exchange, x, n), "cpu") for _ in range(300)]
     if processes.size == 1:
         calls, _ = main.measure_calls(lanes, max(B for _, B in SETTINGS))
-        found |= {f"call {b}": [seconds] for b, seconds in calls.items()}
+        found |= {f"call {b}": [call] for b, call in calls.items()}
     return found | {"lane": [lanes.x.numel() * 4]}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,10 +19,11 @@ from PIL import Image
 
 import main
 import utils
-from pipelines import stable_diffusion
+from pipelines import pixels, stable_diffusion
 
 ROOT = Path(main.__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
 PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
 
 
@@ -30,14 +32,20 @@ def arguments(out, tiny, *more, prompts=PROMPTS):
     return ["-o", str(out), "--model", str(tiny), "--device", "cpu", "-cs", "5", "-fs", "14", *texts, *more]
 
 
-def start(processes, *argv):
-    command = [*TORCHRUN, f"--nproc_per_node={processes}", "main.py", *argv]
+def start(processes, *argv, launcher=(*TORCHRUN, "--standalone"), count="--nproc_per_node"):
+    return popen(*launcher, f"{count}={processes}", "main.py", *argv)
+
+
+def popen(*command):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(launch):
     """Exit status, lines printed, and the program's own lines on stderr."""
-    out, err = launch.communicate(timeout=120)
+    try:
+        out, err = launch.communicate(timeout=120)
+    finally:
+        launch.terminate()
     return launch.returncode, out.splitlines(), [line for line in err.splitlines() if line.startswith("main.py:")]
 
 
@@ -77,8 +85,7 @@ def alone(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "parallel, processes, schedule",
-    [("lanes", 2, "pipelined"), ("lanes", 3, "sweep"), ("prompts", 2, "sweep"), ("prompts", 3, "pipelined")],
+    "parallel, processes, schedule", [("lanes", 3, "sweep"), ("prompts", 2, "sweep"), ("prompts", 3, "pipelined")]
 )
 def test_a_run_of_several_processes_equals_that_of_one(parallel, processes, schedule, alone, tiny, tmp_path):
     """Five lanes and four prompts divide evenly among neither; only the first process prints."""
@@ -89,6 +96,28 @@ def test_a_run_of_several_processes_equals_that_of_one(parallel, processes, sche
     announced = [line for line in printed if line.startswith("prompt ")]
     assert len(set(announced)) == len(announced) and sum("serial evaluations  total" in line for line in printed) == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text())["environment"]["processes"] == processes
+
+
+def test_a_run_of_two_machines_equals_that_of_one_process(alone, tiny, tmp_path):
+    """Started by accelerate on each, here both this one."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    machines = ["--num_machines=2", "--main_process_ip=localhost", f"--main_process_port={port}"]
+    argv = arguments(tmp_path / "out", tiny, "--parallel", "lanes")
+    launches = [
+        start(2, *argv, launcher=[*ACCELERATE, *machines, f"--machine_rank={rank}"], count="--num_processes")
+        for rank in (0, 1)
+    ]
+    assert [finish(launch)[::2] for launch in launches] == [(0, []), (0, [])]
+    assert_equal_runs(alone / "pipelined", tmp_path / "out")
+
+
+def test_accelerate_that_starts_one_process_instead_of_several_is_refused(tiny, tmp_path):
+    """Without --multi_gpu it knows no several processes where there are no several GPUs."""
+    launcher = [argument for argument in ACCELERATE if argument != "--multi_gpu"]
+    argv = arguments(tmp_path / "out", tiny)
+    status, _, errors = finish(start(2, *argv, launcher=launcher, count="--num_processes"))
+    assert status != 0 and len(errors) == 1 and "give it --multi_gpu" in errors[0] and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -105,13 +134,15 @@ def test_processes_without_work_are_idle_rather_than_wrong(prompts, more, tiny, 
     assert all(result["stop_reason"] == "exact" and result["image_error"] < 0.01 for result in found)
 
 
-def test_lanes_of_one_batch_shape_equal_sequential_sampling_to_the_bit(tiny, tmp_path):
-    """Two lanes for three processes, one of which never has any."""
-    argv = arguments(tmp_path / "out", tiny, "-cs", "2", "--fixed-batch", "--tolerance", "0", prompts=PROMPTS[:1])
+def test_lanes_of_one_batch_shape_equal_sequential_sampling_to_the_bit(tmp_path):
+    """Two lanes for three processes, one of which never has any; of samples that differ in their noise."""
+    pixels().save_pretrained(tmp_path / "model")
+    more = ["--parallel", "lanes", "--solver", "ddpm", "-cs", "2", "--fixed-batch", "--tolerance", "0"]
+    argv = arguments(tmp_path / "out", tmp_path / "model", *more, prompts=["one", "two"])
     assert finish(start(3, *argv))[::2] == (0, [])
-    assert results(tmp_path / "out")[0]["image_error"] == 0
-    table = pd.read_csv(tmp_path / "out" / "trajectory_errors_table.csv", index_col=0)
-    assert (table.to_numpy()[-1] == 0).all()
+    assert [result["image_error"] for result in results(tmp_path / "out")] == [0, 0]
+    for table in (tmp_path / "out").glob("*/trajectory_errors_table.csv"):
+        assert (pd.read_csv(table, index_col=0).to_numpy()[-1] == 0).all()
 
 
 @pytest.mark.parametrize("rank, parallel", [(0, "prompts"), (1, "lanes")])
@@ -160,9 +191,8 @@ def test_processes_started_with_other_prompts_or_settings_are_refused(tiny, tmp_
     shell = " ".join(
         [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=["sun"]), "--seed", "$RANK"]
     )
-    command = [*TORCHRUN, "--nproc_per_node=2", "--no-python", "sh", "-c", f"exec {shell}"]
-    launch = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    status, _, errors = finish(launch)
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "sh", "-c", f"exec {shell}"]
+    status, _, errors = finish(popen(*command))
     assert status != 0 and len(errors) == 1 and re.search("process 1 .* has other prompts or settings", errors[0])
     assert not (tmp_path / "out").exists()
 
