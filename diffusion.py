@@ -49,11 +49,6 @@ class Model:
     family: Family
     scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
 
-    @property
-    def solvers(self):
-        """The solvers that sample it, its default first."""
-        return ("euler", "dpmsolver++") if self.family.flow else ("ddim", "ddpm", "dpmsolver++")
-
 
 def find_model(name):
     """Read a model's configs, without its weights: `name` is "demo", a local folder or a hub id.

@@ -36,11 +36,16 @@ class Family:
         """From the configs of the two; raises ValueError where the network is not one that this program can call."""
         if network.get("time_cond_proj_dim"):
             raise ValueError("has its guidance scale embedded in a UNet, which is not supported")
-        levels = autoencoder.get("block_out_channels") or autoencoder.get("decoder_block_out_channels") or [0] * 4
-        self.factor = 2 ** (len(levels) - 1)  # pixels a latent
+        levels = autoencoder.get("block_out_channels") or autoencoder.get("decoder_block_out_channels")
+        self.factor = 2 ** (len(levels) - 1) if levels else 8  # pixels a latent
         self.channels = network.get("in_channels", 4)
         size = network.get("sample_size") or self.sample_size
         self.native_size = tuple(side * self.factor for side in ((size, size) if isinstance(size, int) else size))
+
+    @property
+    def solvers(self):
+        """What samples it, the default first."""
+        return ("euler", "dpmsolver++") if self.flow else ("ddim", "ddpm", "dpmsolver++")
 
     @property
     def multiple(self):

@@ -179,8 +179,6 @@ def parse_arguments(argv):
         )
     if args.eta > 1:
         raise Failure(f"argument --eta: {args.eta:g} is not usable; give a number from 0 to 1")
-    if args.eta and args.solver not in (None, "ddim"):
-        raise Failure(f"argument --eta: {args.eta:g} is for --solver ddim, not {args.solver}; leave it out")
     args.texts = read_prompts(args)
     check_output_dir(args.output_dir)
     return args
@@ -271,13 +269,11 @@ def choose_model(args):
         raise Failure(f"argument --fine-steps/-fs: {args.fine_steps} exceeds {why}; give at most {most}")
     if args.vae_tiling and not family.latent:
         raise Failure(f"argument --vae-tiling: {args.model} has no autoencoder; leave it out")
-    given, args.solver = args.solver, args.solver or model.solvers[0]
-    if args.solver not in model.solvers:
-        raise Failure(f"argument --solver: {given} does not sample {args.model}; give {' or '.join(model.solvers)}")
+    given, args.solver = args.solver, args.solver or family.solvers[0]
+    if args.solver not in family.solvers:
+        raise Failure(f"argument --solver: {given} does not sample {args.model}; give {' or '.join(family.solvers)}")
     if args.eta and args.solver != "ddim":
-        raise Failure(
-            f"argument --eta: {args.eta:g} is for ddim, and {args.model} is sampled by {args.solver}; leave it out"
-        )
+        raise Failure(f"argument --eta: {args.eta:g} is for --solver ddim, not {args.solver}; leave it out")
     for side, default in zip(("height", "width"), family.default_size):
         pixels = getattr(args, side) or default
         if pixels % family.multiple:

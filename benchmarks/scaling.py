@@ -94,6 +94,8 @@ def summarise(found):
     sent = {int(name.split()[1]) / 2 * median[2, "lane"]: seconds
             for (P, name), seconds in median.items() if P == 2 and name.startswith("exchange")}  # fmt: skip
     slope, start = np.polyfit(list(sent), list(sent.values()), 1)
+    if slope < 0:  # so little is sent that it makes no difference
+        slope, start = 0.0, float(np.mean([*sent.values()]))
     for N, B in SETTINGS:
         widths, alone = np.array(main.tick_widths(N, B, "pipelined", REFINEMENTS)), None
         for P in PREDICTED:

@@ -13,13 +13,13 @@ class Gaussian:
 
     mean, scale = 0.7, 0.4
 
-    def __init__(self, steps, prediction_type="epsilon", solver="ddim", **settings):
+    def __init__(self, steps, prediction_type="epsilon", solver="ddim", zero_snr=False, **settings):
         if prediction_type == "flow":
             self.grid = diffusion.flow_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), steps)
         else:
             scheduler = DDIMScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                prediction_type=prediction_type,
+                prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr,
             )  # fmt: skip
             self.grid = diffusion.diffusion_grid(scheduler, steps, solver)
         self.solver = diffusion.Solver(self.grid, solver, **settings)

@@ -33,6 +33,9 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # of saving, on the stderr whose lines tests count
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WIDTH = 32

@@ -136,7 +136,7 @@ def test_the_command_writes_every_output(family, folders, tmp_path, capsys):
         ("StableDiffusion", ["--solver", "euler"], "--solver: euler does not sample"),
         ("StableDiffusion3", ["--solver", "ddim"], "give euler or dpmsolver++"),
         ("Flux-dev", ["--solver", "ddpm"], "give euler or dpmsolver++"),
-        ("Flux-dev", ["--eta", "0.5"], "--eta: 0.5 is for ddim"),
+        ("Flux-dev", ["--eta", "0.5"], "--eta: 0.5 is for --solver ddim"),
         ("StableDiffusion", ["--solver", "ddpm", "--eta", "0.5"], "--eta: 0.5 is for --solver ddim"),
         ("StableDiffusion", ["--eta", "1.5"], "--eta: 1.5"),
         ("StableDiffusion", ["--eta", "-1"], "--eta"),

@@ -93,6 +93,32 @@ def test_euler_is_diffusers_flow_scheduler(shift, noise):
     torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-5)
 
 
+def test_dpmsolver_of_a_flow_is_diffusers_own(noise):
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    scheduler.set_timesteps(20)
+    sigmas = scheduler.sigmas.double()
+    grid = diffusion.Grid(scheduler.timesteps, 1 - sigmas, sigmas, "flow")
+    step, x, y, past = diffusion.Solver(grid, "dpmsolver++").step, noise, noise, noise
+    for j, t in enumerate(scheduler.timesteps):
+        at = torch.tensor([j])
+        x = scheduler.step(x.sin(), t, x).prev_sample
+        y, past = step(y, y.sin(), at, at + 1, past)
+    torch.testing.assert_close(y, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("kind", ["ddim", "ddim, eta = 0.5", "ddpm", "dpmsolver++"])
+def test_zero_terminal_snr_is_sampled_by_every_solver(kind, prediction_type, noise):
+    """The first step starts from noise alone, where the tables divide by the signal."""
+    n = boundaries(12, 3)
+    problem = Mixture(12, prediction_type, zero_snr=True, restarts=n, seed=5, **KINDS[kind])
+    assert problem.grid.signal[0] == 0
+    truth = problem.sequential(noise, keep=n)
+    last = list(srds(noise, problem.denoise, problem.step, n, correct=problem.solver.damped))[-1]
+    assert truth.isfinite().all() and torch.equal(last.states, truth)
+    assert (truth[-1].abs() - 1).abs().median() < 0.05, "it does not end at the data"
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_k_boundaries_are_exact_after_k_iterations(kind, schedule, noise):
