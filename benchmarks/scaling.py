@@ -127,7 +127,7 @@ def plot(table, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="launches of each size (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="launches of each size (%(default)s)")
     parser.add_argument("--worker", action="store_true", help="measure in a process that was launched")
     args = parser.parse_args()
     if args.worker:
