@@ -613,6 +613,7 @@ class Problem:
         return self.processes.in_step(iterates) if self.in_lanes else iterates
 
     def shared(self, denoise):
+        """The denoiser with its lanes shared among the processes, if that is how they share the work."""
         return self.processes.split(denoise) if self.in_lanes else denoise
 
     def image(self, states):

@@ -93,6 +93,7 @@ def test_euler_is_diffusers_flow_scheduler(shift, noise):
     torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of a scheduler of diffusers
 def test_dpmsolver_of_a_flow_is_diffusers_own(noise):
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     scheduler.set_timesteps(20)
