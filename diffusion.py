@@ -244,7 +244,7 @@ def diffusion_grid(scheduler, steps, solver="ddim"):
     config, times = scheduler.config, timesteps(steps, scheduler.config.num_train_timesteps)
     final = scheduler.final_alpha_cumprod if solver == "ddim" else torch.tensor(1.0)
     alpha = torch.cat([scheduler.alphas_cumprod[times], final.reshape(1)]).double()
-    clip = config.clip_sample_range if config.clip_sample and solver != "dpmsolver++" else None
+    clip = config.clip_sample_range if config.clip_sample else None
     return Grid(times, alpha.sqrt(), (1 - alpha).sqrt(), config.prediction_type, clip)
 
 
@@ -307,8 +307,8 @@ class Solver:
         from_here_on = torch.ones(steps + 1, steps).triu().bool()
         self.carry = torch.cat([one.new_ones(steps + 1, 1), kept.where(from_here_on, 1.0)], 1).cumprod(1)
 
-        rate = (a / b).log()  # half the log signal-to-noise ratio; 2M extrapolates in it
-        h = torch.cat([rate, (a_next / b_next)[-1:].log()]).diff()
+        half_log_snr = (a / b).log()  # in which 2M extrapolates
+        h = torch.cat([half_log_snr, (a_next / b_next)[-1:].log()]).diff()
         self.extrapolation = torch.zeros_like(a)
         if name == "dpmsolver++":
             self.extrapolation[1:] = (h[1:] / (2 * h[:-1])).where(h[1:].isfinite() & h[:-1].isfinite(), 0.0)

@@ -45,7 +45,8 @@ MAX_BATCH = None  # all lanes of a tick in one network call
 PARALLEL = None  # of several processes: prompts where there are more of them than processes, else lanes
 EXPECTED_REFINEMENTS = 3  # that --coarse-steps auto plans for: what most runs of benchmarks/stopping.py use
 
-WHERE = ("output_dir", "prompts", "prompt", "texts", "resume", "parallel")  # arguments that results do not depend on
+# Arguments that may differ in a run to --resume: results depend on them by rounding at most.
+NOT_COMPARED = ("output_dir", "prompts", "prompt", "texts", "resume", "parallel", "device", "offload")
 SCHEDULES = ("pipelined", "sweep")  # as in srds.py, which is imported late
 CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
@@ -144,8 +145,10 @@ def parse_arguments(argv):
         help="classifier-free guidance, on above 1, or the network's own (the usual one of the model)")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", default=NEGATIVE_PROMPT, help="what guidance leads away from")
     for side, default in (("height", HEIGHT), ("width", WIDTH)):
-        add(f"--{side}", metavar="PX", type=integer(1), default=default, help=f"(the model's native {side})")
-    add("--seed", "-s", type=integer(0, 2**64 - 1), default=SEED, help="of the initial noise (%(default)s)")
+        add(f"--{side}", metavar="PX", type=integer(1), default=default,
+            help="(the model's native one, of Stable Diffusion 512 at most)")  # fmt: skip
+    add("--seed", "-s", type=integer(0, 2**64 - 1), default=SEED,
+        help="of the initial noise, and of that in the steps (%(default)s)")  # fmt: skip
     add("--resume", action="store_true", help="keep what an earlier run with the same settings has completed")
     add("--no-ground-truth", action="store_true", help="only sample: no sequential run to compare with")
 
@@ -265,7 +268,7 @@ def choose_model(args):
     family, trained = model.family, model.scheduler.config.num_train_timesteps
     most = MOST_FLOW_STEPS if family.flow else trained
     if args.fine_steps > most:
-        why = "a flow's tables have room for" if family.flow else f"the model's {trained} training timesteps"
+        why = "what a flow's tables have room for" if family.flow else f"the model's {trained} training timesteps"
         raise Failure(f"argument --fine-steps/-fs: {args.fine_steps} exceeds {why}; give at most {most}")
     if args.vae_tiling and not family.latent:
         raise Failure(f"argument --vae-tiling: {args.model} has no autoencoder; leave it out")
@@ -299,10 +302,10 @@ def choose_model(args):
     return model
 
 
-def check_resume(args):
-    """Raise Failure unless the earlier run in --output-dir, if there is one, was of the same prompts and settings.
+def check_resume(args, dtype):
+    """The plan of the earlier run in --output-dir, if there is such a run, and it was planned.
 
-    What --coarse-steps auto planned then is taken over.
+    Raises Failure where that was of other prompts or settings.
     """
     import utils
 
@@ -311,12 +314,14 @@ def check_resume(args):
         if not earlier:
             return
         before, texts, plan = earlier["settings"], earlier["texts"], earlier.get("plan")
+        before = {**before, "dtype": earlier["environment"]["dtype"]}  # what "auto" was
+        now = {**vars(args), "schedule": args.schedule or SCHEDULE, "dtype": dtype}
         if plan and args.coarse_steps == "auto":
-            args.coarse_steps, args.schedule = plan["blocks"], plan["schedule"]
+            now |= {"coarse_steps": plan["blocks"], "schedule": plan["schedule"]}
     except (KeyError, TypeError):
         raise Failure(f"argument --resume: {args.output_dir}/run.json is not of a run that can be resumed") from None
-    now = {**vars(args), "schedule": args.schedule or SCHEDULE}
-    different = [key for key in now if key not in WHERE and before.get(key) != now[key]]
+    free = NOT_COMPARED if args.fixed_batch else (*NOT_COMPARED, "max_batch", "compile")
+    different = [key for key in now if key not in free and before.get(key) != now[key]]
     if different:
         key = different[0]
         raise Failure(
@@ -327,6 +332,7 @@ def check_resume(args):
         raise Failure(
             "argument --resume: the prompts are not those of the earlier run; give the same, or leave out --resume"
         )
+    return plan
 
 
 # The run. torch and all that imports it wait until the arguments are known to be good.
@@ -344,9 +350,6 @@ def load(args, processes):
         args.parallel = args.parallel or ("prompts" if len(args.texts) > processes.size else "lanes")
     with processes.in_turn():
         model = choose_model(args)
-    if args.resume and processes.first:
-        check_resume(args)
-    args.coarse_steps, args.schedule = processes.tell([args.coarse_steps, args.schedule])
 
     import diffusers
     import torch
@@ -355,6 +358,8 @@ def load(args, processes):
 
     automatic = model.family.dtype if device.type == "cuda" else torch.float32
     dtype = automatic if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype_name = str(dtype).removeprefix("torch.")
+    plan = processes.tell(check_resume(args, dtype_name) if args.resume and processes.first else None)
     settings = device, dtype, args.variant, args.offload, args.vae_tiling
     with processes.in_turn():
         try:
@@ -369,9 +374,8 @@ def load(args, processes):
     if model.name == diffusion.MIRRORS.get(args.model):
         print(f"{args.model} was withdrawn from the hub by its owner; using its mirror {model.name}")
     problem = Problem(args, model, pipeline, device, processes)
-    plan = None
     if args.coarse_steps == "auto":
-        plan = processes.tell(make_plan(problem))
+        plan = plan or processes.tell(make_plan(problem))
         problem = problem.vary(coarse_steps=plan["blocks"], schedule=plan["schedule"])
         args = problem.args
         print(describe_plan(plan))
@@ -385,7 +389,7 @@ def load(args, processes):
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name,
             "processes": processes.size,
         },
         "model": {
@@ -414,8 +418,7 @@ def run(args, processes):
             output.begin(args.resume)
         if processes.size > 1 and args.parallel == "prompts":
             check_shared(output, processes)
-        left = [i for i in range(len(args.texts)) if not output.result(i)] if processes.first else None
-        left = processes.tell(left)
+        left = processes.tell([i for i in range(len(args.texts)) if not output.entry(i)])
         if left:
             problem.warm_up()
         sample_all(problem, output, left)
@@ -434,7 +437,8 @@ def check_alike(args, processes):
     """Raise Failure unless all processes are there and have the same prompts and settings, as machines may differ."""
     if processes.missing:
         raise Failure(
-            "accelerate launch has started one process, not several; give it --multi_gpu as well, or use torchrun"
+            "accelerate launch has started one process, not several; give it --multi_gpu as well, or use torchrun (or, "
+            "if one was meant, unset MASTER_ADDR)"
         )
     known = {key: value for key, value in vars(args).items() if key not in ("output_dir", "prompts")}
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -470,9 +474,15 @@ def explain(args, error):
     import diffusion
 
     if isinstance(error, FloatingPointError):
-        return f"argument --dtype: {args.dtype!r}: {error}; try --dtype float32 or bfloat16"
+        remedy = "try --dtype float32 or bfloat16" if "float16" in str(error) else "try other settings"
+        return f"argument --dtype: {args.dtype!r}: {error}; {remedy}"
     if diffusion.out_of_memory(error):
-        return f"argument --max-batch: {args.max_batch or 'not given'}: out of memory; give a smaller one, 1 at least"
+        remedies = {"a smaller --max-batch": args.max_batch == 1, "--offload": args.offload}
+        remedies["--vae-tiling"] = args.vae_tiling
+        untried = " or ".join(remedy for remedy, tried in remedies.items() if not tried)
+        return (
+            f"argument --max-batch: {args.max_batch or 'not given'}: out of memory; try {untried or 'a smaller image'}"
+        )
     if diffusion.of_the_compiler(error):
         line = " ".join(str(error).split())[:200]
         return f"argument --compile: torch cannot compile here ({line}); leave it out"
@@ -634,6 +644,7 @@ class Problem:
 
 
 def boundaries(N, B):
+    """The grid points 0 = n_0 < ... < n_B = N between which the B blocks of N steps lie, as even as can be."""
     return [i * N // B for i in range(B + 1)]
 
 
@@ -691,7 +702,7 @@ def measure_calls(problem, widest):
     return calls, seconds(lambda: problem.image(x))
 
 
-def predict(calls, decoding, N, B, schedule, refinements, bound=None):
+def predict_seconds(calls, decoding, N, B, schedule, refinements, bound=None):
     """Seconds of a run that stops after so many refinements, from `measure_calls`."""
     import numpy as np
 
@@ -709,7 +720,7 @@ def make_plan(problem):
     for B in candidates:
         refinements = min(B if args.tolerance == 0 else EXPECTED_REFINEMENTS, args.max_iterations or B, B)
         for schedule in [args.schedule] if args.schedule else SCHEDULES:
-            seconds = predict(calls, decoding, N, B, schedule, refinements, args.max_iterations)
+            seconds = predict_seconds(calls, decoding, N, B, schedule, refinements, args.max_iterations)
             plans.append((seconds, B, schedule, refinements))
     seconds, B, schedule, refinements = min(plans)
     return {

@@ -35,7 +35,7 @@ class Processes:
     """This process, and the others of its launch if it has any. To be made once, in the main thread.
 
     rank, size: its number, and how many there are. first: whether it is the one that prints, and writes what is of the
-    whole run. broken: whether a call failed on this process, for which the others now wait in the middle of a tick.
+    whole run. broken: whether something failed on this process in the middle of a tick, in which the others now wait.
 
     All but `count`, `take` and `end` must be called by all processes, in the same order. Raises ProcessError, at any
     call, where another process cannot be reached.
@@ -136,9 +136,7 @@ class Processes:
             mine = slice(self.rank * most, (self.rank + 1) * most)
             own, outputs = x.new_zeros(most, *x.shape[1:]), x.new_empty(self.size * most, *x.shape[1:])
             if len(n[mine]):
-                self.broken = True
                 own[: len(n[mine])] = denoise(x[mine], n[mine])
-                self.broken = False
             with _reaching():
                 torch.distributed.all_gather_single(outputs, own)
             return outputs[: len(x)]
@@ -147,7 +145,9 @@ class Processes:
 
     def in_step(self, iterates):
         """The iterates, as many on every process as the first one takes before it leaves its loop."""
+        self.broken = True
         for iterate in iterates:
+            self.broken = False
             try:
                 yield iterate
             except GeneratorExit:  # the loop was left
@@ -155,6 +155,8 @@ class Processes:
                 raise
             if not self.tell(True):
                 break
+            self.broken = True
+        self.broken = False
 
     def close(self):
         """End well: once all processes have come here."""
@@ -239,4 +241,6 @@ def _reaching():
     try:
         yield
     except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
         raise ProcessError(error) from error

@@ -35,7 +35,7 @@ class Output:
     `run.json` describes the run, repeats the results at its end, and tells a later run what to remove.
 
     folder: the directory, made if it is not there.
-    about: what `run.json` says of the run: "settings", "environment", "model".
+    about: what `run.json` says of the run: when it was "begun", "settings", "environment", "model", and "plan".
     texts: the prompts. Several have a folder each, and an overview at the top.
     """
 
@@ -45,18 +45,19 @@ class Output:
 
     def begin(self, resume=False):
         """Make the directory, and remove what an earlier run wrote there unless told to `resume` that one."""
+        resume = resume and earlier_run(self.folder)
         if not resume:
             _remove_earlier(self.folder)
-        for folder, entry in zip(self.folders, self._entries()):
-            if "error" in entry.get("result", ()):  # it is to be sampled again
-                (self.folder / folder / "result.json").unlink()
         try:
+            for folder, entry in zip(self.folders, self._entries()):
+                if entry and (not resume or "error" in entry.get("result", ())):  # it is to be sampled again
+                    (self.folder / folder / "result.json").unlink()
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise WriteError(f"{self.folder} cannot be made: {error.strerror}") from error
+            raise WriteError(f"{self.folder} cannot be written: {error.strerror}") from error
         self.save()
 
-    def result(self, i):
+    def entry(self, i):
         """The `result.json` of prompt i, None where its set is not complete."""
         found = _read_json(self.folder / self.folders[i] / "result.json")
         return found if self._is_whole(found) else None
@@ -87,7 +88,7 @@ class Output:
 
     def finish(self):
         """Write the overview of several prompts, and `run.json` with all results; returns the results."""
-        entries, overview = list(filter(None, map(self.result, range(len(self.texts))))), []
+        entries, overview = list(filter(None, map(self.entry, range(len(self.texts))))), []
 
         def announce(files):
             overview.extend(files)

@@ -58,7 +58,7 @@ if __name__ == "__main__":
             at = problem.vary(fine_steps=N, coarse_steps=B, schedule=schedule)
             measure(at)
             for _ in range(REPEATS):
-                predicted = main.predict(*main.measure_calls(at, B), N, B, schedule, REFINEMENTS)
+                predicted = main.predict_seconds(*main.measure_calls(at, B), N, B, schedule, REFINEMENTS)
                 seconds, inside = measure(at)
                 rows.append({"N": N, "B": B, "schedule": schedule, "seconds": seconds})
                 rows[-1] |= {"engine, %": 100 * (1 - inside / seconds), "predicted / real": predicted / seconds}

@@ -120,6 +120,25 @@ def test_accelerate_that_starts_one_process_instead_of_several_is_refused(tiny, 
     assert status != 0 and len(errors) == 1 and "give it --multi_gpu" in errors[0] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("lanes, shares", [(1, [1, 0, 0]), (5, [2, 2, 1]), (6, [2, 2, 2]), (10, [4, 4, 2])])
+def test_lanes_are_dealt_out_and_put_together_again(lanes, shares, monkeypatch):
+    x, n, gathered, calls = torch.randn(lanes, 4, 8, 8), torch.arange(lanes), [], []
+    monkeypatch.setattr(torch.distributed, "all_gather_single", lambda outputs, own: gathered.append((outputs, own)))
+
+    def denoise(x, n):
+        calls.append(len(x))
+        return x * n.reshape(-1, 1, 1, 1)
+
+    for rank in range(3):
+        process = main.Processes()
+        process.rank, process.size = rank, 3
+        process.split(denoise)(x, n)
+    assert calls == [share for share in shares if share]
+    together = torch.cat([own for _, own in gathered])
+    assert all(outputs.shape == together.shape for outputs, _ in gathered)
+    assert torch.equal(together[:lanes], denoise(x, n))
+
+
 @pytest.mark.parametrize(
     "prompts, more",
     [(PROMPTS[:2], ["--parallel", "prompts"]), (PROMPTS[:1], ["-cs", "auto"])],
@@ -154,8 +173,8 @@ def test_a_killed_process_ends_the_run_and_the_others_work_is_kept(rank, paralle
     while not list(out.glob("*/result.json")):
         assert launch.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(workers.stdout.split()[rank]), signal.SIGKILL)
+    workers = Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()
+    os.kill(int(workers[rank]), signal.SIGKILL)
     since = time.monotonic()
     status, _, errors = finish(launch)
     assert status != 0 and time.monotonic() - since < 60

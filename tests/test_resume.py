@@ -115,7 +115,25 @@ def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert main.main(arguments(out, tiny, "-cs", "auto")) == 0
     monkeypatch.setattr(main, "make_plan", lambda problem: pytest.fail("a plan was made again"))
-    assert main.main(arguments(out, tiny, "-cs", "auto", "--resume")) == 0
+    for _ in range(2):
+        assert main.main(arguments(out, tiny, "-cs", "auto", "--resume")) == 0
+        assert record(out)["plan"]
+
+
+def test_a_run_without_resume_keeps_nothing_whatever_became_of_the_record(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    for seed, more in (("1", []), ("2", []), ("3", ["--resume"])):  # of which run.json could tell
+        assert main.main(arguments(out, tiny, "--seed", seed, "--max-iterations", "1", *more)) == 0
+        assert "prompt 4 of 4" in capsys.readouterr().out and record(out)["settings"]["seed"] == int(seed)
+        (out / "run.json").unlink()
+
+
+def test_a_run_may_be_resumed_with_what_its_failure_asks_for_but_not_in_other_numbers(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny)) == 0
+    assert main.main(arguments(out, tiny, "--resume", "--max-batch", "2", "--dtype", "float32")) == 0
+    assert main.main(arguments(out, tiny, "--resume", "--dtype", "bfloat16")) == 2
+    assert "--dtype: 'bfloat16', but 'float32'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), None])
@@ -167,9 +185,8 @@ def test_overviews_of_many_prompts_stay_readable(tmp_path):
     output.begin()
     at = {"iteration": -1, "serial_evaluations": 4, "total_evaluations": 4, "image_error": 1.0}
     for i, text in enumerate(texts):
-        names = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
-        images = {name: np.full((16, 16, 3), i, np.uint8) for name in names}
-        output.add(i, {"prompt": text, "seed": 0, "iterations": [at]}, images, [[1.0, 2.0]])
+        images = {name: np.full((16, 16, 3), i, np.uint8) for name in ("srds_initialized", "srds_final")}
+        output.add(i, {"prompt": text, "seed": 0, "iterations": [at]}, images)
     assert len(output.finish()) == 100
     final = np.asarray(Image.open(tmp_path / "out" / "srds_final.png"))
     assert final.shape == (128, 128, 3) and final[-1, -1, 0] == 63

@@ -66,7 +66,7 @@ def test_a_bound_saves_lane_steps_and_keeps_ticks():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("N", [1, 10])
-def test_blocks_of_one_step_are_exact_at_once(N, schedule, noise):
+def test_blocks_of_one_step_are_exact_at_once(N, schedule):
     (only,), widths = counted(N, N, schedule)
     assert only.exact and (only.ticks, only.lane_steps) == (N, N) and max(widths) == 1
 
