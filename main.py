@@ -778,36 +778,34 @@ def sample(problem, text):
         problem.processes.tell([text, args.seed])
         problem.processes.wait()  # until the others have encoded the prompt: that is not the sampler's time
 
-    history, errors, states, image, seconds = [], [], None, None, 0.0
+    errors, seconds = [], 0.0
     most = args.fine_steps if args.schedule == "pipelined" else None
     with ticking(denoise, "srds", most) as ticks, contextlib.closing(problem.iterates(ticks)) as iterates:
         started = time.perf_counter()
-        for iterate in iterates:
-            earlier, image = image, problem.image(iterate.states)
-            history.append({
+        for iterate, image, history in watched(problem, iterates):
+            history[-1] = {
                 "iteration": iterate.k - 1,
                 "serial_evaluations": iterate.ticks,
                 "total_evaluations": iterate.lane_steps,
-                **changes(image, earlier, iterate.states, states, history),
+                **history[-1],
                 "damping": 127.5 * float(iterate.damping),
                 "image_error": None,
-            })  # fmt: skip
-            states = iterate.states
+            }
             seconds += time.perf_counter() - started
 
             images[f"srds_iteration_{iterate.k - 1}" if iterate.k else "srds_initialized"] = image
             if truth is not None:
                 history[-1]["image_error"] = difference(image, images["srds_ddim_gt"])
-                errors.append((states - truth)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
-            state = "converged" if iterate.exact else judge(history, args.stop_rule, args.tolerance)
-            tqdm.write(utils.report(history[-1], state))
-            if state == "converged":
+                errors.append((iterate.states - truth)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
+            verdict = "converged" if iterate.exact else judge(history, args.stop_rule, args.tolerance)
+            tqdm.write(utils.report(history[-1], verdict))
+            if verdict == "converged":
                 break
             started = time.perf_counter()
     images["srds_final"] = image
 
     last = history[-1]
-    stop_reason = "exact" if iterate.exact else "tolerance" if state == "converged" else "max-iterations"
+    stop_reason = "exact" if iterate.exact else "tolerance" if verdict == "converged" else "max-iterations"
     if args.stop_rule == "final" and stop_reason == "tolerance" and last["trajectory_change"] >= args.tolerance:
         tqdm.write(
             f"  note: the image has settled, but the trajectory still changes by {last['trajectory_change']:.3f}; "
@@ -840,6 +838,16 @@ def ticking(denoise, name, most):
 
 
 # When to stop
+
+
+def watched(problem, iterates):
+    """Each iterate with its image and the history of `changes` that it ends, a dictionary a refinement."""
+    history, states, image = [], None, None
+    for iterate in iterates:
+        earlier, image = image, problem.image(iterate.states)
+        history.append(changes(image, earlier, iterate.states, states, history))
+        states = iterate.states
+        yield iterate, image, history
 
 
 def changes(image, earlier_image, states, earlier_states, history):

@@ -65,15 +65,12 @@ def row(problem, name, truth, own, image, seconds, serial, total, widest):
 
 def srds_rows(problem, text, truth, name):
     """An entry for each refinement, and for where each stop rule leaves the run."""
-    rows, stops, history, states, image, seconds = [], {}, [], None, None, 0.0
+    rows, stops, seconds = [], {}, 0.0
     started = time.perf_counter()
     denoise = problem.denoiser(text)
     pair = denoise.rows
-    for iterate in problem.iterates(denoise):
-        before, image = image, problem.image(iterate.states)
+    for iterate, image, history in main.watched(problem, problem.iterates(denoise)):
         seconds += time.perf_counter() - started
-        history.append(main.changes(image, before, iterate.states, states, history))
-        states = iterate.states
         width = pair * (1 if iterate.k == 0 and problem.args.schedule == "sweep" else problem.args.coarse_steps)
         counts = iterate.ticks, iterate.lane_steps, width
         rows.append(row(problem, f"{name}, k={iterate.k}", truth, truth[0], image, seconds, *counts))

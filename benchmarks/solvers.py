@@ -67,11 +67,8 @@ def measure(problem, count):
                 for noise in NOISES if stochastic else (None,):
                     if noise:
                         at.step = with_coarse_noise(at, noise)
-                    history, states, image, errors, stop = [], None, None, [], None
-                    for iterate in at.iterates(denoise):
-                        earlier, image = image, at.image(iterate.states)
-                        history.append(main.changes(image, earlier, iterate.states, states, history))
-                        states = iterate.states
+                    errors, stop = [], None
+                    for iterate, image, history in main.watched(at, at.iterates(denoise)):
                         errors.append(main.difference(image, truth))
                         if main.judge(history, at.args.stop_rule, at.args.tolerance) == "converged" or iterate.k == 4:
                             stop = stop or {"refinements": iterate.k, "serial": iterate.ticks}

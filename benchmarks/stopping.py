@@ -31,13 +31,10 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def trace(problem, text):
     """What the stop rules watch, with the image error and the ticks, after each refinement."""
-    denoise, history, states, image = problem.denoiser(text), [], None, None
+    denoise = problem.denoiser(text)
     truth = problem.image(common.sequential(problem, denoise))
-    for iterate in problem.iterates(denoise):
-        earlier, image = image, problem.image(iterate.states)
-        found = main.changes(image, earlier, iterate.states, states, history)
-        history.append({**found, "k": iterate.k, "ticks": iterate.ticks, "error": main.difference(image, truth)})
-        states = iterate.states
+    for iterate, image, history in main.watched(problem, problem.iterates(denoise)):
+        history[-1] |= {"k": iterate.k, "ticks": iterate.ticks, "error": main.difference(image, truth)}
     return history
 
 
