@@ -170,6 +170,8 @@ def parse_arguments(argv):
     if (args.prompts is None) == (args.prompt is None):
         got = "neither was given" if args.prompts is None else "both were given"
         raise Failure(f"argument --prompts/-p or --prompt: {got}; give one of them")
+    if not args.model:
+        raise Failure("argument --model: '' is empty; give a hub id, a folder or demo")
     if args.coarse_steps == "auto" and (args.compile or args.fixed_batch):
         given = "--compile" if args.compile else "--fixed-batch"
         raise Failure(
@@ -303,7 +305,7 @@ def choose_model(args):
 
 
 def check_resume(args, dtype):
-    """The plan of the earlier run in --output-dir, if there is such a run, and it was planned.
+    """The plan of the earlier run in --output-dir, if it was planned; where there is none, nothing is resumed.
 
     Raises Failure where that was of other prompts or settings.
     """
@@ -312,6 +314,7 @@ def check_resume(args, dtype):
     try:
         earlier = utils.earlier_run(args.output_dir)
         if not earlier:
+            args.resume = False
             return
         before, texts, plan = earlier["settings"], earlier["texts"], earlier.get("plan")
         before = {**before, "dtype": earlier["environment"]["dtype"]}  # what "auto" was
@@ -414,13 +417,13 @@ def run(args, processes):
         check_alike(args, processes)
         problem, about = load(args, processes)
         output = utils.Output(args.output_dir, about, args.texts)
-        if processes.first:
-            output.begin(args.resume)
-        if processes.size > 1 and args.parallel == "prompts":
-            check_shared(output, processes)
-        left = processes.tell([i for i in range(len(args.texts)) if not output.entry(i)])
+        left = processes.tell([i for i in range(len(args.texts)) if not (args.resume and output.entry(i))])
         if left:
             problem.warm_up()
+        if processes.first:
+            output.begin(args.resume)  # not before it is known that the model runs, as this removes an earlier run
+        if processes.size > 1 and args.parallel == "prompts":
+            check_shared(output, processes)
         sample_all(problem, output, left)
     except Failure:
         raise
@@ -478,11 +481,9 @@ def explain(args, error):
         return f"argument --dtype: {args.dtype!r}: {error}; {remedy}"
     if diffusion.out_of_memory(error):
         remedies = {"a smaller --max-batch": args.max_batch == 1, "--offload": args.offload}
-        remedies["--vae-tiling"] = args.vae_tiling
+        remedies |= {"--vae-tiling": args.vae_tiling, "a smaller image": False}
         untried = " or ".join(remedy for remedy, tried in remedies.items() if not tried)
-        return (
-            f"argument --max-batch: {args.max_batch or 'not given'}: out of memory; try {untried or 'a smaller image'}"
-        )
+        return f"argument --max-batch: {args.max_batch or 'not given'}: out of memory; try {untried}"
     if diffusion.of_the_compiler(error):
         line = " ".join(str(error).split())[:200]
         return f"argument --compile: torch cannot compile here ({line}); leave it out"

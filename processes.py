@@ -25,7 +25,7 @@ class ProcessError(Exception):
     """Another process that cannot be reached, in one line."""
 
     def __init__(self, cause=None):
-        why = f" ({str(cause).splitlines()[0][:160]})" if cause else ""
+        why = f" ({str(cause).splitlines()[0].split('. ')[0][:160]})" if cause else ""
         super().__init__(
             f"another process of the run has died, or the launcher has ended it{why}; --resume keeps what is complete"
         )
@@ -55,6 +55,7 @@ class Processes:
             signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
             signal.signal(signal.SIGTERM, lambda *_: None)
 
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or it tells of a lost store in hundreds of lines
             from torch.distributed import PrefixStore, rendezvous
 
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -45,7 +45,6 @@ class Output:
 
     def begin(self, resume=False):
         """Make the directory, and remove what an earlier run wrote there unless told to `resume` that one."""
-        resume = resume and earlier_run(self.folder)
         if not resume:
             _remove_earlier(self.folder)
         try:

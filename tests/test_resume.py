@@ -120,6 +120,19 @@ def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
         assert record(out)["plan"]
 
 
+def test_a_run_that_cannot_begin_leaves_the_earlier_one(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny, "--max-iterations", "1")) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+
+    def fail(*args, **conditions):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(StableDiffusion, "predict", fail)
+    assert main.main(arguments(out, tiny, "--seed", "7")) == 1
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
 def test_a_run_without_resume_keeps_nothing_whatever_became_of_the_record(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     for seed, more in (("1", []), ("2", []), ("3", ["--resume"])):  # of which run.json could tell
