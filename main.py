@@ -417,7 +417,8 @@ def run(args, processes):
         check_alike(args, processes)
         problem, about = load(args, processes)
         output = utils.Output(args.output_dir, about, args.texts)
-        left = processes.tell([i for i in range(len(args.texts)) if not (args.resume and output.entry(i))])
+        done = output.entry if processes.first and args.resume else lambda i: None
+        left = processes.tell([i for i in range(len(args.texts)) if not done(i)])
         if left:
             problem.warm_up()
         if processes.first:
@@ -425,6 +426,7 @@ def run(args, processes):
         if processes.size > 1 and args.parallel == "prompts":
             check_shared(output, processes)
         sample_all(problem, output, left)
+        processes.close()
     except Failure:
         raise
     except (diffusion.ModelError, utils.WriteError, ProcessError) as error:
@@ -903,11 +905,8 @@ def main(argv=None):
     try:
         with processes.quiet():
             run(parse_arguments(argv), processes)
-            processes.close()
     except Failure as failure:
         return processes.end(failure, failure.status)
-    except ProcessError as error:
-        return processes.end(error, 1)
     except KeyboardInterrupt:
         return processes.end("interrupted; what was complete is kept", 130)
     except SystemExit as done:  # --help

@@ -49,7 +49,7 @@ class Output:
             _remove_earlier(self.folder)
         try:
             for folder, entry in zip(self.folders, self._entries()):
-                if entry and (not resume or "error" in entry.get("result", ())):  # it is to be sampled again
+                if entry and (not resume or _failed(entry)):  # it is to be sampled again
                     (self.folder / folder / "result.json").unlink()
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,15 +102,16 @@ class Output:
 
     def save(self, files=()):
         """Write `run.json` with the results so far and what is in the directory; returns the results."""
-        results = self.results()
-        files = [*files, *(name for entry in self._entries() for name in entry.get("files", ()))]
+        entries = self._entries()
+        results = self.results(entries)
+        files = [*files, *(name for entry in entries for name in entry.get("files", ()))]
         self._write("run.json", {**self.about, "folders": self.folders, "prompts": results, "files": files})
         return results
 
-    def results(self):
-        """What there is of each prompt that is complete or failed, in their order."""
-        entries = self._entries()
-        return [entry["result"] for entry in entries if self._is_whole(entry) or "error" in entry.get("result", ())]
+    def results(self, entries=None):
+        """What there is of each prompt that is complete or failed, in their order; of `entries`, if they are known."""
+        entries = self._entries() if entries is None else entries
+        return [entry["result"] for entry in entries if self._is_whole(entry) or _failed(entry)]
 
     def _is_whole(self, entry):
         return entry.get("complete") and all((self.folder / name).is_file() for name in entry["files"])
@@ -171,6 +172,10 @@ def _read_json(path):
     except (OSError, ValueError):
         return {}  # not there, or not ours
     return found if isinstance(found, dict) else {}
+
+
+def _failed(entry):
+    return "error" in entry.get("result", ())
 
 
 def _path(folder, name):

@@ -57,13 +57,13 @@ def measure(processes):
         "lanes": [seconds(lambda: sample(lanes, texts[0])) for _ in range(3)],
         "prompts": [seconds(sample_prompts)],
     }
+    if processes.size == 1:
+        calls, _ = main.measure_calls(lanes, max(B for _, B in SETTINGS))
+        return found | {f"call {b}": [call] for b, call in calls.items()}
     exchange = processes.split(lambda x, n: x)
     for L in (2, 10, 30):
         x, n = lanes.x.expand(L, -1, -1, -1).contiguous(), np.zeros(L)
         found[f"exchange {L}"] = [main.clock(functools.partial(exchange, x, n), "cpu") for _ in range(300)]
-    if processes.size == 1:
-        calls, _ = main.measure_calls(lanes, max(B for _, B in SETTINGS))
-        found |= {f"call {b}": [call] for b, call in calls.items()}
     return found | {"lane": [lanes.x.numel() * 4]}
 
 
@@ -91,20 +91,22 @@ def summarise(found):
 
     calls = {int(name.split()[1]): seconds for (_, name), seconds in median.items() if name.startswith("call")}
     # Of L lanes, two processes send each other half.
-    sent = {int(name.split()[1]) / 2 * median[2, "lane"]: seconds
-            for (P, name), seconds in median.items() if P == 2 and name.startswith("exchange")}  # fmt: skip
+    lane = median[2, "lane"]
+    sent = {int(name.split()[1]) / 2 * lane: seconds
+            for (_, name), seconds in median.items() if name.startswith("exchange")}  # fmt: skip
     slope, start = np.polyfit(list(sent), list(sent.values()), 1)
     if slope < 0:  # so little is sent that it makes no difference
         slope, start = 0.0, float(np.mean([*sent.values()]))
     for N, B in SETTINGS:
-        widths, alone = np.array(main.tick_widths(N, B, "pipelined", REFINEMENTS)), None
+        widths, predicted = np.array(main.tick_widths(N, B, "pipelined", REFINEMENTS)), {}
         for P in PREDICTED:
             own = np.ceil(widths / P)
-            exchanges = (P - 1) * (start + slope * own * median[2, "lane"]) if P > 1 else 0 * own
-            seconds = float((np.interp(own, list(calls), list(calls.values())) + exchanges).sum())
-            alone = alone or seconds
+            exchanges = (P - 1) * (start + slope * own * lane)
+            predicted[P] = float((np.interp(own, list(calls), list(calls.values())) + exchanges).sum())
+        for P, seconds in predicted.items():
             row = {"mode": "lanes", "P": P, "kind": "predicted", "N": N, "B": B, "seconds": seconds}
-            rows.append({**row, "efficiency": alone / (P * seconds), "sequential / it": N * calls[1] / seconds})
+            gains = {"efficiency": predicted[1] / (P * seconds), "sequential / it": N * calls[1] / seconds}
+            rows.append(row | gains)
     exchanges = pd.DataFrame({"bytes sent by a process": sent.keys(), "microseconds": 1e6 * np.array([*sent.values()])})
     return pd.DataFrame(rows), exchanges
 

@@ -1,5 +1,7 @@
 """Problems with known solutions, and a tiny Stable Diffusion pipeline on disk."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -59,6 +61,11 @@ class Stiff(Gaussian):
 
     def x0(self, x, a, b):
         return -3 * x / a
+
+
+def record(folder):
+    """The run.json of a run."""
+    return json.loads((folder / "run.json").read_text())
 
 
 def boundaries(N, B):

@@ -19,6 +19,7 @@ from PIL import Image
 import diffusion
 import main
 import utils
+from conftest import record
 from families import StableDiffusion
 from pipelines import stable_diffusion
 from srds import SCHEDULES
@@ -36,10 +37,6 @@ def files(folder):
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
-
-
-def record(folder):
-    return json.loads((folder / "run.json").read_text())
 
 
 def iterations(count):
@@ -141,7 +138,9 @@ def test_without_ground_truth_only_samples(run):
     assert status == 0 and files(out) == SET | iterations(3) | RECORDS
     (result,) = record(out)["prompts"]
     assert result["image_error"] is None and result["seconds"]["ground_truth"] is None
-    assert "difference " not in printed.replace("difference  ", "") and printed.splitlines()[-1].split()[-4] == "-"
+    *refinements, header, row = printed.splitlines()
+    assert "difference" in header and not any("difference" in line or "error" in line for line in refinements)
+    assert "error" not in row and row.split()[-4] == "-"
 
 
 def test_blocks_of_one_step_need_no_refinement(run):

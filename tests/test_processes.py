@@ -1,6 +1,5 @@
 """Runs of several processes, started by torchrun with gloo on the CPU."""
 
-import json
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ from PIL import Image
 
 import main
 import utils
+from conftest import record
 from pipelines import pixels, stable_diffusion
 
 ROOT = Path(main.__file__).parent
@@ -50,7 +50,7 @@ def finish(launch):
 
 
 def results(folder):
-    return json.loads((folder / "run.json").read_text())["prompts"]
+    return record(folder)["prompts"]
 
 
 def flat(value):
@@ -95,7 +95,7 @@ def test_a_run_of_several_processes_equals_that_of_one(parallel, processes, sche
     assert_equal_runs(alone / schedule, tmp_path / "out")
     announced = [line for line in printed if line.startswith("prompt ")]
     assert len(set(announced)) == len(announced) and sum("serial evaluations  total" in line for line in printed) == 1
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["environment"]["processes"] == processes
+    assert record(tmp_path / "out")["environment"]["processes"] == processes
 
 
 def test_a_run_of_two_machines_equals_that_of_one_process(alone, tiny, tmp_path):

@@ -1,6 +1,5 @@
 """Runs that never lose work: failures, kills and --resume."""
 
-import json
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ from PIL import Image
 
 import main
 import utils
+from conftest import record
 from families import StableDiffusion
 
 ROOT = Path(main.__file__).parent
@@ -25,10 +25,6 @@ PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
 def arguments(out, tiny, *more):
     prompts = [word for text in PROMPTS for word in ("--prompt", text)]
     return ["-o", str(out), "--model", str(tiny), "--device", "cpu", "-cs", "3", "-fs", "9", *prompts, *more]
-
-
-def record(out):
-    return json.loads((out / "run.json").read_text())
 
 
 def contents(folder):
@@ -198,8 +194,9 @@ def test_overviews_of_many_prompts_stay_readable(tmp_path):
     output.begin()
     at = {"iteration": -1, "serial_evaluations": 4, "total_evaluations": 4, "image_error": 1.0}
     for i, text in enumerate(texts):
-        images = {name: np.full((16, 16, 3), i, np.uint8) for name in ("srds_initialized", "srds_final")}
-        output.add(i, {"prompt": text, "seed": 0, "iterations": [at]}, images)
+        names = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
+        images = {name: np.full((16, 16, 3), i, np.uint8) for name in names}
+        output.add(i, {"prompt": text, "seed": 0, "iterations": [at]}, images, [[1.0, 2.0]])
     assert len(output.finish()) == 100
     final = np.asarray(Image.open(tmp_path / "out" / "srds_final.png"))
     assert final.shape == (128, 128, 3) and final[-1, -1, 0] == 63
