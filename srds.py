@@ -114,6 +114,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
         for r, states in U.items():
             i = len(states) - 1
             if r == 0 and (i, 0) in G:
+                # The coarse initialisation: U_{i+1}^0 = G_i(U_i^0).
                 states.append(G[i, 0][1])
             elif (i, r) in G and (i, r - 1) in F:
                 # The predictor-corrector: U_{i+1}^r = F_i(U_i^{r-1}) + the correction for how U_i, and so G_i, changed.
@@ -127,6 +128,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
                 lanes.append(Lane(i + 1, r, n[i + 1], states[-1], states[-1]))
         i = len(exact) - 1
         if i < K and (i, i) in F:
+            # The exact state, U_{i+1}^{i+1} = F_i(U_i^i), with which refinement i + 1 begins.
             exact.append(F.pop((i, i)))
             del G[i, i]
             U[i + 1], damping[i + 1] = list(exact), x.new_zeros(())
