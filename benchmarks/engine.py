@@ -1,4 +1,4 @@
-"""What the engine costs beside the network, and how well the plan of --coarse-steps auto foretells a run.
+"""What the engine costs beside the network, and how well the plan of --coarse-steps auto predicts a run.
 
     python benchmarks/engine.py           # demo model, N = 100; writes benchmarks/results/engine.{csv,png}
 
@@ -8,19 +8,22 @@ the plan's seconds for three refinements over those they take, the calls being m
 
 import time
 
-import common
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-import main
+import common
+from settings import SCHEDULES
+from srds import srds
+from study.planning import measure_calls, predict_seconds
 
 N, BLOCKS, REFINEMENTS, REPEATS = 100, (7, 10, 14, 20), 3, 3
 
 
-def measure(problem):
+def measure(sampler):
     """Seconds of a run of REFINEMENTS refinements, and those of them in the network and in decoding."""
-    denoiser, inside = problem.denoiser("a red sun over purple mountains at dusk"), 0.0
+    denoiser, solver, inside = sampler.denoiser("a red sun over purple mountains at dusk"), sampler.solver, 0.0
+    how = solver.step, sampler.boundaries, sampler.settings.schedule, None, solver.damped
 
     def timed(call, *inputs):
         nonlocal inside
@@ -30,8 +33,8 @@ def measure(problem):
         return output
 
     started = time.perf_counter()
-    for iterate in problem.iterates(lambda x, n: timed(denoiser, x, n)):
-        timed(problem.image, iterate.states)
+    for iterate in srds(sampler.noise(), lambda x, n: timed(denoiser, x, n), *how):
+        timed(sampler.image, iterate.states)
         if iterate.k == REFINEMENTS:
             break
     return time.perf_counter() - started, inside
@@ -52,14 +55,14 @@ def plot(table, path):
 
 
 if __name__ == "__main__":
-    problem, rows = common.load(), []
+    sampler, rows = common.load(fine_steps=N), []
     for B in BLOCKS:
-        for schedule in main.SCHEDULES:
-            at = problem.vary(fine_steps=N, coarse_steps=B, schedule=schedule)
-            measure(at)
+        for schedule in SCHEDULES:
+            varied = sampler.vary(coarse_steps=B, schedule=schedule)
+            measure(varied)
             for _ in range(REPEATS):
-                predicted = main.predict_seconds(*main.measure_calls(at, B), N, B, schedule, REFINEMENTS)
-                seconds, inside = measure(at)
+                predicted = predict_seconds(*measure_calls(varied, B), N, B, schedule, REFINEMENTS)
+                seconds, inside = measure(varied)
                 rows.append({"N": N, "B": B, "schedule": schedule, "seconds": seconds})
                 rows[-1] |= {"engine, %": 100 * (1 - inside / seconds), "predicted / real": predicted / seconds}
     table = pd.DataFrame(rows)

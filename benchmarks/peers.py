@@ -9,10 +9,8 @@ largest, all means over prompts. "own" is the image difference, in grey levels, 
 """
 
 import argparse
-import dataclasses
 import time
 
-import common
 import numpy as np
 import pandas as pd
 from diffusers import (
@@ -22,104 +20,115 @@ from diffusers import (
     StableDiffusionParadigmsPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.utils import logging
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-import main
-import scenes
+import common
+from models import scenes
+from sampler import Sampler, difference, judge
+from settings import SCHEDULES, STOP_RULES, Settings
+from study.planning import describe_plan
 
-logging.set_verbosity_error()
 STEPS = (25, 100, 200, 1000)
 FEWER = (10, 15, 20, 25)
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 MOST = 4  # refinements to show; a run goes on until each rule has stopped it
 
 
-def diffusers_run(kind, scheduler, steps, problem, text, **settings):
-    """Image, seconds and the network samples of each call of one of diffusers' own pipelines."""
+def with_scheduler(pipeline, scheduler, kind=StableDiffusionPipeline):
+    """A pipeline of the same parts with another scheduler."""
     names = "vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"
-    parts = {name: problem.pipeline.components[name] for name in names}
-    pipeline, calls = kind(**parts, scheduler=scheduler, requires_safety_checker=False), []
+    parts = {name: pipeline.components[name] for name in names}
+    return kind(**parts, scheduler=scheduler, requires_safety_checker=False)
+
+
+def diffusers_run(pipeline, steps, sampler, text, seed, **settings):
+    """Image, seconds and the network samples of each call of one of diffusers' own pipelines."""
+    calls, size = [], {"height": sampler.settings.height, "width": sampler.settings.width}
     pipeline.set_progress_bar_config(disable=True)
     hook = pipeline.unet.register_forward_pre_hook(lambda unet, inputs: calls.append(len(inputs[0])))
     started = time.perf_counter()
     latents = pipeline(
-        text, num_inference_steps=steps, latents=problem.x, guidance_scale=problem.args.guidance_scale,
-        height=problem.args.height, width=problem.args.width, output_type="latent", **settings,
+        text, num_inference_steps=steps, latents=sampler.noise(seed), guidance_scale=sampler.settings.guidance_scale,
+        output_type="latent", **size, **settings,
     ).images  # fmt: skip
-    image = problem.image(latents)
+    image = sampler.image(latents)
     seconds = time.perf_counter() - started
     hook.remove()
     return image, seconds, calls
 
 
-def row(problem, name, truth, own, image, seconds, serial, total, widest):
+def row(sampler, name, truth, own, image, seconds, serial, total, widest):
     """One run's entry; `truth` is the sequential run's image and seconds, `own` the method's own limit."""
     return {
-        "N": problem.args.fine_steps, "method": name, "serial": serial, "total": total, "widest": widest,
-        "seconds": seconds, "speedup": truth[1] / seconds, "own": main.difference(image, own),
-        "to N": main.difference(image, truth[0]), "image": image,
+        "N": sampler.settings.fine_steps, "method": name, "serial": serial, "total": total, "widest": widest,
+        "seconds": seconds, "speedup": truth[1] / seconds, "own": difference(image, own),
+        "to N": difference(image, truth[0]), "image": image,
     }  # fmt: skip
 
 
-def srds_rows(problem, text, truth, name):
-    """An entry for each refinement, and for where each stop rule leaves the run."""
-    rows, stops, seconds = [], {}, 0.0
+def encode(sampler, text):
+    """A prompt, and the seconds of encoding it, which diffusers' pipelines take as well."""
     started = time.perf_counter()
-    denoise = problem.denoiser(text)
-    pair = denoise.rows
-    for iterate, image, history in main.watched(problem, problem.iterates(denoise)):
-        seconds += time.perf_counter() - started
-        width = pair * (1 if iterate.k == 0 and problem.args.schedule == "sweep" else problem.args.coarse_steps)
-        counts = iterate.ticks, iterate.lane_steps, width
-        rows.append(row(problem, f"{name}, k={iterate.k}", truth, truth[0], image, seconds, *counts))
-        last = iterate.exact or iterate.k == problem.args.max_iterations
-        for rule in main.STOP_RULES:
-            if rule not in stops and (last or main.judge(history, rule, problem.args.tolerance) == "converged"):
+    prompt = sampler.encode(text)
+    return prompt, time.perf_counter() - started
+
+
+def srds_rows(sampler, text, seed, truth, name):
+    """An entry for each refinement, and for where each stop rule leaves the run."""
+    settings, rows, stops, earlier = sampler.settings, [], {}, None
+    prompt, encoding = encode(sampler, text)
+    pair = sampler.denoiser(prompt).rows
+    for refinement in sampler.vary(tolerance=0).refine(prompt, seed):
+        k, image, seconds = refinement.k, refinement.image, encoding + refinement.seconds
+        width = pair * (1 if k == 0 and settings.schedule == "sweep" else settings.coarse_steps)
+        counts = refinement.serial_evaluations, refinement.total_evaluations, width
+        rows.append(row(sampler, f"{name}, k={k}", truth, truth[0], image, seconds, *counts))
+        last = refinement.exact or k == settings.max_iterations
+        for rule in STOP_RULES:
+            if rule not in stops and (last or judge(refinement, earlier, rule, settings.tolerance) == "converged"):
                 stops[rule] = {**rows[-1], "method": f"{name}, {rule} rule"}
-        if iterate.k >= MOST and len(stops) == len(main.STOP_RULES):
+        if k >= MOST and len(stops) == len(STOP_RULES):
             break
-        started = time.perf_counter()
-    return rows + [stops[rule] for rule in main.STOP_RULES]
+        earlier = refinement
+    return rows + [stops[rule] for rule in STOP_RULES]
 
 
-def prompt_rows(problem, blocks, text, peers):
+def prompt_rows(sampler, blocks, text, seed, peers):
     """All entries of one prompt at one N."""
-    N, config = problem.args.fine_steps, problem.model.scheduler.config
+    N, config, pipeline = sampler.settings.fine_steps, sampler.model.scheduler.config, sampler.pipeline
     trailing = {"timestep_spacing": "trailing"}
     if peers:
-        ddim = DDIMScheduler.from_config(config, **trailing)
-        image, seconds, calls = diffusers_run(StableDiffusionPipeline, ddim, N, problem, text)
+        ddim = with_scheduler(pipeline, DDIMScheduler.from_config(config, **trailing))
+        image, seconds, calls = diffusers_run(ddim, N, sampler, text, seed)
         pair = calls[0]
     else:  # diffusers' DDIM steps past the grid where N does not divide the training steps
-        started = time.perf_counter()
-        denoise = problem.denoiser(text)
-        image, pair = problem.image(common.sequential(problem, denoise)), denoise.rows
-        seconds = time.perf_counter() - started
+        prompt, encoding = encode(sampler, text)
+        sequential = sampler.sequential(prompt, seed)
+        image, seconds, pair = sequential.image, encoding + sequential.seconds, sampler.denoiser(prompt).rows
     truth = image, seconds
-    rows = [row(problem, "sequential DDIM", truth, image, *truth, N, N, pair)]
+    rows = [row(sampler, "sequential DDIM", truth, image, *truth, N, N, pair)]
     for B, schedule in blocks:
-        at = problem.vary(coarse_steps=B, schedule=schedule, max_iterations=None)
-        rows += srds_rows(at, text, truth, f"SRDS {schedule} B={B}")
+        varied = sampler.vary(coarse_steps=B, schedule=schedule)
+        rows += srds_rows(varied, text, seed, truth, f"SRDS {schedule} B={B}")
     B, schedule = blocks[0]
-    at = problem.vary(coarse_steps=B, schedule=schedule, max_iterations=1)
-    rows.append({**srds_rows(at, text, truth, "")[1], "method": f"SRDS {schedule} B={B}, bound to 1"})
+    varied = sampler.vary(coarse_steps=B, schedule=schedule, max_iterations=1)
+    rows.append({**srds_rows(varied, text, seed, truth, "")[1], "method": f"SRDS {schedule} B={B}, bound to 1"})
     if not peers:
         return rows
     for window in sorted({round(N**0.5), min(N, 64 if N == 1000 else N)}):
         for tolerance in TOLERANCES:
             scheduler = DDIMParallelScheduler.from_config(config, **trailing)
-            run = diffusers_run(
-                StableDiffusionParadigmsPipeline, scheduler, N, problem, text, parallel=window, tolerance=tolerance
-            )
+            paradigms = with_scheduler(pipeline, scheduler, StableDiffusionParadigmsPipeline)
+            run = diffusers_run(paradigms, N, sampler, text, seed, parallel=window, tolerance=tolerance)
             counts = len(run[2]), sum(run[2]) / pair, max(run[2])
-            rows.append(row(problem, f"ParaDiGMS {window}, {tolerance:g}", truth, image, *run[:2], *counts))
+            rows.append(row(sampler, f"ParaDiGMS {window}, {tolerance:g}", truth, image, *run[:2], *counts))
     for steps in FEWER:
         for name, kind in (("DDIM", DDIMScheduler), ("DPM-Solver++", DPMSolverMultistepScheduler)):
             more = trailing if kind is DDIMScheduler else {}
-            run = diffusers_run(StableDiffusionPipeline, kind.from_config(config, **more), steps, problem, text)
-            rows.append(row(problem, f"{name} {steps}", truth, run[0], *run[:2], len(run[2]), steps, pair))
+            other = with_scheduler(pipeline, kind.from_config(config, **more))
+            run = diffusers_run(other, steps, sampler, text, seed)
+            rows.append(row(sampler, f"{name} {steps}", truth, run[0], *run[:2], len(run[2]), steps, pair))
     return rows
 
 
@@ -172,22 +181,24 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 961, 1000, 200, 196],
                         help="the results of the others stay (%(default)s)")  # fmt: skip
     args = parser.parse_args()
-    problem, path = common.load(args.model), common.RESULTS / "peers.csv"
+    loaded, path = common.load(args.model), common.RESULTS / "peers.csv"
     table = pd.read_csv(path) if path.exists() else pd.DataFrame({"N": []})
-    to_one = DDIMScheduler.from_config(problem.model.scheduler.config, set_alpha_to_one=True)
-    problem.model = dataclasses.replace(problem.model, scheduler=to_one)
+    # ParaDiGMS ends so. The model's usual guidance goes by its name, which a pipeline made here does not have.
+    to_one = DDIMScheduler.from_config(loaded.model.scheduler.config, set_alpha_to_one=True)
+    settings = Settings(guidance_scale=loaded.settings.guidance_scale)
+    sampler = Sampler(with_scheduler(loaded.pipeline, to_one), settings)
     texts, attributes = common.prompts(np.random.default_rng(11), args.prompts)
     for N in args.steps:
-        at = problem.vary(fine_steps=N, schedule=None)
-        plan = main.make_plan(at)
+        varied = sampler.vary(fine_steps=N, coarse_steps="auto")
+        plan = varied.plan
         sqrt = round(N**0.5)
-        blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in main.SCHEDULES]  # pipelined first
+        blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in SCHEDULES]  # pipelined first
         blocks += [(plan["blocks"], plan["schedule"])] * ((plan["blocks"], plan["schedule"]) not in blocks)
-        print(f"N = {N}:", main.describe_plan(plan), flush=True)
+        print(f"N = {N}:", describe_plan(plan), flush=True)
         rows = []
         for i, text in enumerate(texts[: args.prompts // 4 if N > 200 else None]):
             started = time.perf_counter()
-            new = prompt_rows(at.vary(seed=42 + i), blocks, text, peers=N in STEPS)
+            new = prompt_rows(varied, blocks, text, 42 + i, peers=N in STEPS)
             rows += [{**entry, "prompt": text} for entry in new]
             print(f"  prompt {i + 1}: {time.perf_counter() - started:.0f} s", flush=True)
         table = pd.concat([table[table.N != N], summarise(rows, dict(zip(texts, attributes)))]).sort_values(

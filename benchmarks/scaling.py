@@ -9,37 +9,39 @@ measured seconds against bytes.
 """
 
 import argparse
-import functools
 import json
 import os
 import subprocess
 import sys
 import time
 
-import common
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-import main
+import common
+from sampler import Sampler
+from study.planning import clock, measure_calls, tick_widths
+from study.processes import Processes
 
 REFINEMENTS, PROMPTS, MEASURED, PREDICTED = 3, 8, (1, 2), (1, 2, 4, 8, 16, 31)
 SETTINGS = ((100, 10), (961, 31))
 
 
-def sample(problem, text):
-    for at in problem.iterates(problem.denoiser(text)):
-        if problem.processes.first or not problem.in_lanes:
-            problem.image(at.states)
-        if at.k == REFINEMENTS:
+def sample(sampler, text):
+    for iterate in sampler.iterates(text):
+        if sampler.processes.sharing == 1 or sampler.processes.first:
+            sampler.image(iterate.states)
+        if iterate.k == REFINEMENTS:
             break
 
 
 def measure(processes):
     """What the first process of a launch finds: seconds by what was done."""
-    lanes = common.load("demo", "--parallel", "lanes", processes=processes)
-    prompts = lanes.vary(parallel="prompts")
-    texts = [text for text, _ in common.pairs(lanes, PROMPTS)]
+    processes.join(cpu=True, parallel="lanes")
+    alone = common.load()
+    lanes = Sampler(alone.pipeline, processes=processes)
+    texts = [text for text, _ in common.pairs(PROMPTS)]
 
     def seconds(call):
         processes.wait()
@@ -50,7 +52,7 @@ def measure(processes):
 
     def sample_prompts():
         for text in processes.take(texts):
-            sample(prompts, text)
+            sample(alone, text)
 
     lanes.warm_up()
     found = {
@@ -58,13 +60,13 @@ def measure(processes):
         "prompts": [seconds(sample_prompts)],
     }
     if processes.size == 1:
-        calls, _ = main.measure_calls(lanes, max(B for _, B in SETTINGS))
+        calls, _ = measure_calls(lanes, max(B for _, B in SETTINGS))
         return found | {f"call {b}": [call] for b, call in calls.items()}
-    exchange = processes.split(lambda x, n: x)
+    exchange, noise = processes.split(lambda x, n: x), lanes.noise()
     for L in (2, 10, 30):
-        x, n = lanes.x.expand(L, -1, -1, -1).contiguous(), np.zeros(L)
-        found[f"exchange {L}"] = [main.clock(functools.partial(exchange, x, n), "cpu") for _ in range(300)]
-    return found | {"lane": [lanes.x.numel() * 4]}
+        inputs = noise.expand(L, -1, -1, -1).contiguous(), np.zeros(L)
+        found[f"exchange {L}"] = [clock(exchange, "cpu", *inputs) for _ in range(300)]
+    return found | {"lane": [noise.nbytes]}
 
 
 def launch(size):
@@ -98,7 +100,7 @@ def summarise(found):
     if slope < 0:  # so little is sent that it makes no difference
         slope, start = 0.0, float(np.mean([*sent.values()]))
     for N, B in SETTINGS:
-        widths, predicted = np.array(main.tick_widths(N, B, "pipelined", REFINEMENTS)), {}
+        widths, predicted = np.array(tick_widths(N, B, "pipelined", REFINEMENTS)), {}
         for P in PREDICTED:
             own = np.ceil(widths / P)
             exchanges = (P - 1) * (start + slope * own * lane)
@@ -133,7 +135,7 @@ if __name__ == "__main__":
     parser.add_argument("--worker", action="store_true", help="measure in a process that was launched")
     args = parser.parse_args()
     if args.worker:
-        processes = main.Processes()
+        processes = Processes()
         result = measure(processes)
         if processes.first:
             print(json.dumps(result))

@@ -10,16 +10,18 @@ none ("none", DDIM's step). "to the limit" is the image difference of the sequen
 """
 
 import argparse
+import itertools
 
-import common
 import numpy as np
 import pandas as pd
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
 
-import diffusion
-import main
+import common
+from diffusion import Solver
+from sampler import difference
+from srds import srds
 
 GRID = ((25, 5), (100, 10))
 SOLVERS = {
@@ -31,48 +33,50 @@ SOLVERS = {
 NOISES = ("fine steps'", "own", "none")
 
 
-def with_coarse_noise(problem, kind):
-    """The problem's step, with other noise in its coarse steps."""
-    args = problem.args
-    solver = diffusion.Solver(problem.grid, args.solver, args.eta, args.seed)
-    own = diffusion.Solver(problem.grid, args.solver, args.eta, args.seed + 10**6)
-    coarse = {"fine steps'": solver, "own": own, "none": diffusion.Solver(problem.grid)}[kind]
+def with_coarse_noise(sampler, seed, kind):
+    """The solver's step, with other noise in its coarse steps."""
+    solver, own = sampler.solver.with_seed(seed), sampler.solver.with_seed(seed + 10**6)
+    coarse = {"own": own, "none": Solver(sampler.grid)}.get(kind, solver)
     return lambda x, m, start, end, past: (coarse if (end > start + 1).any() else solver).step(x, m, start, end, past)
 
 
-def unrestarted(problem, text):
+def refine(sampler, prompt, seed, noise, truth):
+    """Errors after refinements 0 to 4, with the refinements and serial evaluations at the default stop."""
+    how = with_coarse_noise(sampler, seed, noise), sampler.boundaries, sampler.settings.schedule, 4
+    errors, stop, earlier = [], None, None
+    for iterate in srds(sampler.noise(seed), sampler.denoiser(prompt), *how, sampler.solver.damped):
+        image = sampler.image(iterate.states)
+        errors.append(difference(image, truth))
+        settled = iterate.k and difference(image, earlier) < sampler.settings.tolerance
+        if settled or iterate.k == 4:
+            stop = stop or {"refinements": iterate.k, "serial": iterate.ticks}
+        earlier = image
+    return {**stop, "k": errors}
+
+
+def unrestarted(sampler, prompt, seed):
     """The image of diffusers' own 2M sampler in the place of ours."""
-    scheduler = DPMSolverMultistepScheduler.from_config(problem.model.scheduler.config, timestep_spacing="trailing")
-    scheduler.set_timesteps(problem.args.fine_steps)
-    x, denoise = problem.x, problem.denoiser(text)
+    scheduler = DPMSolverMultistepScheduler.from_config(sampler.model.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(sampler.settings.fine_steps)
+    x, denoise = sampler.noise(seed), sampler.denoiser(prompt)
     for j, t in enumerate(scheduler.timesteps):
         x = scheduler.step(denoise(x, torch.tensor([j])), t, x).prev_sample
-    return problem.image(x)
+    return sampler.image(x)
 
 
-def measure(problem, count):
-    rows = []
-    for text, seed in common.pairs(problem, count):
-        limit = problem.vary(fine_steps=1000, seed=seed)
-        limit = limit.image(common.sequential(limit, limit.denoiser(text)))
-        for N, B in GRID:
-            for name, settings in SOLVERS.items():
-                at = problem.vary(fine_steps=N, coarse_steps=B, seed=seed, max_iterations=4, **settings)
-                denoise = at.denoiser(text)
-                truth = at.image(common.sequential(at, denoise))
-                row = {"N": N, "B": B, "solver": name, "to the limit": main.difference(truth, limit)}
-                if at.args.solver == "dpmsolver++":
-                    row["unrestarted"] = main.difference(unrestarted(at, text), limit)
-                stochastic = at.args.eta or at.args.solver == "ddpm"
-                for noise in NOISES if stochastic else (None,):
-                    if noise:
-                        at.step = with_coarse_noise(at, noise)
-                    errors, stop = [], None
-                    for iterate, image, history in main.watched(at, at.iterates(denoise)):
-                        errors.append(main.difference(image, truth))
-                        if main.judge(history, at.args.stop_rule, at.args.tolerance) == "converged" or iterate.k == 4:
-                            stop = stop or {"refinements": iterate.k, "serial": iterate.ticks}
-                    rows.append({**row, "coarse noise": noise or "-", **stop, "k": errors})
+def measure(sampler, count):
+    finest, rows = sampler.vary(fine_steps=1000), []
+    for text, seed in common.pairs(count):
+        prompt = sampler.encode(text)
+        limit = finest.sequential(prompt, seed).image
+        for (N, B), (name, settings) in itertools.product(GRID, SOLVERS.items()):
+            varied = sampler.vary(fine_steps=N, coarse_steps=B, **settings)
+            truth = varied.sequential(prompt, seed).image
+            row = {"N": N, "B": B, "solver": name, "to the limit": difference(truth, limit)}
+            if name == "dpmsolver++":
+                row["unrestarted"] = difference(unrestarted(varied, prompt, seed), limit)
+            for noise in NOISES if varied.solver.stochastic else ("-",):
+                rows.append({**row, "coarse noise": noise, **refine(varied, prompt, seed, noise, truth)})
     return rows
 
 

@@ -10,11 +10,12 @@ refinements that were run do not bring there (then there is no mean).
 
 import argparse
 
-import common
 import numpy as np
 import pandas as pd
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+
+import common
 
 GUIDANCE = (1.0, 3.0, 5.0, 7.5, 12.0)
 GRID = ((25, 5), (25, 8), (25, 10), (50, 7), (50, 10), (50, 14), (100, 10), (100, 14), (100, 20))
@@ -27,22 +28,17 @@ def ticks_within(error, ticks, limit=1):
     return ticks[first] if first < len(ticks) else np.nan
 
 
-def measure(problem, count, most):
+def measure(sampler, count, most):
     rows = []
     for guidance in GUIDANCE:
         for N in sorted({N for N, _ in GRID}):
-            truths = []
-            for text, seed in common.pairs(problem, count):
-                at = problem.vary(guidance_scale=guidance, fine_steps=N, seed=seed)
-                denoise = at.denoiser(text)
-                truths.append((seed, denoise, at.image(common.sequential(at, denoise))))
+            varied = sampler.vary(guidance_scale=guidance, fine_steps=N)
+            pairs = [(varied.encode(text), seed) for text, seed in common.pairs(count)]
+            truths = [(*pair, varied.sequential(*pair).image) for pair in pairs]
             for B in (B for n, B in GRID if n == N):
                 for correction in ("paper", "damped"):
-                    settings = {"coarse_steps": B, "correction": correction, "max_iterations": min(B, most)}
-                    runs = []
-                    for seed, denoise, truth in truths:
-                        at = problem.vary(guidance_scale=guidance, fine_steps=N, seed=seed, tolerance=0, **settings)
-                        runs.append(common.errors(at, denoise, truth))
+                    blocks = varied.vary(coarse_steps=B, correction=correction, max_iterations=most)
+                    runs = [common.errors(blocks, *truth) for truth in truths]
                     error = np.array([run[0] for run in runs])
                     within = [ticks_within(*run) for run in runs]
                     rows.append({"guidance": guidance, "N": N, "B": B, "correction": correction})

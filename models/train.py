@@ -1,6 +1,6 @@
 """Train the demo model from nothing: an autoencoder, then a text-conditional latent diffusion model.
 
-    python models/train.py            # writes models/demo; run it again after an interruption and it resumes
+    python -m models.train            # writes models/demo; run it again after an interruption and it resumes
 
 Everything it makes up on the way (checkpoints, the latents) is kept in models/.train, which git ignores.
 """
@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +25,10 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import scenes
+if not __package__:  # run as a file, which has only its own folder on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import scenes
 
 HERE = Path(__file__).resolve().parent
 WORK, DEMO = HERE / ".train", HERE / "demo"

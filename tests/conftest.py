@@ -1,13 +1,18 @@
-"""Problems with known solutions, and a tiny Stable Diffusion pipeline on disk."""
+"""Problems with known solutions, a tiny Stable Diffusion pipeline on disk, and runs of the command on it."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 import diffusion
 from pipelines import stable_diffusion
+from study.quiet import quiet_libraries
+
+PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
 
 
 class Gaussian:
@@ -63,13 +68,39 @@ class Stiff(Gaussian):
         return -3 * x / a
 
 
-def record(folder):
+def arguments(out, model, *more, prompts=PROMPTS):
+    """A command line; of an argument that is given twice, the last counts."""
+    texts = [word for text in prompts for word in ("--prompt", text)]
+    return ["-o", str(out), "--model", str(model), "--device", "cpu", "-cs", "3", "-fs", "9", *texts, *more]
+
+
+def run_record(folder):
     """The run.json of a run."""
     return json.loads((folder / "run.json").read_text())
 
 
-def boundaries(N, B):
-    return [i * N // B for i in range(B + 1)]
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def contents(folder):
+    """Everything that a run leaves but seconds and places: pixels and tables by file, results."""
+    found = {}
+    for name in files(folder):
+        path = folder / name
+        readers = {".png": lambda path: pixels(path).tobytes(), ".csv": lambda path: path.read_text()}
+        found[name] = readers.get(path.suffix, lambda path: None)(path)
+    results = run_record(folder)["prompts"]
+    return found, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet():
+    quiet_libraries()
 
 
 @pytest.fixture

@@ -33,9 +33,6 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-from transformers.utils import logging
-
-logging.disable_progress_bar()  # of saving, on the stderr whose lines tests count
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WIDTH = 32
@@ -50,7 +47,7 @@ def clip(kind=CLIPTextModel):
         vocab_size=len(vocabulary), hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, projection_dim=WIDTH,
         num_attention_heads=2, max_position_embeddings=24, bos_token_id=52, eos_token_id=53, pad_token_id=53,
     )  # fmt: skip
-    return kind(config), tokenizer
+    return kind(config).eval(), tokenizer
 
 
 def t5(width=WIDTH):
@@ -59,7 +56,7 @@ def t5(width=WIDTH):
     config = T5Config(
         vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
-    return T5EncoderModel(config), tokenizer
+    return T5EncoderModel(config).eval(), tokenizer
 
 
 def autoencoder(channels=4, **config):
@@ -154,3 +151,16 @@ def pixels():
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     return DDPMPipeline(network, DDPMScheduler())
+
+
+FAMILIES = {
+    "StableDiffusion": stable_diffusion,
+    "StableDiffusionXL": stable_diffusion_xl,
+    "StableDiffusion3": stable_diffusion_3,
+    "Flux-dev": flux,
+    "Flux-schnell": schnell,
+    "PixArt-Alpha": pixart_alpha,
+    "PixArt-Sigma": pixart,
+    "Unconditional": pixels,
+}
+LATENT = [name for name in FAMILIES if name != "Unconditional"]

@@ -12,18 +12,18 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-import diffusion
-import main
-import scenes
+from models import scenes
+from models.loading import DEMO
+from sampler import Sampler, difference
+from settings import Settings
 
-ROOT = Path(main.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = (ROOT / "prompts.txt").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
-def problem():
-    argv = ["--model", "demo", "-p", str(ROOT / "prompts.txt"), "-o", "output", "--device", "cpu", "--fixed-batch"]
-    return main.load(main.parse_arguments(argv), main.Processes())[0]
+def sampler():
+    return Sampler.from_pretrained("demo", Settings(tolerance=0, fixed_batch=True), device="cpu")
 
 
 def test_checker_reads_scenes_back():
@@ -47,7 +47,7 @@ def test_captions_say_what_is_asked():
 
 
 def test_demo_is_small_and_safe():
-    files = [path for path in diffusion.DEMO.rglob("*") if path.is_file()]
+    files = [path for path in DEMO.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 20e6
 
@@ -58,7 +58,7 @@ def test_demo_loads_by_plain_diffusers_and_samples(caplog, recwarn):
         library.set_verbosity_warning()
         library.enable_propagation()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(diffusion.DEMO)
+        pipeline = StableDiffusionPipeline.from_pretrained(DEMO)
     finally:
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity(verbosity)
@@ -71,36 +71,33 @@ def test_demo_loads_by_plain_diffusers_and_samples(caplog, recwarn):
     assert image.size == (64, 64)
 
 
-def test_demo_sequential_equals_diffusers_pipeline(problem):
+def test_demo_sequential_equals_diffusers_pipeline(sampler):
     """To a tenth of a grey level of the image's 255, and 1e-4 of the latents' scale."""
-    pipeline, scale = problem.pipeline, problem.args.guidance_scale
+    pipeline, settings = sampler.pipeline, sampler.settings
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.scheduler.config.timestep_spacing == "trailing"
     for text in PROMPTS[:2]:
-        points = range(problem.args.fine_steps + 1)
-        ours = diffusion.sequential(problem.x, problem.denoiser(text), problem.step, points)
-        theirs = pipeline(text, num_inference_steps=problem.args.fine_steps, guidance_scale=scale,
-                          latents=problem.x, height=64, width=64, output_type="latent").images  # fmt: skip
-        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
-        assert main.difference(problem.image(ours), problem.image(theirs)) < 0.1
+        ours = sampler.sequential(text)
+        theirs = pipeline(text, num_inference_steps=settings.fine_steps, guidance_scale=settings.guidance_scale,
+                          latents=sampler.noise(), height=64, width=64, output_type="latent").images  # fmt: skip
+        torch.testing.assert_close(ours.states[-1:], theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
+        assert difference(ours.image, sampler.image(theirs)) < 0.1
 
 
-def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(problem):
-    denoise = problem.denoiser(PROMPTS[0])
-    points, boundaries = range(problem.args.fine_steps + 1), problem.boundaries
-    truth = diffusion.sequential(problem.x, denoise, problem.step, points, boundaries)
-    *_, last = problem.iterates(denoise)
-    assert last.exact and last.ticks == len(points) - 1 and torch.equal(last.states, truth)
+def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(sampler):
+    prompt = sampler.encode(PROMPTS[0])
+    *_, last = sampler.iterates(prompt)
+    assert last.exact and last.ticks == 100 and torch.equal(last.states, sampler.sequential(prompt).states)
 
 
 def test_readme_demo_converges_to_the_ground_truth(tmp_path):
     """The README's demo command: no refinement is worse than the initialisation, and the third is within 1."""
     argv = ["--prompts", "prompts.txt", "--output-dir", str(tmp_path), "--model", "demo", "--device", "cpu"]
-    done = subprocess.run([sys.executable, "main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and done.stderr == ""
+    process = subprocess.run([sys.executable, "main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0 and process.stderr == ""
     results = json.loads((tmp_path / "run.json").read_text())["prompts"]
     assert [result["prompt"] for result in results] == PROMPTS
     for result in results:
-        errors = [at["image_error"] for at in result["iterations"]]
+        errors = [entry["image_error"] for entry in result["iterations"]]
         assert result["converged"] and result["serial_evaluations"] < 100
         assert max(errors) <= errors[0] + 0.5 and errors[:4][-1] < 1, errors

@@ -10,26 +10,24 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 import main
-import utils
-from conftest import record
-from pipelines import pixels, stable_diffusion
+from conftest import PROMPTS, arguments, files, pixels, run_record
+from pipelines import pixels as pixel_pipeline
+from pipelines import stable_diffusion
+from settings import SCHEDULES, Failure, SettingError
+from study import processes as study_processes
+from study.processes import Processes
+from study.record import Record, folder_name
+from study.run import check_shared
 
 ROOT = Path(main.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
-PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
-
-
-def arguments(out, tiny, *more, prompts=PROMPTS):
-    texts = [word for text in prompts for word in ("--prompt", text)]
-    return ["-o", str(out), "--model", str(tiny), "--device", "cpu", "-cs", "5", "-fs", "14", *texts, *more]
+UNEVEN = ["-cs", "5", "-fs", "14"]
 
 
 def start(processes, *argv, launcher=(*TORCHRUN, "--standalone"), count="--nproc_per_node"):
@@ -49,10 +47,6 @@ def finish(launch):
     return launch.returncode, out.splitlines(), [line for line in err.splitlines() if line.startswith("main.py:")]
 
 
-def results(folder):
-    return record(folder)["prompts"]
-
-
 def flat(value):
     """The numbers and texts in nested lists and dictionaries, in order, but for seconds."""
     if isinstance(value, dict):
@@ -62,16 +56,15 @@ def flat(value):
 
 def assert_equal_runs(one, other):
     """The same files; in them the same text, and numbers and pixels up to the rounding of another batch shape."""
-    files = [sorted(path.relative_to(run) for path in run.rglob("*.*")) for run in (one, other)]
-    assert files[0] == files[1]
-    for name in files[0]:
+    assert files(one) == files(other)
+    for name in map(Path, files(one)):
         if name.suffix == ".csv":
             tables = [pd.read_csv(run / name, index_col=0) for run in (one, other)]
             pd.testing.assert_frame_equal(*tables, atol=1e-4, rtol=1e-3, check_dtype=False)
         elif name.suffix == ".png" and name.stem.startswith("srds") and name.stem != "srds_filmstrip":
-            pixels = [np.asarray(Image.open(run / name)).astype(int) for run in (one, other)]
-            assert abs(pixels[0] - pixels[1]).max() <= 1, name
-    for a, b in zip(flat(results(one)), flat(results(other)), strict=True):
+            assert abs(pixels(one / name) - pixels(other / name)).max() <= 1, name
+    results = (run_record(run)["prompts"] for run in (one, other))
+    for a, b in zip(*map(flat, results), strict=True):
         assert a == (pytest.approx(b, abs=0.01) if isinstance(b, float) else b)
 
 
@@ -79,31 +72,33 @@ def assert_equal_runs(one, other):
 def alone(tiny, tmp_path_factory):
     """What one process leaves, by schedule."""
     folder = tmp_path_factory.mktemp("alone")
-    for schedule in main.SCHEDULES:
-        assert main.main(arguments(folder / schedule, tiny, "--schedule", schedule)) == 0
+    for schedule in SCHEDULES:
+        assert main.main(arguments(folder / schedule, tiny, *UNEVEN, "--schedule", schedule)) == 0
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel, processes, schedule", [("lanes", 3, "sweep"), ("prompts", 2, "sweep"), ("prompts", 3, "pipelined")]
 )
 def test_a_run_of_several_processes_equals_that_of_one(parallel, processes, schedule, alone, tiny, tmp_path):
     """Five lanes and four prompts divide evenly among neither; only the first process prints."""
-    argv = arguments(tmp_path / "out", tiny, "--schedule", schedule, "--parallel", parallel)
+    argv = arguments(tmp_path / "out", tiny, *UNEVEN, "--schedule", schedule, "--parallel", parallel)
     status, printed, errors = finish(start(processes, *argv))
     assert (status, errors) == (0, [])
     assert_equal_runs(alone / schedule, tmp_path / "out")
     announced = [line for line in printed if line.startswith("prompt ")]
     assert len(set(announced)) == len(announced) and sum("serial evaluations  total" in line for line in printed) == 1
-    assert record(tmp_path / "out")["environment"]["processes"] == processes
+    assert run_record(tmp_path / "out")["environment"]["processes"] == processes
 
 
+@pytest.mark.slow
 def test_a_run_of_two_machines_equals_that_of_one_process(alone, tiny, tmp_path):
     """Started by accelerate on each, here both this one."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     machines = ["--num_machines=2", "--main_process_ip=localhost", f"--main_process_port={port}"]
-    argv = arguments(tmp_path / "out", tiny, "--parallel", "lanes")
+    argv = arguments(tmp_path / "out", tiny, *UNEVEN, "--parallel", "lanes")
     launches = [
         start(2, *argv, launcher=[*ACCELERATE, *machines, f"--machine_rank={rank}"], count="--num_processes")
         for rank in (0, 1)
@@ -112,10 +107,11 @@ def test_a_run_of_two_machines_equals_that_of_one_process(alone, tiny, tmp_path)
     assert_equal_runs(alone / "pipelined", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_accelerate_that_starts_one_process_instead_of_several_is_refused(tiny, tmp_path):
     """Without --multi_gpu it knows no several processes where there are no several GPUs."""
     launcher = [argument for argument in ACCELERATE if argument != "--multi_gpu"]
-    argv = arguments(tmp_path / "out", tiny)
+    argv = arguments(tmp_path / "out", tiny, *UNEVEN)
     status, _, errors = finish(start(2, *argv, launcher=launcher, count="--num_processes"))
     assert status != 0 and len(errors) == 1 and "give it --multi_gpu" in errors[0] and not (tmp_path / "out").exists()
 
@@ -130,8 +126,8 @@ def test_lanes_are_dealt_out_and_put_together_again(lanes, shares, monkeypatch):
         return x * n.reshape(-1, 1, 1, 1)
 
     for rank in range(3):
-        process = main.Processes()
-        process.rank, process.size = rank, 3
+        process = Processes()
+        process.rank, process.size, process.parallel = rank, 3, "lanes"
         process.split(denoise)(x, n)
     assert calls == [share for share in shares if share]
     together = torch.cat([own for _, own in gathered])
@@ -139,6 +135,7 @@ def test_lanes_are_dealt_out_and_put_together_again(lanes, shares, monkeypatch):
     assert torch.equal(together[:lanes], denoise(x, n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompts, more",
     [(PROMPTS[:2], ["--parallel", "prompts"]), (PROMPTS[:1], ["-cs", "auto"])],
@@ -146,29 +143,31 @@ def test_lanes_are_dealt_out_and_put_together_again(lanes, shares, monkeypatch):
 )
 def test_processes_without_work_are_idle_rather_than_wrong(prompts, more, tiny, tmp_path):
     """Three processes for two prompts, or for as many lanes as are planned; most ticks have fewer."""
-    argv = arguments(tmp_path / "out", tiny, *more, "--tolerance", "0", prompts=prompts)
+    argv = arguments(tmp_path / "out", tiny, *UNEVEN, *more, "--tolerance", "0", prompts=prompts)
     assert finish(start(3, *argv))[::2] == (0, [])
-    found = results(tmp_path / "out")
+    found = run_record(tmp_path / "out")["prompts"]
     assert len(found) == len(prompts)
     assert all(result["stop_reason"] == "exact" and result["image_error"] < 0.01 for result in found)
 
 
+@pytest.mark.slow
 def test_lanes_of_one_batch_shape_equal_sequential_sampling_to_the_bit(tmp_path):
     """Two lanes for three processes, one of which never has any; of samples that differ in their noise."""
-    pixels().save_pretrained(tmp_path / "model")
+    pixel_pipeline().save_pretrained(tmp_path / "model")
     more = ["--parallel", "lanes", "--solver", "ddpm", "-cs", "2", "--fixed-batch", "--tolerance", "0"]
-    argv = arguments(tmp_path / "out", tmp_path / "model", *more, prompts=["one", "two"])
+    argv = arguments(tmp_path / "out", tmp_path / "model", *UNEVEN, *more, prompts=["one", "two"])
     assert finish(start(3, *argv))[::2] == (0, [])
-    assert [result["image_error"] for result in results(tmp_path / "out")] == [0, 0]
+    assert [result["image_error"] for result in run_record(tmp_path / "out")["prompts"]] == [0, 0]
     for table in (tmp_path / "out").glob("*/trajectory_errors_table.csv"):
         assert (pd.read_csv(table, index_col=0).to_numpy()[-1] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, parallel", [(0, "prompts"), (1, "lanes")])
 def test_a_killed_process_ends_the_run_and_the_others_work_is_kept(rank, parallel, alone, tiny, tmp_path):
     """Within a minute, with one line; and one process alone can go on."""
     out = tmp_path / "out"
-    launch = start(2, *arguments(out, tiny, "--parallel", parallel))
+    launch = start(2, *arguments(out, tiny, *UNEVEN, "--parallel", parallel))
     limit = time.monotonic() + 60
     while not list(out.glob("*/result.json")):
         assert launch.poll() is None and time.monotonic() < limit
@@ -179,17 +178,19 @@ def test_a_killed_process_ends_the_run_and_the_others_work_is_kept(rank, paralle
     status, _, errors = finish(launch)
     assert status != 0 and time.monotonic() - since < 60
     assert len(errors) == 1 and "another process of the run has died" in errors[0]
-    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert main.main(arguments(out, tiny, *UNEVEN, "--resume")) == 0
     assert_equal_runs(alone / "pipelined", out)
 
 
+@pytest.mark.slow
 def test_what_fails_on_any_process_is_told_once_by_the_first(tiny, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / utils.folder_name(1, PROMPTS[1])).write_text("in the way")
-    status, _, errors = finish(start(2, *arguments(tmp_path / "out", tiny, "--parallel", "prompts")))
+    (tmp_path / "out" / folder_name(1, PROMPTS[1])).write_text("in the way")
+    status, _, errors = finish(start(2, *arguments(tmp_path / "out", tiny, *UNEVEN, "--parallel", "prompts")))
     assert status != 0 and len(errors) == 1 and "cannot be written" in errors[0]
 
 
+@pytest.mark.slow
 def test_a_prompt_that_fails_leaves_the_lanes_of_the_others_be(tiny, tmp_path):
     """Of a model that knows no z, as numbers: the prompt's run ends for all processes, and the next begins."""
     broken = stable_diffusion()
@@ -198,17 +199,18 @@ def test_a_prompt_that_fails_leaves_the_lanes_of_the_others_be(tiny, tmp_path):
         broken.text_encoder.get_input_embeddings().weight[z] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
     more, prompts = ["--parallel", "lanes", "--no-ground-truth"], ["sun", "a zoo", "moon"]
-    argv = arguments(tmp_path / "out", tmp_path / "broken", *more, prompts=prompts)
+    argv = arguments(tmp_path / "out", tmp_path / "broken", *UNEVEN, *more, prompts=prompts)
     status, printed, errors = finish(start(2, *argv))
     assert status != 0 and len(errors) == 1 and "1 of 3 prompts failed" in errors[0] and "not finite" in errors[0]
     assert [line.endswith("failed") for line in printed[-3:]] == [False, True, False]
-    assert ["error" in result for result in results(tmp_path / "out")] == [False, True, False]
+    assert ["error" in result for result in run_record(tmp_path / "out")["prompts"]] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_processes_started_with_other_prompts_or_settings_are_refused(tiny, tmp_path):
     """As on several machines, each with its own copy of a file."""
     shell = " ".join(
-        [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=["sun"]), "--seed", "$RANK"]
+        [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, *UNEVEN, prompts=["sun"]), "--seed", "$RANK"]
     )
     command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "sh", "-c", f"exec {shell}"]
     status, _, errors = finish(popen(*command))
@@ -217,25 +219,48 @@ def test_processes_started_with_other_prompts_or_settings_are_refused(tiny, tmp_
 
 
 def test_an_output_directory_that_machines_do_not_share_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "wait_until", lambda seen: seen())
-    output = utils.Output(tmp_path / "out", {"begun": "now", "settings": {}}, ["a"])
-    output.begin()
-    first = SimpleNamespace(tell=lambda begun: begun)
-    main.check_shared(output, first)
-    elsewhere = SimpleNamespace(tell=lambda begun: "of the first machine's directory")
-    with pytest.raises(main.Failure, match="is not one directory for all machines"):
-        main.check_shared(output, elsewhere)
+    monkeypatch.setattr("study.run.wait_until", lambda seen: seen())
+    record = Record(tmp_path / "out", {"begun": "now", "settings": {}}, ["a"])
+    record.begin()
+    check_shared(record, SimpleNamespace(broadcast=lambda begun: begun))
+    with pytest.raises(Failure, match="is not one directory for all machines") as raised:
+        check_shared(record, SimpleNamespace(broadcast=lambda begun: "of the first machine's directory"))
+    assert raised.value.status == 2
+
+
+def launched(monkeypatch, rank, size, local_rank):
+    """A process of a launch, without the others."""
+    process = Processes()
+    process.rank, process.size, process.local_rank = rank, size, local_rank
+    monkeypatch.setattr(process, "broadcast", lambda value: value)
+    return process
 
 
 @pytest.mark.parametrize(
     "device, local_rank, words",
-    [("cuda:1", 0, "one device for several"), ("auto", 2, "more processes than the 2")],
+    [
+        ("cuda:1", 0, "is one device for several processes"),
+        ("mps", 0, "is one device"),
+        ("cuda", 2, "launch one a GPU"),
+    ],
 )
 def test_each_process_has_a_gpu_of_its_own(device, local_rank, words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    several = SimpleNamespace(size=3, local_rank=1)
-    assert main.choose_device(SimpleNamespace(device="auto", offload=False), several) == torch.device("cuda:1")
-    several.local_rank = local_rank
-    with pytest.raises(main.Failure, match=words):
-        main.choose_device(SimpleNamespace(device=device, offload=False), several)
+    assert launched(monkeypatch, 1, 3, 1).own_device(torch.device("cuda")) == torch.device("cuda:1")
+    with pytest.raises(SettingError, match=words):
+        launched(monkeypatch, 1, 3, local_rank).own_device(torch.device(device))
+
+
+def test_a_process_alone_shares_nothing():
+    process, denoise = Processes(), lambda x, n: x
+    process.join(cpu=True, parallel="lanes")
+    assert process.sharing == 1 and process.split(denoise) is denoise and process.broadcast("x") == "x"
+    assert list(process.in_step(iter([1, 2]))) == [1, 2] and list(process.take(["a", "b"])) == ["a", "b"]
+    assert process.own_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_waiting_ends_when_it_is_over(monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(study_processes, "time", clock)
+    assert study_processes.wait_until(lambda: now[0] > 3) and not study_processes.wait_until(lambda: False, 10)

@@ -1,5 +1,6 @@
 """Runs that never lose work: failures, kills and --resume."""
 
+import json
 import random
 import shutil
 import signal
@@ -8,38 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import main
-import utils
-from conftest import record
-from families import StableDiffusion
+import sampler as door
+from conftest import PROMPTS, arguments, contents, run_record
+from models.families import StableDiffusion
+from sampler import Sampler
+from study.record import Record
 
 ROOT = Path(main.__file__).parent
-PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
-
-
-def arguments(out, tiny, *more):
-    prompts = [word for text in PROMPTS for word in ("--prompt", text)]
-    return ["-o", str(out), "--model", str(tiny), "--device", "cpu", "-cs", "3", "-fs", "9", *prompts, *more]
-
-
-def contents(folder):
-    """Everything that a run leaves but seconds and places: pixels by file, tables, results."""
-    found = {}
-    for path in folder.rglob("*.*"):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".png":
-            found[name] = np.asarray(Image.open(path)).tobytes()
-        elif path.suffix == ".csv":
-            found[name] = path.read_text()
-        else:
-            found[name] = None
-    results = record(folder)["prompts"]
-    return found, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +30,20 @@ def whole(tiny, tmp_path_factory):
     return contents(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, whole, tiny, tmp_path):
     """Killed at a random moment after the first to the third prompt, in whatever it does then."""
     out, chance = tmp_path / "out", random.Random(seed)
     argv = [sys.executable, "main.py", *arguments(out, tiny)]
-    run = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    done, limit = chance.randrange(1, 4), time.monotonic() + 120
-    while sum('"complete": true' in path.read_text() for path in out.glob("*/result.json")) < done:
-        assert run.poll() is None and time.monotonic() < limit
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    enough, limit = chance.randrange(1, 4), time.monotonic() + 120
+    while sum('"complete": true' in path.read_text() for path in out.glob("*/result.json")) < enough:
+        assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
     time.sleep(chance.random() * 0.3)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert main.main(arguments(out, tiny, "--resume")) == 0
     assert contents(out) == whole
 
@@ -70,7 +51,7 @@ def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, whole, t
 def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert main.main(arguments(out, tiny, "--resume")) == 0, "there is nothing to resume, which is no error"
-    folders = [result["folder"] for result in record(out)["prompts"]]
+    folders = [result["folder"] for result in run_record(out)["prompts"]]
     (out / folders[1] / "srds_final.png").unlink()
     cut = out / folders[2] / "result.json"
     cut.write_text(cut.read_text()[:100])
@@ -82,7 +63,7 @@ def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, 
     assert "prompt 2 of 4" in printed and "prompt 3 of 4" in printed and "prompt 1 of 4" not in printed
     assert contents(out) == whole
 
-    monkeypatch.setattr(main.Problem, "warm_up", lambda self: pytest.fail("nothing is left to run"))
+    monkeypatch.setattr(Sampler, "warm_up", lambda self: pytest.fail("nothing is left to run"))
     assert main.main(arguments(out, tiny, "--resume")) == 0
     assert contents(out) == whole
 
@@ -90,10 +71,10 @@ def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, 
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["-gs", "3"], "--guidance-scale: 3.0, but 7.5"),
-        (["--seed", "7"], "--seed: 7, but 42"),
-        (["--schedule", "sweep"], "--schedule: 'sweep', but 'pipelined'"),
-        (["--prompt", "another"], "--resume: the prompts are not those"),
+        (["-gs", "3"], "--guidance-scale/-gs: 3.0 is not 7.5"),
+        (["--seed", "7"], "--seed/-s: 7 is not 42"),
+        (["--schedule", "sweep"], "--schedule: 'sweep' is not 'pipelined'"),
+        (["--prompt", "another"], "--resume: finds other prompts in the earlier run"),
     ],
 )
 def test_settings_that_differ_are_one_line_and_nothing_is_touched(more, words, tiny, tmp_path, capsys):
@@ -110,10 +91,32 @@ def test_settings_that_differ_are_one_line_and_nothing_is_touched(more, words, t
 def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert main.main(arguments(out, tiny, "-cs", "auto")) == 0
-    monkeypatch.setattr(main, "make_plan", lambda problem: pytest.fail("a plan was made again"))
+    monkeypatch.setattr(door, "make_plan", lambda *args: pytest.fail("a plan was made again"))
     for _ in range(2):
         assert main.main(arguments(out, tiny, "-cs", "auto", "--resume")) == 0
-        assert record(out)["plan"]
+        assert run_record(out)["plan"]
+
+
+def test_a_directory_of_the_version_before_is_resumed(whole, tiny, tmp_path):
+    """Its record has no adapters among its settings."""
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny)) == 0
+    record = run_record(out)
+    for key in ("lora", "textual_inversion"):
+        del record["settings"][key]
+    (out / "run.json").write_text(json.dumps(record))
+    kept = (out / record["folders"][0] / "result.json").stat().st_mtime_ns
+    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert (out / record["folders"][0] / "result.json").stat().st_mtime_ns == kept and contents(out) == whole
+
+
+@pytest.mark.parametrize("record", ['{"settings": 3}', '{"settings": {}, "environment": {}}', '{"texts": []}'])
+def test_a_record_that_is_not_of_a_run_is_refused_in_one_line(record, tiny, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(record)
+    assert main.main(arguments(tmp_path, tiny, "--resume")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--resume: finds no run that can be resumed" in error
+    assert (tmp_path / "run.json").read_text() == record
 
 
 def test_a_run_that_cannot_begin_leaves_the_earlier_one(tiny, tmp_path, monkeypatch):
@@ -133,7 +136,7 @@ def test_a_run_without_resume_keeps_nothing_whatever_became_of_the_record(tiny, 
     out = tmp_path / "out"
     for seed, more in (("1", []), ("2", []), ("3", ["--resume"])):  # of which run.json could tell
         assert main.main(arguments(out, tiny, "--seed", seed, "--max-iterations", "1", *more)) == 0
-        assert "prompt 4 of 4" in capsys.readouterr().out and record(out)["settings"]["seed"] == int(seed)
+        assert "prompt 4 of 4" in capsys.readouterr().out and run_record(out)["settings"]["seed"] == int(seed)
         (out / "run.json").unlink()
 
 
@@ -142,11 +145,11 @@ def test_a_run_may_be_resumed_with_what_its_failure_asks_for_but_not_in_other_nu
     assert main.main(arguments(out, tiny)) == 0
     assert main.main(arguments(out, tiny, "--resume", "--max-batch", "2", "--dtype", "float32")) == 0
     assert main.main(arguments(out, tiny, "--resume", "--dtype", "bfloat16")) == 2
-    assert "--dtype: 'bfloat16', but 'float32'" in capsys.readouterr().err
+    assert "--dtype: 'bfloat16' is not 'float32'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), None])
-def test_a_prompt_that_fails_leaves_the_others_be_and_is_run_again(error, whole, tiny, tmp_path, monkeypatch, capsys):
+def test_a_prompt_that_fails_does_not_end_the_run_and_is_run_again(error, whole, tiny, tmp_path, monkeypatch, capsys):
     """Out of memory, or numbers that are not finite."""
     out, encode, predict, failing = tmp_path / "out", StableDiffusion.encode, StableDiffusion.predict, []
 
@@ -168,36 +171,20 @@ def test_a_prompt_that_fails_leaves_the_others_be_and_is_run_again(error, whole,
     table = captured.out.splitlines()[-4:]
     assert [line.endswith("failed") for line in table] == [False, True, False, False]
     words = "out of memory" if error else "not finite"
-    assert [words in result.get("error", "") for result in record(out)["prompts"]] == [False, True, False, False]
+    assert [words in result.get("error", "") for result in run_record(out)["prompts"]] == [False, True, False, False]
     assert main.main(arguments(out, tiny, "--resume")) == 0
     assert contents(out) == whole
 
 
 def test_an_output_directory_removed_in_mid_run_is_one_line(tiny, tmp_path, monkeypatch, capsys):
-    out, add = tmp_path / "out", utils.Output.add
+    out, add = tmp_path / "out", Record.add
 
     def remove(self, i, *rest):
         add(self, i, *rest)
         if i == 1:
             shutil.rmtree(out)
 
-    monkeypatch.setattr(utils.Output, "add", remove)
+    monkeypatch.setattr(Record, "add", remove)
     assert main.main(arguments(out, tiny)) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cannot be written" in error and not out.exists()
-
-
-def test_overviews_of_many_prompts_stay_readable(tmp_path):
-    """100 of them: the pictures show the first 64, the filmstrip 16; the table and the results have all."""
-    texts = [f"prompt {i}" for i in range(100)]
-    output = utils.Output(tmp_path / "out", {"settings": {"fine_steps": 4}}, texts)
-    output.begin()
-    at = {"iteration": -1, "serial_evaluations": 4, "total_evaluations": 4, "image_error": 1.0}
-    for i, text in enumerate(texts):
-        names = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
-        images = {name: np.full((16, 16, 3), i, np.uint8) for name in names}
-        output.add(i, {"prompt": text, "seed": 0, "iterations": [at]}, images, [[1.0, 2.0]])
-    assert len(output.finish()) == 100
-    final = np.asarray(Image.open(tmp_path / "out" / "srds_final.png"))
-    assert final.shape == (128, 128, 3) and final[-1, -1, 0] == 63
-    assert Image.open(tmp_path / "out" / "srds_filmstrip.png").height < 16 * 300

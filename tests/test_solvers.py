@@ -6,7 +6,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.schedulers import scheduling_ddpm
 
 import diffusion
-from conftest import Gaussian, Mixture, boundaries
+from conftest import Gaussian, Mixture
+from diffusion import boundaries
 from pipelines import SD
 from srds import SCHEDULES, srds
 

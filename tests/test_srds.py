@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from conftest import Gaussian, Mixture, Stiff, boundaries
+from conftest import Gaussian, Mixture, Stiff
+from diffusion import boundaries
 from srds import SCHEDULES, algorithm_1, srds
 
 

@@ -5,6 +5,7 @@ line with which a failed run ends go through its store. A process alone needs no
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -16,26 +17,38 @@ import time
 from collections import Counter
 from datetime import timedelta
 
+import torch
+from accelerate import PartialState
+from torch.distributed import PrefixStore, rendezvous
+
+from settings import Failure, SettingError, in_one_line
+
 SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead
 START = 600.0  # the same before its first sign: it may be importing from a slow disk
 ENDLESS = timedelta(days=20)  # all that waits does so for slow processes, as the watch finds dead ones; below 2^31 ms
 
 
-class ProcessError(Exception):
+class ProcessError(Failure):
     """Another process that cannot be reached, in one line."""
 
     def __init__(self, cause=None):
-        why = f" ({str(cause).splitlines()[0].split('. ')[0][:160]})" if cause else ""
+        why = f" ({in_one_line(cause).split('. ')[0][:160]})" if cause else ""
         super().__init__(
             f"another process of the run has died, or the launcher has ended it{why}; --resume keeps what is complete"
         )
 
 
+def launched():
+    """Whether a launcher started this process; some clusters set the one or other variable of themselves."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
 class Processes:
     """This process, and the others of its launch if it has any. To be made once, in the main thread.
 
-    rank, size: its number, and how many there are. first: whether it is the one that prints, and writes what is of the
-    whole run. broken: whether something failed on this process in the middle of a tick, in which the others now wait.
+    rank, size: its number, and how many there are. first: whether it is the one that prints, and writes the record of
+    the whole run. parallel: what they share, "lanes" or "prompts". broken: whether something failed on this process in
+    the middle of a tick, in which the others now wait.
 
     All but `count`, `take` and `end` must be called by all processes, in the same order. Raises ProcessError, at any
     call, where another process cannot be reached.
@@ -43,20 +56,15 @@ class Processes:
 
     def __init__(self):
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        launched = all(name in os.environ for name in names)  # some clusters set the one or other of themselves
-        self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched else (0, 1, 0)
-        self.first, self.broken, self.told, self.waits, self.counters = self.rank == 0, False, 0, 0, Counter()
-        # What accelerate leaves where it was asked for several processes, but knows no launcher for them here.
-        self.missing = not launched and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+        self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched() else (0, 1, 0)
+        self.first, self.parallel, self.broken = self.rank == 0, None, False
+        self.broadcasts, self.waits, self.counters = 0, 0, Counter()
         if self.size > 1:
             # Python's handlers wait until the main thread is back from a collective; this wakes the watch at once.
             self.signals, self.wake = socket.socketpair()
             self.wake.setblocking(False)
             signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
             signal.signal(signal.SIGTERM, lambda *_: None)
-
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or it tells of a lost store in hundreds of lines
-            from torch.distributed import PrefixStore, rendezvous
 
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.store = PrefixStore(f"srds/{attempt}", next(rendezvous("env://"))[0])
@@ -65,11 +73,47 @@ class Processes:
             self.watch = threading.Thread(target=self._watch, args=(self.store.clone(),), daemon=True)
             self.watch.start()
 
-    def join(self, cpu):
-        """Set up torch.distributed, with gloo on the CPU or nccl on GPUs of which each process has its own."""
-        if self.size > 1:
-            from accelerate import PartialState
+    @property
+    def sharing(self):
+        """How many processes share the lanes of each tick."""
+        return self.size if self.parallel == "lanes" else 1
 
+    def check_alike(self, known):
+        """Raise Failure unless all processes are there and have the same settings `known`, as machines may differ."""
+        # What accelerate leaves where it was asked for several processes, but knows no launcher for them here.
+        if not launched() and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+            raise Failure(
+                "accelerate launch has started one process, not several; give it --multi_gpu as well, or use torchrun "
+                "(or, if one was meant, unset MASTER_ADDR)",
+                status=2,
+            )
+        digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        if self.broadcast(digest) != digest:
+            raise Failure(
+                f"argument --prompts/-p: process {self.rank} of the launch has other prompts or settings than the "
+                "first; give all the same",
+                status=2,
+            )
+
+    def own_device(self, device):
+        """The device of this process, where `device` is that of the command: of several processes each has its GPU."""
+        kind, asked = device.type, str(device)
+        if self.broadcast(kind) != kind:
+            remedy = "is what this machine has, but not what the first process has; name one that all have"
+            raise SettingError("device", asked, remedy)
+        if self.size == 1 or kind == "cpu":
+            return device
+        if device.index is not None or kind == "mps":
+            raise SettingError("device", asked, "is one device for several processes; give cuda or cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            remedy = f"has {torch.cuda.device_count()} GPUs on a machine, fewer than processes; launch one a GPU"
+            raise SettingError("device", asked, remedy)
+        return torch.device(kind, self.local_rank)
+
+    def join(self, cpu, parallel):
+        """Set up torch.distributed, with gloo on the CPU or nccl on GPUs, to share "lanes" or "prompts"."""
+        if self.size > 1:
+            self.parallel = parallel
             # Torch's own way with a lost peer is to abort without a word; here the watch ends the run.
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
             self.state = PartialState(cpu=cpu, timeout=ENDLESS)
@@ -102,16 +146,17 @@ class Processes:
                     self.store.set(f"all/{self.waits}", "")
                 self.store.wait([f"all/{self.waits}"])
 
-    def tell(self, value=None):
-        """The first process's value, anything that JSON can write."""
+    def broadcast(self, value=None):
+        """The first process's value, anything that JSON can write; the others' own is not looked at."""
         if self.size == 1:
             return value
-        self.told += 1
+        self.broadcasts += 1
+        key = f"broadcast/{self.broadcasts}"
         with _reaching():
             if self.first:
-                self.store.set(f"told/{self.told}", json.dumps(value))
+                self.store.set(key, json.dumps(value))
                 return value
-            return json.loads(self.store.get(f"told/{self.told}"))
+            return json.loads(self.store.get(key))
 
     def take(self, items):
         """The items of a list, each to one process: the next to the one that asks first. Once in a run."""
@@ -127,8 +172,9 @@ class Processes:
             return self.store.add(name, by)
 
     def split(self, denoise):
-        """`denoise` with the lanes of a call dealt out evenly; every process gets the outputs of all."""
-        import torch
+        """`denoise` with the lanes of a call dealt out evenly, if they are shared; all get the outputs of all."""
+        if self.sharing == 1:
+            return denoise
 
         def together(x, n):
             most = -(-len(x) // self.size)
@@ -143,16 +189,19 @@ class Processes:
         return together
 
     def in_step(self, iterates):
-        """The iterates, as many on every process as the first one takes before it leaves its loop."""
+        """The iterates, as many on every process that shares lanes as the first takes before it leaves its loop."""
+        if self.sharing == 1:
+            yield from iterates
+            return
         self.broken = True
         for iterate in iterates:
             self.broken = False
             try:
                 yield iterate
             except GeneratorExit:  # the loop was left
-                self.tell(False)
+                self.broadcast(False)
                 raise
-            if not self.tell(True):
+            if not self.broadcast(True):
                 break
             self.broken = True
         self.broken = False
@@ -179,7 +228,6 @@ class Processes:
 
         Of several processes none returns from here.
         """
-        message = "main.py: error: " + " ".join(str(message).split())
         if self.size == 1:
             print(message, file=sys.stderr)
             return status
@@ -232,6 +280,14 @@ class Processes:
             return store.add("speakers", 1) == 1
         except RuntimeError:  # there is no store: one a machine
             return self.local_rank == 0
+
+
+def wait_until(seen, seconds=90):
+    """Whether something is seen before so many seconds are over; network file systems show changes late."""
+    limit = time.monotonic() + seconds
+    while not (found := seen()) and time.monotonic() < limit:
+        time.sleep(0.5)
+    return found
 
 
 @contextlib.contextmanager

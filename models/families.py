@@ -31,6 +31,7 @@ class Family:
     sample_size = 128  # height and width of the latents, where the network's config does not say
     patch = 1  # sides of the latents are multiples of this
     largest = math.inf  # height and width, in pixels
+    autoencoder_overflows = False  # in float16, where its config has `force_upcast`
 
     def __init__(self, network, autoencoder):
         """From the configs of the two; raises ValueError where the network is not one that this program can call."""
@@ -57,26 +58,25 @@ class Family:
         """Height and width where the user gives none, in pixels."""
         return self.native_size
 
-    def prepare(self, pipeline):
-        """Change what must be changed in a pipeline just loaded."""
-
-    def keep_the_autoencoder_in_float32(self, pipeline):
-        """For autoencoders that overflow in float16."""
-        if pipeline.vae.config.get("force_upcast") and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.to(torch.float32)
-
     def sigmas(self, steps):
         """The noise levels, before their shift, that the family's own pipeline asks of a flow's scheduler."""
 
-    def reader(self, pipeline):
-        """The tokenizer that reads most of a prompt, and how many tokens that is."""
+    def tokenizer(self, pipeline):
+        """The tokenizer that takes in most of a prompt, and how many tokens that is."""
         return pipeline.tokenizer, pipeline.tokenizer.model_max_length
 
     def decode(self, pipeline, latent):
         """The image of a latent, (1, C, h, w): floats of -1 to 1, (1, 3, height, width)."""
         vae = pipeline.vae
-        latent = latent.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-        return vae.decode(latent, return_dict=False)[0]
+        upcast = self.autoencoder_overflows and vae.config.get("force_upcast") and vae.dtype == torch.float16
+        if upcast:
+            vae.to(torch.float32)
+        try:
+            latent = latent.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+            return vae.decode(latent, return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(torch.float16)
 
 
 def rows(negative, positive, guided):
@@ -114,8 +114,7 @@ class StableDiffusionXL(Family):
     pipelines = ("StableDiffusionXLPipeline",)
     network = "unet"
     guidance_scale = 5.0
-
-    prepare = Family.keep_the_autoencoder_in_float32
+    autoencoder_overflows = True
 
     @torch.no_grad()
     def encode(self, pipeline, prompt, negative_prompt, guidance_scale, size, device):
@@ -151,8 +150,8 @@ class StableDiffusion3(Family):
         super().__init__(network, autoencoder)
         self.largest = network.get("pos_embed_max_size", 96) * self.patch * self.factor
 
-    def reader(self, pipeline):
-        return super().reader(pipeline) if pipeline.text_encoder_3 is None else (pipeline.tokenizer_3, 256)
+    def tokenizer(self, pipeline):
+        return super().tokenizer(pipeline) if pipeline.text_encoder_3 is None else (pipeline.tokenizer_3, 256)
 
     @torch.no_grad()
     def encode(self, pipeline, prompt, negative_prompt, guidance_scale, size, device):
@@ -185,7 +184,7 @@ class Flux(Family):
     def sigmas(self, steps):
         return np.linspace(1, 1 / steps, steps)
 
-    def reader(self, pipeline):
+    def tokenizer(self, pipeline):
         return pipeline.tokenizer_2, 512
 
     @torch.no_grad()
@@ -211,9 +210,9 @@ class PixArt(Family):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     guidance_scale = 4.5
     patch = 2
-    prepare = Family.keep_the_autoencoder_in_float32  # Sigma's is Stable Diffusion XL's
+    autoencoder_overflows = True  # Sigma's is Stable Diffusion XL's
 
-    def reader(self, pipeline):
+    def tokenizer(self, pipeline):
         return pipeline.tokenizer, 300 if "Sigma" in type(pipeline).__name__ else 120
 
     @torch.no_grad()

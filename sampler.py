@@ -1,0 +1,347 @@
+"""The door to this program from Python: a pipeline and settings in, refinements and samples out.
+
+pipeline = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
+sample = Sampler(pipeline, Settings(fine_steps=100, coarse_steps=10))("a lighthouse", seed=7)
+sample.image, sample.serial_evaluations, sample.total_evaluations
+"""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import diffusion
+from models.loading import find_model, inspect, is_compiled, load_pipeline
+from settings import Loading, Settings
+from srds import Iterate, algorithm_1, srds
+from study.planning import make_plan
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model reads it.
+
+    conditions: tensors of one row, or of two where guidance is classifier-free, the negative prompt's first.
+    ignored: what is cut from the end of the text, as the model reads no more; "" if nothing.
+    encoded_for: the settings that it depends on.
+    """
+
+    text: str
+    conditions: dict[str, torch.Tensor]
+    ignored: str
+    encoded_for: tuple
+
+
+class Refinement(NamedTuple):
+    """The sample after k refinements, what it has cost so far, and what the stop rules watch.
+
+    image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, C, H, W), on the model's device.
+    serial_evaluations: network calls one after the other (ticks). total_evaluations: of one state each, a guided one
+        counting once (lane-steps).
+    exact: whether it is the sequential sample, up to the network's rounding.
+    damping: what was withheld of a correction, 127.5 times its norm over the state's, at the boundary with most.
+    image_change: mean absolute difference to the last refinement's 8-bit image, 0 to 255; None for k = 0.
+    trajectory_change: see `trajectory_change`; None for k = 0. predicted_change: the next refinement's image_change, if
+        changes shrink at their last rate; None where there is no last rate.
+    verdict: "converged", "growing" or "continuing", see `judge`.
+    seconds: since the first tick, decoding included, and without what the caller did in between.
+    """
+
+    k: int
+    image: np.ndarray
+    states: torch.Tensor
+    serial_evaluations: int
+    total_evaluations: int
+    exact: bool
+    damping: float
+    image_change: float | None
+    trajectory_change: float | None
+    predicted_change: float | None
+    verdict: str
+    seconds: float
+
+
+class Sequential(NamedTuple):
+    """The ground truth: states at the boundaries, float32, (B + 1, C, H, W); the last one's image; seconds."""
+
+    states: torch.Tensor
+    image: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What became of a prompt: every `Refinement`, the first of which is the initialisation, k = 0."""
+
+    prompt: str
+    seed: int
+    refinements: tuple[Refinement, ...]
+
+    @property
+    def stop_reason(self):
+        """ "exact", "tolerance" or "max-iterations"."""
+        last = self.refinements[-1]
+        return "exact" if last.exact else "tolerance" if last.verdict == "converged" else "max-iterations"
+
+    image = property(lambda self: self.refinements[-1].image)
+    serial_evaluations = property(lambda self: self.refinements[-1].serial_evaluations)
+    total_evaluations = property(lambda self: self.refinements[-1].total_evaluations)
+    seconds = property(lambda self: self.refinements[-1].seconds)
+
+
+class OneProcess:
+    """A process that shares its lanes with no other: what `Sampler` asks of `study.processes.Processes`.
+
+    sharing: how many processes share the lanes of each tick.
+    """
+
+    sharing = 1
+
+    def broadcast(self, value):
+        """The first process's value."""
+        return value
+
+    def split(self, denoise):
+        """`denoise` with the lanes of a call dealt out to the processes."""
+        return denoise
+
+    def in_step(self, iterates):
+        """The iterates, as many on every process as on the first."""
+        return iterates
+
+
+class Sampler:
+    """SRDS on a diffusers pipeline, as it is in memory: its weights, adapters, dtype, device and hooks.
+
+    The pipeline is not changed and can go on being used. Its scheduler gives the noise schedule, and is not otherwise
+    used. An autoencoder that overflows in float16 (Stable Diffusion XL's) is float32 while it decodes. Of a pipeline
+    with offloaded parts, the one that ran last stays on the device until the next prompt or the end of a call.
+
+    pipeline: of a class in `models.families.FAMILIES`, or one derived from it.
+    settings: `asked` is what was given, with the plan's blocks where they were "auto"; `settings` has the model's usual
+        values in place of None. Neither changes.
+    processes: those of a launch, which then all make the same calls; None for this one alone.
+
+    plan: what the blocks were chosen by, where coarse_steps was "auto"; None otherwise.
+
+    Raises SettingError where the model cannot do what is asked, and ModelError where it is none that can be sampled.
+    """
+
+    def __init__(self, pipeline, settings=Settings(), *, processes=None):
+        self.pipeline, self.processes, self.plan = pipeline, processes or OneProcess(), None
+        self.model = inspect(pipeline)
+        self.network = getattr(pipeline, self.model.family.network)
+        Loading(compile=is_compiled(self.network)).check(settings)
+        if settings.resolve(self.model).coarse_steps == "auto":
+            one_block = Sampler(pipeline, replace(settings, coarse_steps=1), processes=processes)
+            self.plan = self.processes.broadcast(make_plan(one_block, settings))
+            settings = replace(settings, coarse_steps=self.plan["blocks"], schedule=self.plan["schedule"])
+        self.asked, self.settings = settings, settings.resolve(self.model)
+
+        settings, family, scheduler = self.settings, self.model.family, self.model.scheduler
+        self.device = torch.device(pipeline._execution_device)
+        height, width = settings.height // family.factor, settings.width // family.factor
+        self.shape = (family.channels, height, width)
+        self.boundaries = diffusion.boundaries(settings.fine_steps, settings.coarse_steps)
+        if family.flow:
+            tokens = height * width // family.patch**2
+            sigmas = family.sigmas(settings.fine_steps)
+            self.grid = diffusion.flow_grid(scheduler, settings.fine_steps, sigmas, tokens)
+        else:
+            self.grid = diffusion.diffusion_grid(scheduler, settings.fine_steps, settings.solver)
+        self.solver = diffusion.Solver(self.grid, settings.solver, settings.eta, settings.seed, self.boundaries)
+
+    @classmethod
+    def from_pretrained(cls, model, settings=Settings(), **loading):
+        """Load a model, as the command does: `model` is a hub id, a local folder or "demo".
+
+        loading: device, dtype, variant, lora, textual_inversion, offload, vae_tiling and compile, see `Loading`.
+
+        Raises SettingError, before weights are loaded where it can be known by then, and ModelError where the model
+        cannot be had.
+        """
+        loading = Loading(model, **loading)
+        loading.check(settings)
+        found = find_model(loading.model)
+        settings.resolve(found)
+        return cls(load_pipeline(found, loading), settings)
+
+    def vary(self, **settings):
+        """A sampler with the same pipeline and other settings."""
+        return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes)
+
+    def __call__(self, prompt, seed=None):
+        """Sample a prompt: the `Sample` of all refinements until the stop rule is met."""
+        prompt = self.encode(prompt)
+        refinements = tuple(self.refine(prompt, seed))
+        self._offload()
+        return Sample(prompt.text, self._seed(seed), refinements)
+
+    def refine(self, prompt, seed=None, on_tick=None) -> Iterator[Refinement]:
+        """Yield the initialisation and each refinement as it is known; the last is where the stop rule is met.
+
+        prompt: a text, or what `encode` made of one. seed: None for the settings' own. on_tick: called before each
+        network call.
+
+        Raises FloatingPointError where a state or an image is not finite.
+        """
+        rule, tolerance = self.settings.stop_rule, self.settings.tolerance
+        prompt, earlier, seconds = self.encode(prompt), None, 0.0
+        with contextlib.closing(self.iterates(prompt, seed, on_tick)) as iterates:
+            started = time.perf_counter()
+            for iterate in iterates:
+                refinement = _refinement(iterate, self.image(iterate.states), earlier)
+                verdict = "converged" if iterate.exact else judge(refinement, earlier, rule, tolerance)
+                seconds += time.perf_counter() - started
+                earlier = refinement._replace(verdict=verdict, seconds=seconds)
+                yield earlier
+                if verdict == "converged":
+                    break
+                started = time.perf_counter()
+
+    def sequential(self, prompt, seed=None, coarse=False, on_tick=None) -> Sequential:
+        """Sample step by step: the ground truth that refinements approach; with `coarse`, by the B coarse steps alone.
+
+        prompt, seed, on_tick: as in `refine`, and the same may be raised.
+        """
+        denoise, step = self._counted(self.denoiser(prompt), on_tick), self._solver(seed).step
+        points = self.boundaries if coarse else range(self.settings.fine_steps + 1)
+        started = time.perf_counter()
+        states = diffusion.sequential(self.noise(seed), denoise, step, points, self.boundaries)
+        return Sequential(states, self.image(states), time.perf_counter() - started)
+
+    def iterates(self, prompt, seed=None, on_tick=None) -> Iterator[Iterate]:
+        """The method alone, as `srds.srds` yields it: no images, and no stop before max_iterations."""
+        denoise, solver = self.processes.split(self.denoiser(prompt)), self._solver(seed)
+        correct = {"damped": solver.damped, "paper": algorithm_1}[self.settings.correction]
+        how = self.settings.schedule, self.settings.max_iterations, correct
+        iterates = srds(self.noise(seed), self._counted(denoise, on_tick), solver.step, self.boundaries, *how)
+        return self.processes.in_step(iterates)
+
+    def encode(self, prompt) -> Prompt:
+        """Encode a text. A `Prompt` that was encoded for the same settings is returned as it is."""
+        settings, family = self.settings, self.model.family
+        size = settings.height, settings.width
+        encoded_for = settings.negative_prompt, settings.guidance_scale, size
+        if isinstance(prompt, Prompt):
+            if prompt.encoded_for == encoded_for:
+                return prompt
+            prompt = prompt.text
+        self._offload()  # or the first encoder would share the device with the network
+        conditions = family.encode(
+            self.pipeline, prompt, settings.negative_prompt, settings.guidance_scale, size, self.device
+        )
+        return Prompt(prompt, conditions, self.ignored(prompt), encoded_for)
+
+    def ignored(self, text):
+        """What is cut from the end of a text because the model reads no more; "" if nothing is."""
+        if not self.model.family.prompted:
+            return ""
+        tokenizer, limit = self.model.family.tokenizer(self.pipeline)
+        if hasattr(self.pipeline, "maybe_convert_prompt"):  # an embedding of several vectors has as many tokens
+            text = self.pipeline.maybe_convert_prompt(text, tokenizer)
+        return diffusion.cut_from_prompt(tokenizer, limit, text)
+
+    def denoiser(self, prompt):
+        """The `diffusion.Denoiser` of a prompt."""
+        settings, family = self.settings, self.model.family
+        predict = functools.partial(family.predict, self.pipeline)
+        denoise = diffusion.Denoiser(
+            predict, self.encode(prompt).conditions, self.grid.times, settings.guidance_scale, settings.max_batch,
+            dtype=self.network.dtype,
+        )  # fmt: skip
+        if settings.fixed_batch:
+            denoise.sizes = [diffusion.fixed_batch(denoise.rows * self.widest, settings.max_batch)]
+        elif is_compiled(self.network):
+            most = min(denoise.rows * self.widest, settings.max_batch or math.inf)
+            denoise.sizes = diffusion.compiled_batches(min(denoise.rows, most), most)
+        return denoise
+
+    @property
+    def widest(self):
+        """Most lanes in one call of this process."""
+        return -(-self.settings.coarse_steps // self.processes.sharing)
+
+    def noise(self, seed=None):
+        """The initial noise x_T, float32 (1, C, H, W)."""
+        return diffusion.initial_noise(self.shape, self._seed(seed), self.device)
+
+    def image(self, states):
+        """The image of a trajectory's last state: uint8 (height, width, 3). Raises FloatingPointError."""
+        return diffusion.decode(self.model.family, self.pipeline, states[-1])
+
+    def warm_up(self):
+        """Make each call that the clock will time once before: a first call chooses kernels and takes memory."""
+        denoise, x, compiled = self.denoiser(""), self.noise(), is_compiled(self.network)
+        widths = range(1, self.widest + 1) if compiled else (1, self.widest)
+        for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call
+            denoise(x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
+        self.image(x)
+
+    def _seed(self, seed):
+        return self.settings.seed if seed is None else Settings.domains["seed"]("seed", seed)
+
+    def _solver(self, seed):
+        return self.solver.with_seed(self._seed(seed))
+
+    def _offload(self):
+        for hook in getattr(self.pipeline, "_all_hooks", ()):
+            hook.offload()
+
+    @staticmethod
+    def _counted(denoise, on_tick: Callable[[], object] | None):
+        def counted(x, n):
+            on_tick()
+            return denoise(x, n)
+
+        return counted if on_tick else denoise
+
+
+# When to stop
+
+
+def _refinement(iterate, image, earlier):
+    """The `Refinement` that an iterate is, without verdict and seconds."""
+    change = moved = predicted = None
+    if earlier:
+        change, before = difference(image, earlier.image), earlier.image_change
+        moved = trajectory_change(iterate.states, earlier.states)
+        # Changes shrink superlinearly, so this is too high rather than too low.
+        predicted = change * change / before if before else change if before == 0 else None
+    counts = iterate.ticks, iterate.lane_steps, iterate.exact, 127.5 * float(iterate.damping)
+    return Refinement(iterate.k, image, iterate.states, *counts, change, moved, predicted, "", 0.0)
+
+
+def difference(image, other):
+    """Mean absolute difference of two 8-bit images, 0 to 255."""
+    return float(abs(image.astype(float) - other).mean())
+
+
+def trajectory_change(states, earlier):
+    """The largest change of a boundary's state, (B + 1, C, H, W), on the images' scale.
+
+    A boundary's change is the mean absolute change of its state, times 127.5 / standard deviation of the new state.
+    """
+    change = (states - earlier).abs().flatten(1).mean(1) * 127.5 / states.flatten(1).std(1, correction=0)
+    return float(change[1:].max())
+
+
+def judge(refinement, earlier, rule, tolerance):
+    """Whether a refinement, after the one before it (None for k = 0), is "converged", "growing" or "continuing".
+
+    Each change that the stop rule watches must be below the tolerance. A change that grew, and is not below it, is told
+    apart, because parareal can diverge on its way to exactness.
+    """
+    measured = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
+    watched = ("predicted_change",) if rule == "predicted" else measured
+    changes = [getattr(refinement, name) for name in watched]
+    if all(change is not None and change < tolerance for change in changes):
+        return "converged"
+    pairs = [(getattr(refinement, name), getattr(earlier, name, None)) for name in measured]
+    grew = any(before is not None and change > before and change >= tolerance for change, before in pairs)
+    return "growing" if grew else "continuing"

@@ -1,0 +1,278 @@
+"""Every default, what each setting means, and what is refused. Edit the defaults for experiments.
+
+Edited defaults are checked like arguments.
+"""
+
+import math
+import numbers
+import operator
+import os
+from dataclasses import dataclass, fields, replace
+
+# The algorithm
+COARSE_STEPS = 10  # or "auto"
+FINE_STEPS = 100
+SOLVER = None  # ddim; for flow matching, euler
+ETA = 0.0  # of ddim: 0 takes no noise, 1 as much as ddpm
+TOLERANCE = 0.1  # mean absolute change of the 8-bit image, 0 to 255
+SCHEDULE = None  # pipelined; with auto blocks, the faster of the two
+CORRECTION = "damped"
+STOP_RULE = "final"
+MAX_ITERATIONS = None  # as many as blocks
+# Generation
+MODEL = "stabilityai/stable-diffusion-2"
+VARIANT = None
+GUIDANCE_SCALE = None  # the usual one of the model's family: 7.5 for Stable Diffusion
+DEMO_GUIDANCE_SCALE = 2.0  # the usual one of the demo model
+NEGATIVE_PROMPT = ""
+HEIGHT = None  # pixels; the model's native size, for Stable Diffusion at most 512
+WIDTH = None
+SEED = 42
+# The machine
+DEVICE = "auto"
+DTYPE = "auto"
+MAX_BATCH = None  # all lanes of a tick in one network call
+PARALLEL = None  # of several processes: prompts where there are more of them than processes, else lanes
+
+SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
+SCHEDULES = ("pipelined", "sweep")
+CORRECTIONS = ("damped", "paper")
+STOP_RULES = ("final", "trajectory", "predicted")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+PARALLELS = ("lanes", "prompts")
+MOST_FLOW_STEPS = 4000  # a flow has no limit of its own, but tables of steps x steps
+
+
+class Failure(Exception):
+    """What can go wrong without being a bug, in one line. `status` is the exit status of a command that it ends."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+class SettingError(Failure, ValueError):
+    """A setting that is refused: its name, the value that was given, and what is wrong with it and would be right."""
+
+    def __init__(self, setting, value, remedy):
+        super().__init__(f"{setting}: {value!r} {remedy}", status=2)
+        self.setting, self.value, self.remedy = setting, value, remedy
+
+
+def in_one_line(error):
+    """The message of another library's error, in one line of at most 200 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+# Domains: each is called with a setting's name and value, and returns the value or raises SettingError.
+
+
+def domain(convert, wanted, optional=False):
+    """What `convert` takes without a TypeError or ValueError, and None if optional."""
+
+    def check(setting, value):
+        try:
+            return None if value is None and optional else convert(value)
+        except (TypeError, ValueError):
+            raise SettingError(setting, value, f"is not usable; give {wanted}") from None
+
+    return check
+
+
+def valid(value, condition):
+    if not condition or isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def whole(low=1, high=None, optional=False, auto=False):
+    """Whole numbers from low to high, and perhaps "auto"."""
+
+    def convert(value):
+        if auto and value == "auto":
+            return value
+        return valid(value, low <= operator.index(value) <= (math.inf if high is None else high)) and int(value)
+
+    wanted = f"a whole number from {low} {'up' if high is None else f'to {high}'}{', or auto' if auto else ''}"
+    return domain(convert, wanted, optional)
+
+
+def real(high=math.inf, optional=False):
+    """Finite numbers from 0 to high."""
+    wanted = "a finite number that is not negative" if high == math.inf else f"a number from 0 to {high}"
+    number = lambda value: isinstance(value, numbers.Real) and 0 <= value <= high and value < math.inf
+    return domain(lambda value: float(valid(value, number(value))), wanted, optional)
+
+
+def choice(*names, optional=False):
+    return domain(lambda value: valid(value, value in names), f"one of {', '.join(names)}", optional)
+
+
+def text(wanted="some text, in UTF-8", empty=False, optional=False):
+    return domain(lambda value: valid(value, str.encode(value) or empty), wanted, optional)
+
+
+def flag():
+    return domain(lambda value: bool(value) if isinstance(value, bool) else valid(value, False), "True or False")
+
+
+def split_scale(adapter):
+    """A LoRA's path or hub id, and its scale: "me/watercolour:0.8" is ("me/watercolour", 0.8)."""
+    path, colon, scale = adapter.rpartition(":")
+    try:
+        return (path, float(scale)) if colon and path else (adapter, 1.0)
+    except ValueError:
+        return adapter, 1.0
+
+
+def adapters(setting, value):
+    """Paths or hub ids, as a tuple; one may be given alone."""
+    values = tuple(str(each) for each in ((value,) if isinstance(value, (str, os.PathLike)) else value))
+    for each in values:
+        text("a file, a folder or a hub id")(setting, each)
+        if setting == "lora" and not math.isfinite(split_scale(each)[1]):
+            raise SettingError(setting, each, "has no usable scale; give a finite number after the colon")
+    return values
+
+
+class Checked:
+    """A dataclass whose `domains` check each of its fields as it is made."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, self.domains[field.name](field.name, getattr(self, field.name)))
+
+
+@dataclass(frozen=True)
+class Settings(Checked):
+    """How to sample. Raises SettingError for what no model can do; None is what the model usually takes.
+
+    fine_steps: N, the steps of the sequential sampler that SRDS reproduces.
+    coarse_steps: B, the blocks, at most N; or "auto", those that take the least predicted time on this device.
+    solver: "ddim", "ddpm", "dpmsolver++" or, of flow matching, "euler" or "dpmsolver++".
+    eta: noise in ddim's steps, 0 to 1 (Song, Meng and Ermon, 2021, eq. 16).
+    tolerance: stop when a refinement changes the image by less, in grey levels of 255 (mean absolute difference), or,
+        if it is 0, only when the sample is exact.
+    schedule: which lanes move in a tick, "pipelined" (all) or "sweep" (Algorithm 1).
+    correction: the predictor-corrector, "paper", or "damped" where the coarse step overshoots.
+    stop_rule: what must be below the tolerance: "final", the image's change; "trajectory", each boundary's state as
+        well; "predicted", the next change of the image, as the last two predict it.
+    max_iterations: most refinements; None: B.
+    guidance_scale: classifier-free (Ho and Salimans, 2022), on above 1, or the scale embedded in the network.
+    negative_prompt: what guidance leads away from.
+    height, width: of the image, in pixels.
+    seed: of the initial noise and of the noise in the steps, 0 to 2^64 - 1.
+    max_batch: most network samples in one call, of which guidance makes two a lane; None: no limit.
+    fixed_batch: pad every call to one shape, so that all refinements equal the sequential sample to the bit.
+    """
+
+    fine_steps: int = FINE_STEPS
+    coarse_steps: int | str = COARSE_STEPS
+    solver: str | None = SOLVER
+    eta: float = ETA
+    tolerance: float = TOLERANCE
+    schedule: str | None = SCHEDULE
+    correction: str = CORRECTION
+    stop_rule: str = STOP_RULE
+    max_iterations: int | None = MAX_ITERATIONS
+    guidance_scale: float | None = GUIDANCE_SCALE
+    negative_prompt: str = NEGATIVE_PROMPT
+    height: int | None = HEIGHT
+    width: int | None = WIDTH
+    seed: int = SEED
+    max_batch: int | None = MAX_BATCH
+    fixed_batch: bool = False
+
+    domains = {
+        "fine_steps": whole(), "coarse_steps": whole(auto=True), "solver": choice(*SOLVERS, optional=True),
+        "eta": real(1), "tolerance": real(), "schedule": choice(*SCHEDULES, optional=True),
+        "correction": choice(*CORRECTIONS), "stop_rule": choice(*STOP_RULES), "max_iterations": whole(optional=True),
+        "guidance_scale": real(optional=True), "negative_prompt": text(empty=True), "height": whole(optional=True),
+        "width": whole(optional=True), "seed": whole(0, 2**64 - 1), "max_batch": whole(optional=True),
+        "fixed_batch": flag(),
+    }  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.coarse_steps == "auto" and self.fixed_batch:
+            remedy = "measures calls of many sizes, a fixed batch has one; give a number"
+            raise SettingError("coarse_steps", "auto", remedy)
+        if self.coarse_steps != "auto" and self.coarse_steps > self.fine_steps:
+            remedy = f"is more than the {self.fine_steps} fine steps; give at most as many"
+            raise SettingError("coarse_steps", self.coarse_steps, remedy)
+
+    def resolve(self, model):
+        """These settings with what `model`, a `models.loading.Model`, usually takes in place of None.
+
+        A schedule stays None where "auto" is to choose it. Raises SettingError for what the model cannot do.
+        """
+        family = model.family
+        solver = self.solver or family.solvers[0]
+        if solver not in family.solvers:
+            raise SettingError("solver", solver, f"does not sample {model.name}; give {' or '.join(family.solvers)}")
+        if self.eta and solver != "ddim":
+            raise SettingError("eta", self.eta, f"is for ddim, not {solver}; leave it out")
+        most = MOST_FLOW_STEPS if family.flow else model.training_steps
+        if self.fine_steps > most:
+            why = "what a flow's tables have room for" if family.flow else f"the model's {most} training timesteps"
+            raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
+        if family.guidance is None and self.guidance_scale is not None:
+            raise SettingError("guidance_scale", self.guidance_scale, f"but {model.name} has no guidance; leave it out")
+        if family.guidance != "classifier-free" and self.negative_prompt:
+            remedy = f"is of no use to {model.name}; leave it out"
+            raise SettingError("negative_prompt", self.negative_prompt, remedy)
+        height, width = (self._side(*side, model) for side in zip(("height", "width"), family.default_size))
+        scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        schedule = self.schedule or (None if self.coarse_steps == "auto" else SCHEDULES[0])
+        return replace(self, solver=solver, height=height, width=width, guidance_scale=scale, schedule=schedule)
+
+    def _side(self, side, default, model):
+        pixels, multiple = getattr(self, side) or default, model.family.multiple
+        if pixels % multiple:
+            near = max(1, round(pixels / multiple)) * multiple
+            raise SettingError(side, pixels, f"is not a multiple of {multiple}; give {near}, for instance")
+        if pixels > model.family.largest:
+            remedy = f"is more than {model.name} has places for; give at most {model.family.largest}"
+            raise SettingError(side, pixels, remedy)
+        return pixels
+
+
+@dataclass(frozen=True)
+class Loading(Checked):
+    """How to bring a model into memory. Raises SettingError for what no model could be loaded with.
+
+    model: a hub id, a local folder or "demo". variant: of its weights, such as "fp16".
+    lora: paths or hub ids of LoRA weights, each with ":SCALE" if it is not 1. textual_inversion: of embeddings.
+    device: "auto", "cpu", "cuda", "cuda:1", "mps" ... or a torch device.
+    dtype: one of DTYPES or a torch dtype; "auto" is the family's half precision on cuda, and float32 elsewhere.
+    offload: keep on the device only the part of the model that runs. vae_tiling: decode large images in tiles.
+    compile: torch.compile the network, for a few batch sizes.
+    """
+
+    model: str = MODEL
+    device: str = DEVICE
+    dtype: str = DTYPE
+    variant: str | None = VARIANT
+    lora: tuple[str, ...] = ()
+    textual_inversion: tuple[str, ...] = ()
+    offload: bool = False
+    vae_tiling: bool = False
+    compile: bool = False
+
+    domains = {
+        "model": text("a hub id, a folder or demo"), "device": text("auto, cpu, cuda or another device of torch's"),
+        "dtype": choice(*DTYPES), "variant": text(optional=True), "lora": adapters, "textual_inversion": adapters,
+        "offload": flag(), "vae_tiling": flag(), "compile": flag(),
+    }  # fmt: skip
+
+    def __post_init__(self):
+        for name in ("model", "device", "dtype"):  # paths, torch's devices and dtypes
+            if not isinstance(getattr(self, name), (str, type(None))):
+                object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
+        super().__post_init__()
+
+    def check(self, settings):
+        """Raise SettingError where the two do not go together."""
+        if self.compile and settings.coarse_steps == "auto":
+            remedy = "measures calls of many sizes, a compiled network has few; give a number"
+            raise SettingError("coarse_steps", "auto", remedy)

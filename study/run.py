@@ -1,0 +1,281 @@
+"""One run of the command: the model, the prompts that are left, each prompt's files."""
+
+import contextlib
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import datetime
+
+import diffusers
+import torch
+from tqdm import tqdm
+
+import utils
+from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline, out_of_memory
+from sampler import Sample, Sampler, difference
+from settings import Failure, in_one_line
+from study.planning import describe_plan
+from study.processes import ProcessError, wait_until
+from study.record import Record, WriteError, check_resumable, earlier_run
+
+
+def run(command, processes):
+    """Load, sample and write what a `main.Command` asks for. What can fail without being a bug ends in a Failure."""
+    try:
+        processes.check_alike(without_places(command))
+        sampler, about, resuming = load(command, processes)
+        record = Record(command.output_dir, about, command.texts)
+        complete = record.entry if processes.first and resuming else lambda i: None
+        left = processes.broadcast([i for i in range(len(command.texts)) if not complete(i)])
+        if left:
+            sampler.warm_up()
+        if processes.first:
+            record.begin(resuming)  # not before it is known that the model runs, as this removes an earlier run
+        if processes.parallel == "prompts":
+            check_shared(record, processes)
+        sample_all(command, sampler, record, left)
+        processes.close()
+    except Failure:
+        raise
+    except Exception as error:
+        message = explain(command, error)
+        if not message:
+            raise
+        raise Failure(message) from error
+
+
+def without_places(command):
+    """What all processes of a launch must have been given alike; folders may have other names on other machines."""
+    return [asdict(command.settings), asdict(command.loading), command.texts, command.ground_truth, command.resume]
+
+
+def load(command, processes):
+    """The command's sampler, what `run.json` says of the run as a whole, and whether there is a run to resume."""
+    device = processes.own_device(choose_device(command.loading))
+    processes.join(device.type == "cpu", command.parallel or default_parallel(command.texts, processes))
+    with processes.in_turn():
+        model = find_model(command.loading.model)
+    settings, dtype = command.settings, str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
+    recorded = recorded_settings(command, settings.resolve(model), processes)
+    command.loading.check(settings)
+    earlier = {}
+    if command.resume and processes.first:
+        earlier = check_resumable(command.output_dir, {**recorded, "dtype": dtype}, command.texts)
+    plan, resuming = processes.broadcast([earlier.get("plan"), bool(earlier)])
+    if plan:
+        settings = replace(settings, coarse_steps=plan["blocks"], schedule=plan["schedule"])
+    with processes.in_turn():
+        pipeline = load_pipeline(model, replace(command.loading, device=str(device)))
+    sampler = Sampler(pipeline, settings, processes=processes)
+    name = sampler.model.name
+    if name == MIRRORS.get(command.loading.model):
+        print(f"{command.loading.model} was withdrawn from the hub by its owner; using its mirror {name}")
+    plan = plan or sampler.plan
+    if plan:
+        print(describe_plan(plan))
+    family = sampler.model.family
+    about = {
+        "begun": datetime.now().astimezone().isoformat(),
+        "settings": recorded_settings(command, sampler.settings, processes),
+        "texts": command.texts,
+        "environment": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "device": str(device),
+            "dtype": dtype,
+            "processes": processes.size,
+        },
+        "model": {
+            "name": name,
+            "family": type(family).__name__,
+            "prediction_type": sampler.grid.prediction_type,
+            "native_height": family.native_size[0],
+            "native_width": family.native_size[1],
+        },
+    }
+    return sampler, about | ({"plan": plan} if plan else {}), resuming
+
+
+def default_parallel(texts, processes):
+    """What several processes share where they are not told."""
+    return "prompts" if len(texts) > processes.size else "lanes"
+
+
+def recorded_settings(command, settings, processes):
+    """The settings as `run.json` has them, as JSON reads them back."""
+    loading = asdict(command.loading)
+    return {
+        "prompts": command.prompts,
+        "prompt": command.prompt,
+        "output_dir": command.output_dir,
+        "no_ground_truth": not command.ground_truth,
+        "parallel": processes.parallel or command.parallel,
+        **asdict(settings),
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in loading.items()},
+    }
+
+
+def check_shared(record, processes):
+    """Raise Failure unless all processes see the output directory that the first one has begun."""
+    begun = processes.broadcast(record.about["begun"])
+    if not wait_until(lambda: earlier_run(record.folder).get("begun") == begun):
+        raise Failure(
+            f"argument --output-dir/-o: {str(record.folder)!r} is not one directory for all machines; give one that "
+            "they share, or --parallel lanes",
+            status=2,
+        )
+
+
+def explain(command, error):
+    """What went wrong in the network or on the device, and the remedy, in one line; None for a bug."""
+    settings, loading = command.settings, command.loading
+    if isinstance(error, FloatingPointError):
+        remedy = "try --dtype float32 or bfloat16" if "float16" in str(error) else "try other settings"
+        return f"argument --dtype: {loading.dtype!r}: {error}; {remedy}"
+    if out_of_memory(error):
+        remedies = {"a smaller --max-batch": settings.max_batch == 1, "--offload": loading.offload}
+        remedies |= {"--vae-tiling": loading.vae_tiling, "a smaller image": False}
+        untried = " or ".join(remedy for remedy, tried in remedies.items() if not tried)
+        return f"argument --max-batch: {settings.max_batch or 'not given'}: out of memory; try {untried}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out"
+
+
+def sample_all(command, sampler, record, left):
+    """Sample the prompts that are left, by number, and write their files. A prompt that fails does not end the run."""
+    texts, processes = command.texts, sampler.processes
+    if len(left) < len(texts):
+        print(f"{len(texts) - len(left)} of {len(texts)} prompts are complete")
+    try:
+        if processes.parallel == "lanes" and not processes.first:
+            return follow(sampler)
+        if command.settings.negative_prompt:
+            warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
+        with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
+            for i in processes.take(left):
+                tqdm.write(f"prompt {i + 1} of {len(texts)}: {' '.join(texts[i].split())}")
+                # Without prompts, only the noise can make samples differ.
+                seed = sampler.settings.seed if sampler.model.family.prompted else (sampler.settings.seed + i) % 2**64
+                try:
+                    record.add(i, *sample(sampler, texts[i], seed, command.ground_truth))
+                except (WriteError, ProcessError):
+                    raise
+                except Exception as error:
+                    message = explain(command, error)
+                    if not message or processes.broken:
+                        raise
+                    record.fail(i, seed, message)
+                    tqdm.write(f"  failed: {message}")
+                bar.n = processes.count("sampled")
+                bar.refresh()
+            while processes.first and bar.n < len(left):
+                time.sleep(0.5)
+                bar.n = processes.count("sampled", 0)
+                bar.refresh()
+        if processes.parallel == "lanes":
+            processes.broadcast(None)
+        if processes.first:
+            sum_up(command, record, processes)
+    except KeyboardInterrupt:
+        results = record.save() if processes.first else record.results()
+        complete = sum("error" not in result for result in results)
+        message = f"interrupted; {complete} of {len(texts)} prompts are complete in {command.output_dir}"
+        raise Failure(message, status=130) from None
+
+
+def follow(sampler):
+    """Take part in the ticks of each prompt that the first process samples, until it says that there are no more."""
+    while called := sampler.processes.broadcast():
+        text, seed = called
+        prompt = sampler.encode(text)
+        sampler.processes.wait()
+        for _ in sampler.iterates(prompt, seed):
+            pass
+
+
+def sample(sampler, text, seed, ground_truth=True):
+    """One prompt's entry in `run.json`, its images by file name, its trajectory errors (None without ground truth)."""
+    settings, processes = sampler.settings, sampler.processes
+    prompt, images, truth, errors = sampler.encode(text), {}, None, None
+    warn_if_cut(text, prompt.ignored)
+    if ground_truth:
+        with ticking("ground truth", settings.fine_steps) as on_tick:
+            truth, errors = sampler.sequential(prompt, seed, on_tick=on_tick), []
+        images["srds_ddim_gt"] = truth.image
+        images["srds_ddim_course"] = sampler.sequential(prompt, seed, coarse=True).image
+    if processes.parallel == "lanes":
+        processes.broadcast([text, seed])
+        processes.wait()  # until the others have encoded the prompt: that is not the sampler's time
+
+    refinements, iterations = [], []
+    most = settings.fine_steps if settings.schedule == "pipelined" else None
+    with ticking("srds", most) as on_tick, contextlib.closing(sampler.refine(prompt, seed, on_tick)) as steps:
+        for refinement in steps:
+            refinements.append(refinement)
+            images["srds_initialized" if refinement.k == 0 else f"srds_iteration_{refinement.k - 1}"] = refinement.image
+            iterations.append(iteration_entry(refinement, truth))
+            if truth:
+                errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
+            tqdm.write(utils.report(iterations[-1], refinement.verdict))
+    images["srds_final"] = refinement.image
+
+    found = Sample(text, seed, tuple(refinements))
+    unsettled = refinement.trajectory_change is not None and refinement.trajectory_change >= settings.tolerance
+    if settings.stop_rule == "final" and found.stop_reason == "tolerance" and unsettled:
+        tqdm.write(
+            f"  note: the image has settled, but the trajectory still changes by {refinement.trajectory_change:.3f}; "
+            "--stop-rule trajectory waits for both"
+        )
+    last = iterations[-1]
+    result = {
+        "prompt": text,
+        "ignored": prompt.ignored or None,
+        "seed": seed,
+        "converged": found.stop_reason != "max-iterations",
+        "stop_reason": found.stop_reason,
+        **{key: last[key] for key in ("serial_evaluations", "total_evaluations", "image_error", "trajectory_change")},
+        "damping": max(entry["damping"] for entry in iterations),
+        "seconds": {"srds": found.seconds, "ground_truth": truth.seconds if truth else None},
+        "iterations": iterations,
+    }
+    return result, images, errors
+
+
+def iteration_entry(refinement, truth):
+    """A refinement as `result.json` has it."""
+    return {
+        "iteration": refinement.k - 1,
+        "serial_evaluations": refinement.serial_evaluations,
+        "total_evaluations": refinement.total_evaluations,
+        "image_change": refinement.image_change,
+        "trajectory_change": refinement.trajectory_change,
+        "predicted_change": refinement.predicted_change,
+        "damping": refinement.damping,
+        "image_error": difference(refinement.image, truth.image) if truth else None,
+    }
+
+
+def warn_if_cut(text, ignored):
+    """Say what the model's limit in tokens cuts from a text, if it does."""
+    if ignored:
+        tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {ignored!r}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def ticking(name, most):
+    """A progress bar of network calls, at `most` so many; to be called at each."""
+    with tqdm(desc=name, total=most, unit="tick", leave=False, disable=None) as bar:
+        yield bar.update
+
+
+def sum_up(command, record, processes):
+    """Write the overview and print the closing table; raises Failure where a prompt failed."""
+    texts = command.texts
+    if processes.size > 1 and not wait_until(lambda: len(record.results()) == len(texts)):
+        raise Failure(f"results of other processes do not show up in {command.output_dir}")
+    results = record.finish()
+    print(utils.summary(results, command.settings.fine_steps))
+    failures = [result["error"] for result in results if "error" in result]
+    if failures:
+        raise Failure(f"{len(failures)} of {len(texts)} prompts failed; the first: {failures[0]}")

@@ -1,0 +1,469 @@
+"""The command, as its users run it: `main(argv)` in this process, and as a process of its own."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from diffusers import DDIMScheduler
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+
+import main
+import pipelines
+from conftest import arguments, files, pixels, run_record
+from models import loading
+from models.families import StableDiffusion
+from pipelines import stable_diffusion
+from sampler import Sampler
+from settings import Settings
+from study import run as study_run
+
+ROOT = Path(main.__file__).parent
+RECORDS = {"run.json", "result.json"}
+SET = {"srds_initialized.png", "srds_final.png", "srds_filmstrip.png"}
+TRUTH = {"srds_ddim_gt.png", "srds_ddim_course.png", "trajectory_errors_plot.png", "trajectory_errors_table.csv"}
+
+
+def iterations(count):
+    return {f"srds_iteration_{i}.png" for i in range(count)}
+
+
+@pytest.fixture
+def run(tiny, tmp_path, capsys):
+    """Run the command on the tiny model into tmp_path/out: (exit status, output folder, stdout)."""
+
+    def run(*more, model=tiny):
+        status = main.main(arguments(tmp_path / "out", model, "-gs", "2", *more, prompts=[]))
+        return status, tmp_path / "out", capsys.readouterr().out
+
+    return run
+
+
+# What a run leaves
+
+
+@pytest.fixture(scope="module")
+def exact_run(tiny, tmp_path_factory):
+    """The output directory of one prompt that ran to exactness."""
+    out = tmp_path_factory.mktemp("exact")
+    more = ["-gs", "2", "--tolerance", "0", "--fixed-batch"]
+    assert main.main(arguments(out, tiny, *more, prompts=["A red sun, 夜"])) == 0
+    return out
+
+
+def test_one_prompt_fills_the_output_directory(exact_run):
+    assert files(exact_run) == SET | TRUTH | iterations(3) | RECORDS
+
+
+def test_a_result_has_what_each_refinement_took(exact_run):
+    (result,) = run_record(exact_run)["prompts"]
+    assert (result["prompt"], result["seed"], result["folder"]) == ("A red sun, 夜", 42, "")
+    assert (result["converged"], result["stop_reason"]) == (True, "exact")
+    assert (result["serial_evaluations"], result["total_evaluations"]) == (9, 18)
+    assert [entry["iteration"] for entry in result["iterations"]] == [-1, 0, 1, 2]
+    assert [entry["serial_evaluations"] for entry in result["iterations"]] == [3, 5, 7, 9]
+    first, *_, last = result["iterations"]
+    assert first["image_change"] is None and first["trajectory_change"] is None
+    assert last["image_error"] == result["image_error"] == 0
+    assert result["trajectory_change"] == last["trajectory_change"]
+    assert result["seconds"]["srds"] > 0 and result["seconds"]["ground_truth"] > 0
+
+
+def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
+    record = run_record(exact_run)
+    assert list(record) == ["begun", "settings", "texts", "environment", "model", "folders", "prompts", "files"]
+    assert list(json.loads((exact_run / "result.json").read_text())) == ["complete", "files", "result", "errors"]
+    assert list(record["prompts"][0]) == [
+        "prompt", "ignored", "seed", "converged", "stop_reason", "serial_evaluations", "total_evaluations",
+        "image_error", "trajectory_change", "damping", "seconds", "iterations", "folder",
+    ]  # fmt: skip
+    assert list(record["prompts"][0]["iterations"][0]) == [
+        "iteration", "serial_evaluations", "total_evaluations", "image_change", "trajectory_change",
+        "predicted_change", "damping", "image_error",
+    ]  # fmt: skip
+    assert record["settings"].keys() == {
+        "prompts", "prompt", "output_dir", "no_ground_truth", "parallel", "model", "device", "dtype", "variant", "lora",
+        "textual_inversion", "offload", "vae_tiling", "compile", "fine_steps", "coarse_steps", "solver", "eta",
+        "tolerance", "schedule", "correction", "stop_rule", "max_iterations", "guidance_scale", "negative_prompt",
+        "height", "width", "seed", "max_batch", "fixed_batch",
+    }  # fmt: skip
+
+
+def test_images_are_those_that_the_results_speak_of(exact_run):
+    (result,) = run_record(exact_run)["prompts"]
+    names = ("ddim_gt", "final", "initialized", "iteration_0", "iteration_2")
+    images = {name: pixels(exact_run / f"srds_{name}.png") for name in names}
+    assert images["final"].shape == (64, 64, 3)
+    assert (images["final"] == images["ddim_gt"]).all() and (images["iteration_2"] == images["final"]).all()
+    first, second, *_ = result["iterations"]
+    assert first["image_error"] == pytest.approx(abs(images["initialized"] - images["ddim_gt"]).mean())
+    assert second["image_change"] == pytest.approx(abs(images["iteration_0"] - images["initialized"]).mean())
+
+
+def test_images_say_what_they_were_made_by(exact_run):
+    text = Image.open(exact_run / "srds_final.png").text
+    assert text["prompt"] == "A red sun, 夜" and text["seed"] == "42"
+    assert json.loads(text["settings"]) == run_record(exact_run)["settings"]
+
+
+def test_the_table_is_zero_where_a_boundary_is_exact(exact_run):
+    table = pd.read_csv(exact_run / "trajectory_errors_table.csv", index_col=0)
+    assert list(table.index) == [f"Iteration_{i}" for i in range(3)]
+    assert list(table.columns) == [f"Timestep_{i}" for i in range(3)]
+    assert (table.values == 0).tolist() == [[i <= k for i in range(3)] for k in range(3)]
+
+
+def test_each_refinement_is_printed_and_a_table_closes_the_run(run):
+    _, _, printed = run("--prompt", "a moon", "--tolerance", "0")
+    lines = [line for line in printed.splitlines() if line.startswith("  iteration")]
+    assert len(lines) == 3 and "converged" in lines[-1] and "5 serial evaluations" in lines[0]
+    assert "9 of 9" in printed.splitlines()[-1] and "yes (exact)" in printed.splitlines()[-1]
+
+
+def test_settings_and_environment_are_recorded(run, tiny):
+    _, out, _ = run("--prompt", "a", "--seed", "7", "--no-ground-truth")
+    settings, environment = run_record(out)["settings"], run_record(out)["environment"]
+    assert settings["coarse_steps"] == 3 and settings["seed"] == 7 and settings["height"] == settings["width"] == 64
+    assert environment["device"] == "cpu" and environment["dtype"] == "float32"
+    assert environment["torch"] == torch.__version__ and {"python", "diffusers"} <= set(environment)
+    assert run_record(out)["model"]["name"] == str(tiny)
+
+
+def test_several_prompts_have_a_folder_each_and_an_overview(run, tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa red sun\r\n\r\nüber / the: hills\r\na moon\r\n".encode())
+    status, out, printed = run("-p", str(tmp_path / "p.txt"), "-tol", "0", "--max-iterations", "2")
+    assert status == 0
+    results = run_record(out)["prompts"]
+    folders = [result["folder"] for result in results]
+    assert folders == ["000-a-red-sun", "001-uber-the-hills", "002-a-moon"]
+    overview, one = SET | TRUTH | iterations(2), SET | TRUTH | iterations(2) | {"result.json"}
+    assert files(out) == overview | {f"{folder}/{file}" for folder in folders for file in one} | {"run.json"}
+    assert set(run_record(out)["files"]) == files(out) - {"run.json"}
+
+    cells = [pixels(out / folder / "srds_iteration_1.png") for folder in folders]
+    overview = pixels(out / "srds_iteration_1.png")
+    assert overview.shape == (128, 128, 3)
+    assert (overview[:64, :64] == cells[0]).all() and (overview[:64, 64:] == cells[1]).all()
+    assert (overview[64:, :64] == cells[2]).all() and (overview[64:, 64:] == 255).all()
+
+    tables = [pd.read_csv(out / folder / "trajectory_errors_table.csv", index_col=0) for folder in ["", *folders]]
+    np.testing.assert_allclose(tables[0].values, np.sqrt(sum(table.values**2 for table in tables[1:])), rtol=1e-6)
+    assert not any(result["converged"] for result in results) and results[0]["stop_reason"] == "max-iterations"
+    assert printed.count("no (max-iterations)") == 3
+
+
+def test_an_image_does_not_depend_on_the_other_prompts(run):
+    _, out, _ = run("--prompt", "a moon", "--fixed-batch")
+    alone = pixels(out / "srds_final.png")
+    _, out, _ = run("--prompt", "a sea", "--prompt", "a moon", "--fixed-batch")
+    assert (pixels(out / "001-a-moon" / "srds_final.png") == alone).all()
+
+
+def test_without_ground_truth_only_samples(run):
+    status, out, printed = run("--prompt", "a moon", "--no-ground-truth", "-tol", "0")
+    assert status == 0 and files(out) == SET | iterations(3) | RECORDS
+    (result,) = run_record(out)["prompts"]
+    assert result["image_error"] is None and result["seconds"]["ground_truth"] is None
+    *refinements, header, row = printed.splitlines()
+    assert "difference" in header and not any("difference" in line or "error" in line for line in refinements)
+    assert "error" not in row and row.split()[-4] == "-"
+
+
+def test_blocks_of_one_step_need_no_refinement(run):
+    status, out, _ = run("--prompt", "a moon", "-cs", "9", "--fixed-batch")
+    assert status == 0 and files(out) == SET | TRUTH | RECORDS
+    (result,) = run_record(out)["prompts"]
+    assert result["stop_reason"] == "exact" and result["serial_evaluations"] == 9 and result["image_error"] == 0
+    assert pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).shape == (0, 9)
+
+
+def test_from_python_a_run_is_the_commands_to_the_bit(run, tiny):
+    """Images, counts, changes and the distance to the truth."""
+    more = ["--solver", "ddpm", "--stop-rule", "predicted", "--seed", "3", "--negative-prompt", "rain"]
+    _, out, _ = run("--prompt", "a moon", *more)
+    settings = Settings(9, 3, solver="ddpm", stop_rule="predicted", seed=3, guidance_scale=2, negative_prompt="rain")
+    sampler = Sampler.from_pretrained(tiny, settings, device="cpu")
+    sample, truth = sampler("a moon"), sampler.sequential("a moon")
+    (result,) = run_record(out)["prompts"]
+    assert (result["serial_evaluations"], result["total_evaluations"], result["stop_reason"]) == (
+        sample.serial_evaluations, sample.total_evaluations, sample.stop_reason,
+    )  # fmt: skip
+    for refinement, entry in zip(sample.refinements, result["iterations"], strict=True):
+        for name in ("image_change", "trajectory_change", "predicted_change", "damping"):
+            assert entry[name] == getattr(refinement, name)
+        name = f"iteration_{refinement.k - 1}" if refinement.k else "initialized"
+        assert (pixels(out / f"srds_{name}.png") == refinement.image).all()
+    assert (pixels(out / "srds_ddim_gt.png") == truth.image).all()
+    table = pd.read_csv(out / "trajectory_errors_table.csv", index_col=0)
+    errors = [(each.states - truth.states)[1:].flatten(1).norm(dim=1) for each in sample.refinements[1:]]
+    np.testing.assert_allclose(table.values, torch.stack(errors), rtol=1e-6)
+
+
+def test_unsettled_trajectories_are_noted(run):
+    _, out, _ = run("--prompt", "a moon", "-tol", "0")
+    first = run_record(out)["prompts"][0]["iterations"][1]
+    between = ["-tol", str((first["image_change"] + first["trajectory_change"]) / 2)]
+    assert "note: the image has settled, but the trajectory" in run("--prompt", "a moon", *between)[2]
+    assert "note:" not in run("--prompt", "a moon", *between, "--stop-rule", "trajectory")[2]
+
+
+def test_damping_is_recorded_and_shown(run):
+    """On the demo model, as random weights turn nothing round."""
+    strong = ["--prompt", "a red sun", *"-cs 5 -fs 25 -gs 7.5 --max-iterations 2 --no-ground-truth".split()]
+    _, out, printed = run(*strong, model="demo")
+    (result,) = run_record(out)["prompts"]
+    per_refinement = [entry["damping"] for entry in result["iterations"]]
+    assert per_refinement[0] == 0 and result["damping"] == max(per_refinement) > 0
+    assert f"damping {per_refinement[1]:.2f}" in printed and f"{result['damping']:.2f}" in printed.splitlines()[-1]
+    _, out, printed = run(*strong, "--correction", "paper", model="demo")
+    assert run_record(out)["prompts"][0]["damping"] == 0 and "damping 0" not in printed
+
+
+def test_a_plan_is_printed_and_recorded(run):
+    status, out, printed = run("--prompt", "a", "-fs", "16", "-cs", "auto", "--no-ground-truth")
+    plan, settings = run_record(out)["plan"], run_record(out)["settings"]
+    assert status == 0 and f"plan: {plan['blocks']} blocks, {plan['schedule']}: about" in printed
+    assert (settings["coarse_steps"], settings["schedule"]) == (plan["blocks"], plan["schedule"])
+
+
+def test_a_lora_reaches_the_images_and_the_record(run, tiny, tmp_path):
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.randn(2, 16), f"{layer}.lora_B.weight": torch.randn(16, 2)}
+    safetensors.torch.save_file(weights, tmp_path / "lora.safetensors")
+    plain = pixels(run("--prompt", "a", "--no-ground-truth")[1] / "srds_final.png")
+    lora = f"{tmp_path / 'lora.safetensors'}:4"
+    status, out, _ = run("--prompt", "a", "--no-ground-truth", "--lora", lora)
+    assert status == 0 and run_record(out)["settings"]["lora"] == [lora]
+    assert (pixels(out / "srds_final.png") != plain).any()
+    assert run("--prompt", "a", "--no-ground-truth", "--lora", lora, "--resume")[0] == 0
+    assert run("--prompt", "a", "--no-ground-truth", "--resume")[0] == 2
+    assert run("--prompt", "a", "--lora", str(tmp_path / "missing.safetensors"))[0] == 2
+    assert (pixels(out / "srds_final.png") != plain).any(), "a refused run left the earlier one"
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny, tmp_path, capsys):
+    argv = arguments(tmp_path, tiny, "--max-iterations", "1", prompts=["abcdefgh " * 3 + "xyz"])
+    assert main.main(argv) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "yz" in warnings[0]
+    assert run_record(tmp_path)["prompts"][0]["ignored"].endswith("yz")
+
+
+# Bad input
+
+BAD = [
+    (["--prompt", "a", "-cs", "auto", "--compile"], "'auto' measures calls of many sizes, a compiled network has few"),
+    (["--prompt", "a", "-cs", "auto", "--fixed-batch"], "'auto' measures calls of many sizes, a fixed batch has one"),
+    (["--prompt", "a", "-cs", "few"], "-cs: 'few' is not usable; give a whole number from 1 up, or auto"),
+    (["-p", "missing.txt"], "--prompts/-p: 'missing.txt' cannot be read (No such file"),
+    (["-p", "folder"], "--prompts/-p: 'folder' cannot be read (Is a directory"),
+    (["-p", "empty.txt"], "--prompts/-p: 'empty.txt' holds no prompt"),
+    (["-p", "blank.txt"], "--prompts/-p: 'blank.txt' holds no prompt"),
+    (["-p", "latin.txt"], "--prompts/-p: 'latin.txt' is not UTF-8"),
+    ([], "--prompts/-p or --prompt: neither"),
+    (["-p", "good.txt", "--prompt", "a"], "--prompts/-p or --prompt: both"),
+    (["--prompt", " "], "--prompt: ' ' is blank"),
+    (["--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' is not usable; give some text, in UTF-8"),
+    (["--prompt", "a", "-cs", "0"], "--coarse-steps/-cs: 0 is not usable"),
+    (["--prompt", "a", "-fs", "0"], "--fine-steps/-fs: 0 is not usable"),
+    (["--prompt", "a", "-fs", "ten"], "--fine-steps/-fs: 'ten' is not usable"),
+    (["--prompt", "a", "-cs", "11", "-fs", "10"], "--coarse-steps/-cs: 11 is more than the 10 fine steps"),
+    (["--prompt", "a", "-fs", "1001"], "--fine-steps/-fs: 1001 exceeds"),
+    (["--prompt", "a", "-tol", "-1"], "--tolerance/-tol: -1 is not usable"),
+    (["--prompt", "a", "-tol", "nan"], "--tolerance/-tol: nan is not usable"),
+    (["--prompt", "a", "-gs", "inf"], "--guidance-scale/-gs: inf is not usable"),
+    (["--prompt", "a", "-gs", "-2"], "--guidance-scale/-gs: -2 is not usable"),
+    (["--prompt", "a", "--eta", "1.5"], "--eta: 1.5 is not usable; give a number from 0 to 1"),
+    (["--prompt", "a", "--solver", "foo"], "--solver: 'foo' is not usable; give one of ddim"),
+    (["--prompt", "a", "--solver", "euler"], "--solver: 'euler' does not sample"),
+    (["--prompt", "a", "--height", "0"], "--height: 0 is not usable"),
+    (["--prompt", "a", "--height", "63"], "--height: 63 is not a multiple"),
+    (["--prompt", "a", "--width", "-8"], "--width: -8 is not usable"),
+    (["--prompt", "a", "--width", "100"], "--width: 100 is not a multiple"),
+    (["--prompt", "a", "-s", "-1"], "--seed/-s: -1 is not usable"),
+    (["--prompt", "a", "-s", str(2**64)], f"--seed/-s: {2**64} is not usable"),
+    (["--prompt", "a", "--max-batch", "0"], "--max-batch: 0 is not usable"),
+    (["--prompt", "a", "--max-iterations", "0"], "--max-iterations: 0 is not usable"),
+    (["--prompt", "a", "--schedule", "fast"], "--schedule: 'fast' is not usable; give one of pipelined, sweep"),
+    (["--prompt", "a", "--parallel", "both"], "--parallel: 'both' is not usable; give one of lanes, prompts"),
+    (["--prompt", "a", "--device", "tpu"], "--device: 'tpu' is not on this machine"),
+    (["--prompt", "a", "--device", "cpu:3"], "--device: 'cpu:3' is not on this machine"),
+    (["--prompt", "a", "--offload"], "--offload: has nowhere to offload to"),
+    (["--prompt", "a", "--lora", ""], "--lora: '' is not usable"),
+    (["--prompt", "a", "--model", ""], "--model: '' is not usable; give a hub id, a folder or demo"),
+    (["--prompt", "a", "--unknown"], "--unknown"),
+    (["--prompt", "a", "-o", "good.txt"], "--output-dir/-o: 'good.txt' is not a directory"),
+    (["--prompt", "a", "-o", "good.txt/out"], "--output-dir/-o: 'good.txt/out' cannot be used"),
+    (["--prompt", "a", "-o", ""], "--output-dir/-o: '' is empty"),
+    (["--prompt", "a", "-o", "x" * 300], "--output-dir/-o: 'xxx"),
+    (["--prompt", "a", "-o", "dangling"], "--output-dir/-o: 'dangling' is a broken link"),
+    (["--prompt", "a", "--negative-prompt", "caf\udce9"], "--negative-prompt: 'caf\\udce9' is not usable"),
+    (["--prompt", "a", "--two\nlines"], "--two lines"),
+]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with prompt files of all kinds and an output directory with an earlier run's files in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    blank = b"\xef\xbb\xbf \r\n\n"
+    for name, data in {"good": b"a moon\n", "empty": b"", "blank": blank, "latin": b"caf\xe9\n"}.items():
+        Path(f"{name}.txt").write_bytes(data)
+    Path("dangling").symlink_to("nowhere/at-all")
+    Path("out").mkdir()
+    Path("out/run.json").write_text('{"files": ["srds_final.png"]}')
+    Path("out/srds_final.png").write_text("an image")
+    return tmp_path
+
+
+@pytest.mark.parametrize("argv, words", BAD, ids=[words.split(" is ")[0][:40] for _, words in BAD])
+def test_bad_input_is_one_line_and_status_2(argv, words, workplace, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(study_run, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    before = {name: Path(name).read_bytes() for name in files(workplace)}
+    model = [] if "--model" in argv else ["--model", str(tiny)]
+    assert main.main(["-o", "out", *model, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and words in err
+    assert {name: Path(name).read_bytes() for name in files(workplace)} == before
+
+
+def test_tiling_without_an_autoencoder_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
+    pipelines.pixels().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(loading, "_from_pretrained", lambda *args: pytest.fail("weights were loaded"))
+    assert main.main(arguments(tmp_path / "out", tmp_path / "model", "--vae-tiling")) == 2
+    assert "--vae-tiling: is of no use" in capsys.readouterr().err
+
+
+def test_arguments_are_checked_before_the_device_and_the_device_before_the_model(workplace, capsys):
+    both = ["-o", "out", "--prompt", "a", "--model", "nowhere/at-all"]
+    for more, words in ((["-cs", "0", "--device", "tpu"], "-cs"), (["--device", "tpu"], "--device")):
+        assert main.main([*both, *more]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_output_directory_must_be_writable(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not hold root back
+    assert main.main(["-o", "folder/out", "--prompt", "a"]) == 2
+    assert "--output-dir/-o: 'folder/out' is not writable" in capsys.readouterr().err
+
+
+# What fails later
+
+
+def fails_with_one_line(argv, words, capsys):
+    capsys.readouterr()
+    assert main.main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err, err
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("not a model", "neither a folder here nor a model id"),
+        ("./missing", "neither a folder here nor a model id"),
+        ("folder", "no readable model_index.json"),
+        ("nobody/nothing", "huggingface.co cannot be reached"),
+        ("stabilityai/stable-diffusion-2", "withdrawn"),
+    ],
+)
+def test_models_that_cannot_be_had_are_one_line_and_status_1(model, words, workplace, monkeypatch, capsys):
+    def unreachable(name, **kwargs):
+        validate_repo_id(name)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(loading, "snapshot_download", unreachable)
+    fails_with_one_line(["-o", "out", "--prompt", "a", "--model", model], words, capsys)
+    assert Path("out/srds_final.png").exists()
+
+
+def test_weights_that_are_missing_are_one_line_and_status_1(workplace, capsys):
+    stable_diffusion().save_pretrained("pickled", safe_serialization=False)
+    fails_with_one_line(arguments("out", "pickled"), "safetensors", capsys)
+    stable_diffusion().save_pretrained("plain")
+    fails_with_one_line(arguments("out", "plain", "--variant", "fp16"), "variant 'fp16'", capsys)
+    assert Path("out/srds_final.png").exists()
+
+
+def test_a_scheduler_that_is_refused_is_one_line_and_status_1(workplace, capsys):
+    stable_diffusion(DDIMScheduler(thresholding=True)).save_pretrained("model")
+    fails_with_one_line(arguments("out", "model"), "thresholding", capsys)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_out_of_memory_is_one_line_and_status_1(error, monkeypatch, tiny, capsys, tmp_path):
+    def fail(*args, **conditions):
+        raise error
+
+    monkeypatch.setattr(StableDiffusion, "predict", fail)
+    fails_with_one_line(arguments(tmp_path / "out", tiny), "--max-batch", capsys)
+
+
+def test_latents_that_are_not_finite_are_one_line_and_status_1(tiny, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(StableDiffusion, "predict", lambda self, pipeline, x, t, **conditions: x * float("nan"))
+    fails_with_one_line(arguments(tmp_path, tiny), "--dtype", capsys)
+
+
+def test_a_compiler_that_fails_is_one_line_and_status_1(tiny, tmp_path, monkeypatch, capsys):
+    def failing(module, inputs):
+        raise OSError("no compiler found")
+
+    monkeypatch.setattr(loading, "compile_network", lambda network: network.compile(backend=failing))
+    words = "argument --compile: torch cannot compile here"
+    fails_with_one_line(arguments(tmp_path, tiny, "--compile"), words, capsys)
+
+
+def test_a_full_disk_is_one_line_and_status_1_and_leaves_no_half_file(tiny, monkeypatch, capsys, tmp_path):
+    whole = Path.write_bytes
+
+    def full(path, data):
+        if "filmstrip" in path.name:
+            whole(path, data[:10])
+            raise OSError(28, "No space left on device")
+        return whole(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    fails_with_one_line(arguments(tmp_path / "out", tiny, prompts=["a"]), "No space left", capsys)
+    assert files(tmp_path / "out") == RECORDS
+
+
+# As a process
+
+
+def test_help_needs_no_torch():
+    script = "import sys, main; status = main.main(['--help']); assert 'torch' not in sys.modules; sys.exit(status)"
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "--coarse-steps" in process.stdout and process.stderr == ""
+
+
+def test_ctrl_c_leaves_the_finished_prompts_complete(tmp_path, tiny):
+    prompts = [f"moon {i}" for i in range(50)]
+    argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=prompts)]
+    # A shell's background job, as CI may be, has its children ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(argv, cwd=ROOT, **pipes, text=True, preexec_fn=heed)
+    for line in process.stdout:
+        if line.startswith("prompt 3 "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(err.splitlines()) == 1 and "interrupted" in err
+    results = run_record(tmp_path / "out")["prompts"]
+    assert len(results) >= 2
+    for result in results:
+        Image.open(tmp_path / "out" / result["folder"] / "srds_final.png").load()
+        assert TRUTH | SET <= files(tmp_path / "out" / result["folder"])

@@ -1,0 +1,74 @@
+"""How the code is laid out: which file may import which, and what an import may not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LOADING = {"settings", "models.families", "models.adapters"}
+SAMPLER = {"settings", "srds", "diffusion", "models.loading", "study.planning"}
+STUDY = {"settings", "utils", "sampler", "models.loading", "study.planning", "study.processes", "study.record"}
+MAY_IMPORT = {
+    "settings": set(), "srds": set(), "diffusion": set(), "utils": set(), "models.families": set(),
+    "models.adapters": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
+    "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
+    "study.record": {"settings", "utils"}, "study.run": STUDY,
+    "main": {"settings", "study.quiet", "study.processes", "study.run"},
+}  # fmt: skip
+
+
+def tree(room):
+    return ast.parse((ROOT / f"{room.replace('.', '/')}.py").read_text())
+
+
+def imported(node):
+    if isinstance(node, ast.Import):
+        return {name.name for name in node.names}
+    return {node.module} if isinstance(node, ast.ImportFrom) else set()
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_arrows_run_one_way(room):
+    found = set().union(*map(imported, ast.walk(tree(room))))
+    assert found & MAY_IMPORT.keys() <= MAY_IMPORT[room]
+
+
+def test_nothing_imports_main_but_the_tests_of_the_command():
+    allowed = {"test_command.py", "test_resume.py", "test_processes.py", "test_families.py", "test_house.py"}
+    for path in ROOT.rglob("*.py"):
+        if ".venv" not in path.parts and path.name not in allowed:
+            assert "main" not in set().union(*map(imported, ast.walk(ast.parse(path.read_text())))), path
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_are_at_the_top_but_for_the_commands_late_ones(room):
+    late = [
+        node
+        for function in ast.walk(tree(room))
+        if isinstance(function, (ast.FunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+        if imported(node)
+    ]
+    assert set().union(*map(imported, late)) == (MAY_IMPORT["main"] - {"settings"} if room == "main" else set())
+
+
+def test_importing_the_rooms_changes_nothing_in_the_process():
+    """Neither a library's verbosity, nor a warning filter, a signal handler or the environment."""
+    script = f"""
+import accelerate, logging, matplotlib.figure, os, pandas, peft, signal, sys, torch, warnings
+import diffusers, huggingface_hub, transformers
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+import diffusers.loaders.textual_inversion
+def state():
+    libraries = [library.utils.logging.get_verbosity() for library in (diffusers, transformers, huggingface_hub)]
+    others = signal.getsignal(signal.SIGTERM), torch.is_grad_enabled(), sys.path[:]
+    return dict(os.environ), warnings.filters[:], libraries, logging.root.level, logging.root.handlers[:], others
+before = state()
+import {", ".join(MAY_IMPORT)}
+assert state() == before, [(a, b) for a, b in zip(before, state()) if a != b]
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

