@@ -69,7 +69,7 @@ ARGUMENTS = {
          "blocks, at most N; auto: as many as take the least time on this device (%(default)s)"),
         ("--fine-steps -fs", number, "N",
          "steps of the sequential sampler that SRDS reproduces; at most the model's own (%(default)s)"),
-        ("--solver", str, one_of(defaults.SOLVERS), "the sampler that makes the steps (ddim; for flow matching, euler)"),
+        ("--solver", str, one_of(defaults.SOLVERS), "what makes the steps (ddim; for flow matching, euler)"),
         ("--eta", number, "E", "noise in ddim's steps, 0 to 1 (%(default)s)"),
         ("--tolerance -tol", number, "T",
          "stop when a refinement changes the image by less, 0 to 255; 0: go on until exact (%(default)s)"),
@@ -99,8 +99,8 @@ ARGUMENTS = {
     ],
     "machine": [
         ("--parallel", str, one_of(defaults.PARALLELS),
-         "what the processes of accelerate launch or torchrun share: the lanes of each tick, or the prompts (prompts, if "
-         "there are more of them than processes)"),
+         "what the processes of accelerate launch or torchrun share: the lanes of each tick, or the prompts (prompts, "
+         "if there are more of them than processes)"),
         ("--device", str, "DEVICE", "auto, cpu, cuda, cuda:1, mps ... (%(default)s)"),
         ("--dtype", str, one_of(defaults.DTYPES), "auto: float16 or bfloat16 on cuda, float32 elsewhere (%(default)s)"),
         ("--max-batch", number, "M", "most network samples in one call, where memory is short (no limit)"),

@@ -163,9 +163,9 @@ def test_several_prompts_have_a_folder_each_and_an_overview(run, tmp_path):
 
 
 def test_an_image_does_not_depend_on_the_other_prompts(run):
-    _, out, _ = run("--prompt", "a moon", "--fixed-batch")
+    _, out, _ = run("--prompt", "a moon", "--fixed-batch", "--no-ground-truth")
     alone = pixels(out / "srds_final.png")
-    _, out, _ = run("--prompt", "a sea", "--prompt", "a moon", "--fixed-batch")
+    _, out, _ = run("--prompt", "a sea", "--prompt", "a moon", "--fixed-batch", "--no-ground-truth")
     assert (pixels(out / "001-a-moon" / "srds_final.png") == alone).all()
 
 
@@ -210,9 +210,9 @@ def test_from_python_a_run_is_the_commands_to_the_bit(run, tiny):
 
 
 def test_unsettled_trajectories_are_noted(run):
-    _, out, _ = run("--prompt", "a moon", "-tol", "0")
+    _, out, _ = run("--prompt", "a moon", "-tol", "0", "--no-ground-truth")
     first = run_record(out)["prompts"][0]["iterations"][1]
-    between = ["-tol", str((first["image_change"] + first["trajectory_change"]) / 2)]
+    between = ["--no-ground-truth", "-tol", str((first["image_change"] + first["trajectory_change"]) / 2)]
     assert "note: the image has settled, but the trajectory" in run("--prompt", "a moon", *between)[2]
     assert "note:" not in run("--prompt", "a moon", *between, "--stop-rule", "trajectory")[2]
 
@@ -415,6 +415,7 @@ def test_latents_that_are_not_finite_are_one_line_and_status_1(tiny, monkeypatch
     fails_with_one_line(arguments(tmp_path, tiny), "--dtype", capsys)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_one_line_and_status_1(tiny, tmp_path, monkeypatch, capsys):
     def failing(module, inputs):
         raise OSError("no compiler found")
@@ -448,6 +449,7 @@ def test_help_needs_no_torch():
     assert "--coarse-steps" in process.stdout and process.stderr == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_finished_prompts_complete(tmp_path, tiny):
     prompts = [f"moon {i}" for i in range(50)]
     argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=prompts)]

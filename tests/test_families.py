@@ -227,6 +227,7 @@ def folders(tmp_path_factory):
     return {name: root / name for name in FAMILIES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_command_writes_every_output(family, folders, tmp_path, capsys):
     size = [] if family == "Unconditional" else ["--height", "64", "--width", "96", "--vae-tiling"]

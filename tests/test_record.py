@@ -105,12 +105,12 @@ def test_folder_names_are_safe(prompt, name):
 
 
 def test_overviews_of_many_prompts_stay_readable(tmp_path):
-    """100 of them: the pictures show the first 64, the filmstrip 16; the table and the results have all."""
-    record = make(tmp_path / "out", [f"prompt {i}" for i in range(100)])
+    """70 of them: the pictures show the first 64, the filmstrip 16; the results have all."""
+    record = make(tmp_path / "out", [f"prompt {i}" for i in range(70)])
     record.begin()
-    for i in range(100):
-        add(record, i, grey=i, errors=(1.0,))
-    assert len(record.finish()) == 100
+    for i in range(70):
+        add(record, i, grey=i, errors=(1.0,), truth=False)
+    assert len(record.finish()) == 70
     final = np.asarray(Image.open(tmp_path / "out" / "srds_final.png"))
     assert final.shape == (128, 128, 3) and final[-1, -1, 0] == 63
     assert Image.open(tmp_path / "out" / "srds_filmstrip.png").height < 16 * 300

@@ -20,19 +20,20 @@ from sampler import Sampler
 from study.record import Record
 
 ROOT = Path(main.__file__).parent
+SHORT = ["--max-iterations", "1", "--no-ground-truth"]
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
     """What an uninterrupted run leaves."""
     folder = tmp_path_factory.mktemp("whole")
-    assert main.main(arguments(folder, tiny)) == 0
+    assert main.main(arguments(folder, tiny, "--no-ground-truth")) == 0
     return contents(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, whole, tiny, tmp_path):
+def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, tiny, tmp_path):
     """Killed at a random moment after the first to the third prompt, in whatever it does then."""
     out, chance = tmp_path / "out", random.Random(seed)
     argv = [sys.executable, "main.py", *arguments(out, tiny)]
@@ -45,26 +46,27 @@ def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, whole, t
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert main.main(arguments(out, tiny, "--resume")) == 0
-    assert contents(out) == whole
+    assert main.main(arguments(tmp_path / "whole", tiny)) == 0
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    assert main.main(arguments(out, tiny, "--resume")) == 0, "there is nothing to resume, which is no error"
+    assert main.main(argv) == 0, "there is nothing to resume, which is no error"
     folders = [result["folder"] for result in run_record(out)["prompts"]]
     (out / folders[1] / "srds_final.png").unlink()
     cut = out / folders[2] / "result.json"
     cut.write_text(cut.read_text()[:100])
     kept = (out / folders[0] / "result.json").stat().st_mtime_ns
     capsys.readouterr()
-    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert main.main(argv) == 0
     printed = capsys.readouterr().out
     assert "2 of 4 prompts are complete" in printed and (out / folders[0] / "result.json").stat().st_mtime_ns == kept
     assert "prompt 2 of 4" in printed and "prompt 3 of 4" in printed and "prompt 1 of 4" not in printed
     assert contents(out) == whole
 
     monkeypatch.setattr(Sampler, "warm_up", lambda self: pytest.fail("nothing is left to run"))
-    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert main.main(argv) == 0
     assert contents(out) == whole
 
 
@@ -79,10 +81,10 @@ def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, 
 )
 def test_settings_that_differ_are_one_line_and_nothing_is_touched(more, words, tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main.main(arguments(out, tiny, "--max-iterations", "1")) == 0
+    assert main.main(arguments(out, tiny, *SHORT, prompts=PROMPTS[:2])) == 0
     before = {path: path.read_bytes() for path in out.rglob("*.*")}
     capsys.readouterr()
-    assert main.main(arguments(out, tiny, "--max-iterations", "1", "--resume", *more)) == 2
+    assert main.main(arguments(out, tiny, *SHORT, "--resume", *more, prompts=PROMPTS[:2])) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
@@ -90,24 +92,26 @@ def test_settings_that_differ_are_one_line_and_nothing_is_touched(more, words, t
 
 def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    assert main.main(arguments(out, tiny, "-cs", "auto")) == 0
+    argv = arguments(out, tiny, "-cs", "auto", *SHORT, prompts=PROMPTS[:1])
+    assert main.main(argv) == 0
     monkeypatch.setattr(door, "make_plan", lambda *args: pytest.fail("a plan was made again"))
     for _ in range(2):
-        assert main.main(arguments(out, tiny, "-cs", "auto", "--resume")) == 0
+        assert main.main([*argv, "--resume"]) == 0
         assert run_record(out)["plan"]
 
 
-def test_a_directory_of_the_version_before_is_resumed(whole, tiny, tmp_path):
+def test_a_directory_of_the_version_before_is_resumed(tiny, tmp_path):
     """Its record has no adapters among its settings."""
     out = tmp_path / "out"
-    assert main.main(arguments(out, tiny)) == 0
+    argv = arguments(out, tiny, *SHORT, prompts=PROMPTS[:2])
+    assert main.main(argv) == 0
     record = run_record(out)
     for key in ("lora", "textual_inversion"):
         del record["settings"][key]
     (out / "run.json").write_text(json.dumps(record))
     kept = (out / record["folders"][0] / "result.json").stat().st_mtime_ns
-    assert main.main(arguments(out, tiny, "--resume")) == 0
-    assert (out / record["folders"][0] / "result.json").stat().st_mtime_ns == kept and contents(out) == whole
+    assert main.main([*argv, "--resume"]) == 0
+    assert (out / record["folders"][0] / "result.json").stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize("record", ['{"settings": 3}', '{"settings": {}, "environment": {}}', '{"texts": []}'])
@@ -121,30 +125,31 @@ def test_a_record_that_is_not_of_a_run_is_refused_in_one_line(record, tiny, tmp_
 
 def test_a_run_that_cannot_begin_leaves_the_earlier_one(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    assert main.main(arguments(out, tiny, "--max-iterations", "1")) == 0
+    assert main.main(arguments(out, tiny, *SHORT, prompts=PROMPTS[:2])) == 0
     before = {path: path.read_bytes() for path in out.rglob("*.*")}
 
     def fail(*args, **conditions):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(StableDiffusion, "predict", fail)
-    assert main.main(arguments(out, tiny, "--seed", "7")) == 1
+    assert main.main(arguments(out, tiny, *SHORT, "--seed", "7", prompts=PROMPTS[:2])) == 1
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
 def test_a_run_without_resume_keeps_nothing_whatever_became_of_the_record(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     for seed, more in (("1", []), ("2", []), ("3", ["--resume"])):  # of which run.json could tell
-        assert main.main(arguments(out, tiny, "--seed", seed, "--max-iterations", "1", *more)) == 0
-        assert "prompt 4 of 4" in capsys.readouterr().out and run_record(out)["settings"]["seed"] == int(seed)
+        assert main.main(arguments(out, tiny, "--seed", seed, *SHORT, *more, prompts=PROMPTS[:2])) == 0
+        assert "prompt 2 of 2" in capsys.readouterr().out and run_record(out)["settings"]["seed"] == int(seed)
         (out / "run.json").unlink()
 
 
 def test_a_run_may_be_resumed_with_what_its_failure_asks_for_but_not_in_other_numbers(tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main.main(arguments(out, tiny)) == 0
-    assert main.main(arguments(out, tiny, "--resume", "--max-batch", "2", "--dtype", "float32")) == 0
-    assert main.main(arguments(out, tiny, "--resume", "--dtype", "bfloat16")) == 2
+    argv = arguments(out, tiny, *SHORT, prompts=PROMPTS[:1])
+    assert main.main(argv) == 0
+    assert main.main([*argv, "--resume", "--max-batch", "2", "--dtype", "float32"]) == 0
+    assert main.main([*argv, "--resume", "--dtype", "bfloat16"]) == 2
     assert "--dtype: 'bfloat16' is not 'float32'" in capsys.readouterr().err
 
 
@@ -165,14 +170,14 @@ def test_a_prompt_that_fails_does_not_end_the_run_and_is_run_again(error, whole,
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusion, "encode", watch)
         patch.setattr(StableDiffusion, "predict", fail)
-        assert main.main(arguments(out, tiny)) == 1
+        assert main.main(arguments(out, tiny, "--no-ground-truth")) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "1 of 4 prompts failed" in captured.err
     table = captured.out.splitlines()[-4:]
     assert [line.endswith("failed") for line in table] == [False, True, False, False]
     words = "out of memory" if error else "not finite"
     assert [words in result.get("error", "") for result in run_record(out)["prompts"]] == [False, True, False, False]
-    assert main.main(arguments(out, tiny, "--resume")) == 0
+    assert main.main(arguments(out, tiny, "--no-ground-truth", "--resume")) == 0
     assert contents(out) == whole
 
 
@@ -185,6 +190,6 @@ def test_an_output_directory_removed_in_mid_run_is_one_line(tiny, tmp_path, monk
             shutil.rmtree(out)
 
     monkeypatch.setattr(Record, "add", remove)
-    assert main.main(arguments(out, tiny)) == 1
+    assert main.main(arguments(out, tiny, "--no-ground-truth")) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cannot be written" in error and not out.exists()

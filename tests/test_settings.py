@@ -173,6 +173,7 @@ def test_edited_defaults_are_checked_like_arguments(edit, words, copy_of_the_hou
     assert process.stdout == "" and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_edited_defaults_are_checked_against_the_model(copy_of_the_house, tmp_path):
     process = run_edited(copy_of_the_house, "HEIGHT = 60", tmp_path, ["--model", "demo"])
     assert process.returncode == 2 and process.stderr.count("\n") == 1
