@@ -52,6 +52,7 @@ def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, tiny, tm
 
 def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
+    argv = arguments(out, tiny, "--no-ground-truth", "--resume")
     assert main.main(argv) == 0, "there is nothing to resume, which is no error"
     folders = [result["folder"] for result in run_record(out)["prompts"]]
     (out / folders[1] / "srds_final.png").unlink()
