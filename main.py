@@ -139,7 +139,8 @@ def parse_arguments(parser, argv):
     settings, loading = (
         kind(**{field.name: getattr(args, field.name) for field in fields(kind)}) for kind in (Settings, Loading)
     )
-    loading.check(settings)
+    if loading.compile:
+        settings.check_compiled()
     choice(*defaults.PARALLELS, optional=True)("parallel", args.parallel)
     texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
     check_output_dir(args.output_dir)

@@ -123,8 +123,8 @@ class Sampler:
     with offloaded parts, the one that ran last stays on the device until the next prompt or the end of a call.
 
     pipeline: of a class in `models.families.FAMILIES`, or one derived from it.
-    settings: `asked` is what was given, with the plan's blocks where they were "auto"; `settings` has the model's usual
-        values in place of None. Neither changes.
+    settings: a `Settings`; None for the defaults. `asked` is what was given, with the plan's blocks where they were
+        "auto"; `settings` has the model's usual values in place of None. Neither changes.
     processes: those of a launch, which then all make the same calls; None for this one alone.
 
     plan: what the blocks were chosen by, where coarse_steps was "auto"; None otherwise.
@@ -132,11 +132,12 @@ class Sampler:
     Raises SettingError where the model cannot do what is asked, and ModelError where it is none that can be sampled.
     """
 
-    def __init__(self, pipeline, settings=Settings(), *, processes=None):
+    def __init__(self, pipeline, settings=None, *, processes=None):
+        settings = settings or Settings()
         self.pipeline, self.processes, self.plan = pipeline, processes or OneProcess(), None
         self.model = inspect(pipeline)
-        self.network = getattr(pipeline, self.model.family.network)
-        Loading(compile=is_compiled(self.network)).check(settings)
+        if is_compiled(self.network):
+            settings.check_compiled()
         if settings.resolve(self.model).coarse_steps == "auto":
             one_block = Sampler(pipeline, replace(settings, coarse_steps=1), processes=processes)
             self.plan = self.processes.broadcast(make_plan(one_block, settings))
@@ -157,7 +158,7 @@ class Sampler:
         self.solver = diffusion.Solver(self.grid, settings.solver, settings.eta, settings.seed, self.boundaries)
 
     @classmethod
-    def from_pretrained(cls, model, settings=Settings(), **loading):
+    def from_pretrained(cls, model, settings=None, **loading):
         """Load a model, as the command does: `model` is a hub id, a local folder or "demo".
 
         loading: device, dtype, variant, lora, textual_inversion, offload, vae_tiling and compile, see `Loading`.
@@ -165,8 +166,9 @@ class Sampler:
         Raises SettingError, before weights are loaded where it can be known by then, and ModelError where the model
         cannot be had.
         """
-        loading = Loading(model, **loading)
-        loading.check(settings)
+        settings, loading = settings or Settings(), Loading(model, **loading)
+        if loading.compile:
+            settings.check_compiled()
         found = find_model(loading.model)
         settings.resolve(found)
         return cls(load_pipeline(found, loading), settings)
@@ -261,6 +263,11 @@ class Sampler:
             most = min(denoise.rows * self.widest, settings.max_batch or math.inf)
             denoise.sizes = diffusion.compiled_batches(min(denoise.rows, most), most)
         return denoise
+
+    @property
+    def network(self):
+        """The module that is called at each step."""
+        return getattr(self.pipeline, self.model.family.network)
 
     @property
     def widest(self):

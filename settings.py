@@ -80,6 +80,7 @@ def domain(convert, wanted, optional=False):
 
 
 def valid(value, condition):
+    """The value, if the condition holds and it is not True or False, which are numbers to Python."""
     if not condition or isinstance(value, bool):
         raise ValueError
     return value
@@ -91,7 +92,7 @@ def whole(low=1, high=None, optional=False, auto=False):
     def convert(value):
         if auto and value == "auto":
             return value
-        return valid(value, low <= operator.index(value) <= (math.inf if high is None else high)) and int(value)
+        return int(valid(value, low <= operator.index(value) <= (math.inf if high is None else high)))
 
     wanted = f"a whole number from {low} {'up' if high is None else f'to {high}'}{', or auto' if auto else ''}"
     return domain(convert, wanted, optional)
@@ -105,15 +106,19 @@ def real(high=math.inf, optional=False):
 
 
 def choice(*names, optional=False):
+    """One of some names."""
     return domain(lambda value: valid(value, value in names), f"one of {', '.join(names)}", optional)
 
 
 def text(wanted="some text, in UTF-8", empty=False, optional=False):
+    """Text that can be written as UTF-8."""
     return domain(lambda value: valid(value, str.encode(value) or empty), wanted, optional)
 
 
-def flag():
-    return domain(lambda value: bool(value) if isinstance(value, bool) else valid(value, False), "True or False")
+def flag(setting, value):
+    if not isinstance(value, bool):
+        raise SettingError(setting, value, "is not usable; give True or False")
+    return value
 
 
 def split_scale(adapter):
@@ -189,7 +194,7 @@ class Settings(Checked):
         "correction": choice(*CORRECTIONS), "stop_rule": choice(*STOP_RULES), "max_iterations": whole(optional=True),
         "guidance_scale": real(optional=True), "negative_prompt": text(empty=True), "height": whole(optional=True),
         "width": whole(optional=True), "seed": whole(0, 2**64 - 1), "max_batch": whole(optional=True),
-        "fixed_batch": flag(),
+        "fixed_batch": flag,
     }  # fmt: skip
 
     def __post_init__(self):
@@ -200,6 +205,12 @@ class Settings(Checked):
         if self.coarse_steps != "auto" and self.coarse_steps > self.fine_steps:
             remedy = f"is more than the {self.fine_steps} fine steps; give at most as many"
             raise SettingError("coarse_steps", self.coarse_steps, remedy)
+
+    def check_compiled(self):
+        """Raise SettingError for what a compiled network cannot do."""
+        if self.coarse_steps == "auto":
+            remedy = "measures calls of many sizes, a compiled network has few; give a number"
+            raise SettingError("coarse_steps", "auto", remedy)
 
     def resolve(self, model):
         """These settings with what `model`, a `models.loading.Model`, usually takes in place of None.
@@ -262,7 +273,7 @@ class Loading(Checked):
     domains = {
         "model": text("a hub id, a folder or demo"), "device": text("auto, cpu, cuda or another device of torch's"),
         "dtype": choice(*DTYPES), "variant": text(optional=True), "lora": adapters, "textual_inversion": adapters,
-        "offload": flag(), "vae_tiling": flag(), "compile": flag(),
+        "offload": flag, "vae_tiling": flag, "compile": flag,
     }  # fmt: skip
 
     def __post_init__(self):
@@ -270,9 +281,3 @@ class Loading(Checked):
             if not isinstance(getattr(self, name), (str, type(None))):
                 object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
         super().__post_init__()
-
-    def check(self, settings):
-        """Raise SettingError where the two do not go together."""
-        if self.compile and settings.coarse_steps == "auto":
-            remedy = "measures calls of many sizes, a compiled network has few; give a number"
-            raise SettingError("coarse_steps", "auto", remedy)

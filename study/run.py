@@ -46,7 +46,8 @@ def run(command, processes):
 
 def without_places(command):
     """What all processes of a launch must have been given alike; folders may have other names on other machines."""
-    return [asdict(command.settings), asdict(command.loading), command.texts, command.ground_truth, command.resume]
+    same = command.texts, command.ground_truth, command.resume, command.parallel
+    return [asdict(command.settings), asdict(command.loading), *same]
 
 
 def load(command, processes):
@@ -57,7 +58,6 @@ def load(command, processes):
         model = find_model(command.loading.model)
     settings, dtype = command.settings, str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
     recorded = recorded_settings(command, settings.resolve(model), processes)
-    command.loading.check(settings)
     earlier = {}
     if command.resume and processes.first:
         earlier = check_resumable(command.output_dir, {**recorded, "dtype": dtype}, command.texts)

@@ -71,7 +71,7 @@ def test_settings_that_do_not_go_together_are_refused():
         with pytest.raises(SettingError, match="coarse_steps: "):
             Settings(**settings)
     with pytest.raises(SettingError, match="coarse_steps: 'auto' measures calls of many sizes"):
-        Loading(compile=True).check(Settings(coarse_steps="auto"))
+        Settings(coarse_steps="auto").check_compiled()
 
 
 def test_numbers_of_numpy_and_devices_of_torch_are_taken():
@@ -178,6 +178,13 @@ def test_edited_defaults_are_checked_against_the_model(copy_of_the_house, tmp_pa
     process = run_edited(copy_of_the_house, "HEIGHT = 60", tmp_path, ["--model", "demo"])
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert "argument --height: 60 is not a multiple of 8; give 64" in process.stderr
+
+
+@pytest.mark.slow
+def test_an_edited_default_does_not_matter_where_an_argument_is_given(copy_of_the_house, tmp_path):
+    more = ["--model", "demo", "-cs", "2", "-fs", "4", "--no-ground-truth"]
+    process = run_edited(copy_of_the_house, "COARSE_STEPS = 200", tmp_path, more)
+    assert process.returncode == 0 and process.stderr == ""
 
 
 def run_edited(house, edit, tmp_path, more):
