@@ -10,7 +10,6 @@ import copy
 import functools
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -24,9 +23,6 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-if not __package__:  # run as a file, which has only its own folder on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import scenes
 
