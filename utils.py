@@ -64,16 +64,16 @@ def _caption(name, result, steps):
         return ["ground truth", f"{steps} serial evaluations"]
     last = result["iterations"][-1]
     if name == "srds_initialized":
-        title, at = "initialised", result["iterations"][0]
+        title, entry = "initialised", result["iterations"][0]
     elif stage(name, result) == "srds_final":
-        title, at = f"final (iteration {last['iteration']})" if last["iteration"] >= 0 else "final", last
+        title, entry = f"final (iteration {last['iteration']})" if last["iteration"] >= 0 else "final", last
     else:
-        at = result["iterations"][1 + int(name.rpartition("_")[2])]
-        title = f"iteration {at['iteration']}"
-    error = at["image_error"]
+        entry = result["iterations"][1 + int(name.rpartition("_")[2])]
+        title = f"iteration {entry['iteration']}"
+    error = entry["image_error"]
     return [
         title,
-        f"{at['serial_evaluations']} serial evaluations",
+        f"{entry['serial_evaluations']} serial evaluations",
         *([] if error is None else [f"difference {error:.2f}"]),
     ]
 
@@ -109,7 +109,9 @@ def error_plot(errors, results, steps):
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
 
-    shown = [[(at["serial_evaluations"], at["image_error"]) for at in result["iterations"]] for result in results]
+    shown = [
+        [(entry["serial_evaluations"], entry["image_error"]) for entry in result["iterations"]] for result in results
+    ]
     longest = max(shown, key=len)
     mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(len(longest))]
     floor = _zero_line(right, mean + [error for points in shown for _, error in points])

@@ -47,26 +47,26 @@ def contents(folder):
 
 def crashes(texts, kills, seed):
     """Kill and resume a run; returns how often it was killed with how many prompts complete, and how it ended."""
-    chance, done = random.Random(seed), []
+    chance, kept = random.Random(seed), []
     with tempfile.TemporaryDirectory() as folder:
         whole, out = Path(folder) / "whole", Path(folder) / "out"
         started = time.perf_counter()
         assert start(whole, texts).wait() == 0
         seconds = time.perf_counter() - started
-        while len(done) < kills:
+        while len(kept) < kills:
             run = start(out, texts, "--resume")
             time.sleep(chance.uniform(0, seconds))
             if run.poll() is None:
                 run.send_signal(signal.SIGKILL)
                 complete = sum('"complete": true' in path.read_text() for path in out.glob("*/result.json"))
-                done.append(complete)
+                kept.append(complete)
             elif run.returncode:
                 raise SystemExit(f"the resumed run ended with status {run.returncode}")
             run.wait()
             if sum('"complete": true' in path.read_text() for path in out.glob("*/result.json")) == len(texts):
                 break
         assert start(out, texts, "--resume").wait() == 0
-        return done, contents(out) == contents(whole)
+        return kept, contents(out) == contents(whole)
 
 
 def memory(texts):
@@ -74,11 +74,11 @@ def memory(texts):
     with tempfile.TemporaryDirectory() as folder:
         run, sizes = start(Path(folder) / "out", texts, "--no-ground-truth", "-fs", "25", "-cs", "5"), []
         while run.poll() is None:
-            done = sum(1 for _ in Path(folder).glob("out/*/srds_filmstrip.png"))
-            if done > len(sizes):
+            count = sum(1 for _ in Path(folder).glob("out/*/srds_filmstrip.png"))
+            if count > len(sizes):
                 status = Path(f"/proc/{run.pid}/status").read_text()
                 pages = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")]
-                sizes += [int(pages[0]) / 1024] * (done - len(sizes)) if pages else []
+                sizes += [int(pages[0]) / 1024] * (count - len(sizes)) if pages else []
             time.sleep(0.05)
         assert run.returncode == 0
     return sizes
@@ -93,9 +93,9 @@ if __name__ == "__main__":
 
     killed, seed, lost = [], 0, 0
     while len(killed) < args.kills:
-        done, same = crashes(texts[:4], args.kills - len(killed), seed)
-        killed, seed, lost = killed + done, seed + 1, lost + (not same)
-        print(f"killed with {done} of 4 prompts complete, resumed: {'the same' if same else 'DIFFERENT'}", flush=True)
+        kept, same = crashes(texts[:4], args.kills - len(killed), seed)
+        killed, seed, lost = killed + kept, seed + 1, lost + (not same)
+        print(f"killed with {kept} of 4 prompts complete, resumed: {'the same' if same else 'DIFFERENT'}", flush=True)
     print(f"{len(killed)} kills, {seed} runs, {lost} of them different from an uninterrupted one")
 
     sizes = memory(texts)
