@@ -6,6 +6,8 @@ The defaults are in `settings.py`, to be edited for experiments.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import stat
 import sys
@@ -145,8 +147,8 @@ def parse_arguments(parser, argv):
     texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
     check_output_dir(args.output_dir)
     return Command(
-        settings, loading, texts, args.prompts, args.prompt, args.output_dir, not args.no_ground_truth, args.resume,
-        args.parallel,
+        settings, loading, texts, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
+        ground_truth=not args.no_ground_truth, resume=args.resume, parallel=args.parallel,
     )  # fmt: skip
 
 
@@ -196,10 +198,12 @@ def main(argv=None):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     parser, flags = make_parser()
     command = failure = processes = None
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        command = parse_arguments(parser, argv)
-    except SystemExit as help:
-        return help.code
+        with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+            command = parse_arguments(parser, argv)
+    except SystemExit as shown:  # --help
+        return shown.code
     except Failure as error:
         failure = error
     if failure and os.environ.get("WORLD_SIZE", "1") == "1":

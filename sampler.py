@@ -18,7 +18,7 @@ import torch
 
 import diffusion
 from models.loading import find_model, inspect, is_compiled, load_pipeline
-from settings import Loading, Settings
+from settings import Loading, Settings, text
 from srds import Iterate, algorithm_1, srds
 from study.planning import make_plan
 
@@ -28,7 +28,7 @@ class Prompt(NamedTuple):
 
     conditions: tensors of one row, or of two where guidance is classifier-free, the negative prompt's first.
     ignored: what is cut from the end of the text, as the model reads no more; "" if nothing.
-    encoded_for: the settings that it depends on.
+    encoded_for: the pipeline and the settings that it was encoded for.
     """
 
     text: str
@@ -65,6 +65,11 @@ class Refinement(NamedTuple):
     verdict: str
     seconds: float
 
+    @property
+    def stop_reason(self):
+        """Why a run that ends here does: "exact", "tolerance" or "max-iterations"."""
+        return "exact" if self.exact else "tolerance" if self.verdict == "converged" else "max-iterations"
+
 
 class Sequential(NamedTuple):
     """The ground truth: states at the boundaries, float32, (B + 1, C, H, W); the last one's image; seconds."""
@@ -76,18 +81,16 @@ class Sequential(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of a prompt: every `Refinement`, the first of which is the initialisation, k = 0."""
+    """All refinements of a prompt; the first is the initialisation, k = 0.
+
+    It holds the states of each. Where memory is short, take one refinement at a time from `Sampler.refine`.
+    """
 
     prompt: str
     seed: int
     refinements: tuple[Refinement, ...]
 
-    @property
-    def stop_reason(self):
-        """ "exact", "tolerance" or "max-iterations"."""
-        last = self.refinements[-1]
-        return "exact" if last.exact else "tolerance" if last.verdict == "converged" else "max-iterations"
-
+    stop_reason = property(lambda self: self.refinements[-1].stop_reason)
     image = property(lambda self: self.refinements[-1].image)
     serial_evaluations = property(lambda self: self.refinements[-1].serial_evaluations)
     total_evaluations = property(lambda self: self.refinements[-1].total_evaluations)
@@ -123,26 +126,29 @@ class Sampler:
     with offloaded parts, the one that ran last stays on the device until the next prompt or the end of a call.
 
     pipeline: of a class in `models.families.FAMILIES`, or one derived from it.
-    settings: a `Settings`; None for the defaults. `asked` is what was given, with the plan's blocks where they were
-        "auto"; `settings` has the model's usual values in place of None. Neither changes.
+    settings: a `Settings`; None for the defaults. `asked` is what was given; `settings` has the model's usual values
+        in place of None, and the plan's blocks and schedule in place of "auto". Neither changes.
     processes: those of a launch, which then all make the same calls; None for this one alone.
+    plan: as `study.planning.make_plan` returns it, where coarse_steps is "auto" and there is one already. The attribute
+        is None where nothing was planned.
 
-    plan: what the blocks were chosen by, where coarse_steps was "auto"; None otherwise.
+    Others may read model, device, shape (of a state), grid, solver and boundaries.
 
-    Raises SettingError where the model cannot do what is asked, and ModelError where it is none that can be sampled.
+    Raises SettingError where the model cannot do what is asked, and ModelError where the pipeline is of no known family.
     """
 
-    def __init__(self, pipeline, settings=None, *, processes=None):
-        settings = settings or Settings()
-        self.pipeline, self.processes, self.plan = pipeline, processes or OneProcess(), None
+    def __init__(self, pipeline, settings=None, *, processes=None, plan=None):
+        self.asked = settings = settings or Settings()
+        self.pipeline, self.processes, self.plan = pipeline, processes or OneProcess(), plan
         self.model = inspect(pipeline)
         if is_compiled(self.network):
             settings.check_compiled()
         if settings.resolve(self.model).coarse_steps == "auto":
-            one_block = Sampler(pipeline, replace(settings, coarse_steps=1), processes=processes)
-            self.plan = self.processes.broadcast(make_plan(one_block, settings))
+            if plan is None:
+                one_block = Sampler(pipeline, replace(settings, coarse_steps=1), processes=processes)
+                self.plan = self.processes.broadcast(make_plan(one_block, settings))
             settings = replace(settings, coarse_steps=self.plan["blocks"], schedule=self.plan["schedule"])
-        self.asked, self.settings = settings, settings.resolve(self.model)
+        self.settings = settings.resolve(self.model)
 
         settings, family, scheduler = self.settings, self.model.family, self.model.scheduler
         self.device = torch.device(pipeline._execution_device)
@@ -174,8 +180,9 @@ class Sampler:
         return cls(load_pipeline(found, loading), settings)
 
     def vary(self, **settings):
-        """A sampler with the same pipeline and other settings."""
-        return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes)
+        """A sampler with the same pipeline and other settings; it plans again if they are those of a plan."""
+        plan = None if settings.keys() & {"fine_steps", "coarse_steps", "schedule"} else self.plan
+        return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes, plan=plan)
 
     def __call__(self, prompt, seed=None):
         """Sample a prompt: the `Sample` of all refinements until the stop rule is met."""
@@ -226,28 +233,32 @@ class Sampler:
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:
-        """Encode a text. A `Prompt` that was encoded for the same settings is returned as it is."""
+        """Encode a text. A `Prompt` that was encoded for this pipeline and the same settings is returned as it is.
+
+        After a change of the pipeline's adapters or text encoders, encode again. Raises SettingError for no text.
+        """
         settings, family = self.settings, self.model.family
         size = settings.height, settings.width
-        encoded_for = settings.negative_prompt, settings.guidance_scale, size
+        encoded_for = self.pipeline, settings.negative_prompt, settings.guidance_scale, size
         if isinstance(prompt, Prompt):
             if prompt.encoded_for == encoded_for:
                 return prompt
             prompt = prompt.text
+        prompt = text(empty=True)("prompt", prompt)
         self._offload()  # or the first encoder would share the device with the network
         conditions = family.encode(
             self.pipeline, prompt, settings.negative_prompt, settings.guidance_scale, size, self.device
         )
         return Prompt(prompt, conditions, self.ignored(prompt), encoded_for)
 
-    def ignored(self, text):
+    def ignored(self, words):
         """What is cut from the end of a text because the model reads no more; "" if nothing is."""
         if not self.model.family.prompted:
             return ""
         tokenizer, limit = self.model.family.tokenizer(self.pipeline)
         if hasattr(self.pipeline, "maybe_convert_prompt"):  # an embedding of several vectors has as many tokens
-            text = self.pipeline.maybe_convert_prompt(text, tokenizer)
-        return diffusion.cut_from_prompt(tokenizer, limit, text)
+            words = self.pipeline.maybe_convert_prompt(words, tokenizer)
+        return diffusion.cut_from_prompt(tokenizer, limit, words)
 
     def denoiser(self, prompt):
         """The `diffusion.Denoiser` of a prompt."""

@@ -73,7 +73,7 @@ def domain(convert, wanted, optional=False):
     def check(setting, value):
         try:
             return None if value is None and optional else convert(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise SettingError(setting, value, f"is not usable; give {wanted}") from None
 
     return check
@@ -132,7 +132,8 @@ def split_scale(adapter):
 
 def adapters(setting, value):
     """Paths or hub ids, as a tuple; one may be given alone."""
-    values = tuple(str(each) for each in ((value,) if isinstance(value, (str, os.PathLike)) else value))
+    given = value if isinstance(value, (list, tuple)) else [value]
+    values = tuple(os.fspath(each) if isinstance(each, os.PathLike) else each for each in given)
     for each in values:
         text("a file, a folder or a hub id")(setting, each)
         if setting == "lora" and not math.isfinite(split_scale(each)[1]):
@@ -228,7 +229,9 @@ class Settings(Checked):
             why = "what a flow's tables have room for" if family.flow else f"the model's {most} training timesteps"
             raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
         if family.guidance is None and self.guidance_scale is not None:
-            raise SettingError("guidance_scale", self.guidance_scale, f"but {model.name} has no guidance; leave it out")
+            raise SettingError(
+                "guidance_scale", self.guidance_scale, f"is of no use, as {model.name} has no guidance; leave it out"
+            )
         if family.guidance != "classifier-free" and self.negative_prompt:
             remedy = f"is of no use to {model.name}; leave it out"
             raise SettingError("negative_prompt", self.negative_prompt, remedy)
@@ -277,7 +280,9 @@ class Loading(Checked):
     }  # fmt: skip
 
     def __post_init__(self):
-        for name in ("model", "device", "dtype"):  # paths, torch's devices and dtypes
-            if not isinstance(getattr(self, name), (str, type(None))):
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        for name in ("device", "dtype"):
+            if type(getattr(self, name)).__module__ == "torch":
                 object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
         super().__post_init__()

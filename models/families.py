@@ -67,16 +67,22 @@ class Family:
 
     def decode(self, pipeline, latent):
         """The image of a latent, (1, C, h, w): floats of -1 to 1, (1, 3, height, width)."""
-        vae = pipeline.vae
-        upcast = self.autoencoder_overflows and vae.config.get("force_upcast") and vae.dtype == torch.float16
-        if upcast:
-            vae.to(torch.float32)
+        vae, halves = pipeline.vae, []
+        if self.autoencoder_overflows and vae.config.get("force_upcast"):
+            halves = [module for module in vae.modules() if _own_dtypes(module) == {torch.float16}]
+        for module in halves:
+            module.to(torch.float32)
         try:
             latent = latent.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
             return vae.decode(latent, return_dict=False)[0]
         finally:
-            if upcast:
-                vae.to(torch.float16)
+            for module in halves:
+                module.to(torch.float16)
+
+
+def _own_dtypes(module):
+    """Those of a module's own parameters, not of its parts'."""
+    return {value.dtype for value in module.parameters(recurse=False)}
 
 
 def rows(negative, positive, guided):

@@ -37,15 +37,11 @@ class Model:
     kind: str
     family: Family
     scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
+    guidance_scale: float | None
 
     @property
     def training_steps(self):
         return self.scheduler.config.num_train_timesteps
-
-    @property
-    def guidance_scale(self):
-        """The usual one; None where there is no guidance."""
-        return DEMO_GUIDANCE_SCALE if Path(self.name).resolve() == DEMO else self.family.guidance_scale
 
 
 def find_model(name):
@@ -72,6 +68,13 @@ def inspect(pipeline):
     Raises ModelError where it is not one that this program samples.
     """
     kind = _known_class(pipeline, FAMILIES)
+    if kind not in FAMILIES:
+        remedy = "Sampler.from_pretrained takes names and folders" if kind == "str" else _sampled()
+        raise ModelError(f"a {kind} is no pipeline that is known here; {remedy}")
+    missing = [part for part in (FAMILIES[kind].network, "scheduler") if getattr(pipeline, part, None) is None]
+    missing += ["vae"] if FAMILIES[kind].latent and getattr(pipeline, "vae", None) is None else []
+    if missing:
+        raise ModelError(f"the {kind} has no {missing[0]}; give it one")
     name = pipeline.name_or_path or kind
     parts = {part: getattr(pipeline, part, None) for part in ("unet", "transformer", "vae")}
     configs = {name: dict(part.config) for name, part in parts.items() if part is not None}
@@ -80,6 +83,10 @@ def inspect(pipeline):
     # What the scheduler's class has for a default counts as much as what was given to it, as it does once saved.
     scheduler.pop("_use_default_values", None)
     return _model(str(name), kind, configs.get, scheduler)
+
+
+def _sampled():
+    return f"this program samples {', '.join(FAMILIES)} models"
 
 
 def _known_class(instance, known):
@@ -91,13 +98,14 @@ def _known_class(instance, known):
 def _model(name, kind, config, scheduler):
     """The model of a pipeline class, with config(part) the config of its "unet", "transformer" or "vae"."""
     if kind not in FAMILIES:
-        raise ModelError(f"{name} is a {kind}; this program samples {', '.join(FAMILIES)} models")
+        raise ModelError(f"{name} is a {kind}; {_sampled()}")
     try:
         family = FAMILIES[kind](config(FAMILIES[kind].network), config("vae") if FAMILIES[kind].latent else {})
     except ValueError as error:
         raise ModelError(f"{name} {error}") from None
     make_scheduler = _flow_scheduler if family.flow else _diffusion_scheduler
-    return Model(name, kind, family, make_scheduler(name, scheduler, family))
+    guidance_scale = DEMO_GUIDANCE_SCALE if Path(name).resolve() == DEMO else family.guidance_scale
+    return Model(name, kind, family, make_scheduler(name, scheduler, family), guidance_scale)
 
 
 def _read_configs(name):

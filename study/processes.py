@@ -158,6 +158,15 @@ class Processes:
                 return value
             return json.loads(self.store.get(key))
 
+    def call(self, value):
+        """Have the others, which share lanes, begin what the value names; returns when they are ready.
+
+        From here to the first iterate of `in_step` they wait for this process, so it counts as broken.
+        """
+        self.broken = True
+        self.broadcast(value)
+        self.wait()
+
     def take(self, items):
         """The items of a list, each to one process: the next to the one that asks first. Once in a run."""
         while (i := self.count("taken") - 1) < len(items):

@@ -186,11 +186,14 @@ def check_resumable(folder, settings, texts):
     except (KeyError, TypeError):
         raise SettingError("resume", True, f"finds no run that can be resumed in {folder}/run.json") from None
     free = NOT_COMPARED if now["fixed_batch"] else (*NOT_COMPARED, "max_batch", "compile")
-    for key in now.keys() - set(free):
+    for key, value in now.items():
         # What a version before did not know, it did not do.
-        if before.get(key, [] if isinstance(now[key], list) else None) != now[key]:
-            remedy = f"is not {before.get(key)!r}, as in the run to resume; give the same, or leave out --resume"
-            raise SettingError(key, now[key], remedy)
+        earlier_value = before.get(key, [] if isinstance(value, list) else None)
+        if key not in free and earlier_value != value:
+            remedy = (
+                f"differs from the run to resume, which has {earlier_value!r}; give the same, or leave out --resume"
+            )
+            raise SettingError(key, value, remedy)
     if earlier_texts != texts:
         remedy = "finds other prompts in the earlier run; give the same, or leave out --resume"
         raise SettingError("resume", True, remedy)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import utils
 from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline, out_of_memory
-from sampler import Sample, Sampler, difference
+from sampler import Sampler, difference
 from settings import Failure, in_one_line
 from study.planning import describe_plan
 from study.processes import ProcessError, wait_until
@@ -62,17 +62,14 @@ def load(command, processes):
     if command.resume and processes.first:
         earlier = check_resumable(command.output_dir, {**recorded, "dtype": dtype}, command.texts)
     plan, resuming = processes.broadcast([earlier.get("plan"), bool(earlier)])
-    if plan:
-        settings = replace(settings, coarse_steps=plan["blocks"], schedule=plan["schedule"])
     with processes.in_turn():
         pipeline = load_pipeline(model, replace(command.loading, device=str(device)))
-    sampler = Sampler(pipeline, settings, processes=processes)
+    sampler = Sampler(pipeline, settings, processes=processes, plan=plan)
     name = sampler.model.name
     if name == MIRRORS.get(command.loading.model):
         print(f"{command.loading.model} was withdrawn from the hub by its owner; using its mirror {name}")
-    plan = plan or sampler.plan
-    if plan:
-        print(describe_plan(plan))
+    if sampler.plan:
+        print(describe_plan(sampler.plan))
     family = sampler.model.family
     about = {
         "begun": datetime.now().astimezone().isoformat(),
@@ -94,7 +91,7 @@ def load(command, processes):
             "native_width": family.native_size[1],
         },
     }
-    return sampler, about | ({"plan": plan} if plan else {}), resuming
+    return sampler, about | ({"plan": sampler.plan} if sampler.plan else {}), resuming
 
 
 def default_parallel(texts, processes):
@@ -134,10 +131,10 @@ def explain(command, error):
         remedy = "try --dtype float32 or bfloat16" if "float16" in str(error) else "try other settings"
         return f"argument --dtype: {loading.dtype!r}: {error}; {remedy}"
     if out_of_memory(error):
-        remedies = {"a smaller --max-batch": settings.max_batch == 1, "--offload": loading.offload}
-        remedies |= {"--vae-tiling": loading.vae_tiling, "a smaller image": False}
-        untried = " or ".join(remedy for remedy, tried in remedies.items() if not tried)
-        return f"argument --max-batch: {settings.max_batch or 'not given'}: out of memory; try {untried}"
+        nowhere = loading.device == "cpu" or not torch.accelerator.is_available()
+        useless = {"a smaller --max-batch": settings.max_batch == 1, "--offload": loading.offload or nowhere}
+        remedies = [remedy for remedy in useless if not useless[remedy]]
+        return f"out of memory; try {' or '.join([*remedies, 'a smaller image'])}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out"
 
@@ -205,14 +202,12 @@ def sample(sampler, text, seed, ground_truth=True):
         images["srds_ddim_gt"] = truth.image
         images["srds_ddim_course"] = sampler.sequential(prompt, seed, coarse=True).image
     if processes.parallel == "lanes":
-        processes.broadcast([text, seed])
-        processes.wait()  # until the others have encoded the prompt: that is not the sampler's time
+        processes.call([text, seed])  # they encode the prompt first: that is not the sampler's time
 
-    refinements, iterations = [], []
+    iterations = []
     most = settings.fine_steps if settings.schedule == "pipelined" else None
     with ticking("srds", most) as on_tick, contextlib.closing(sampler.refine(prompt, seed, on_tick)) as steps:
         for refinement in steps:
-            refinements.append(refinement)
             images["srds_initialized" if refinement.k == 0 else f"srds_iteration_{refinement.k - 1}"] = refinement.image
             iterations.append(iteration_entry(refinement, truth))
             if truth:
@@ -220,9 +215,8 @@ def sample(sampler, text, seed, ground_truth=True):
             tqdm.write(utils.report(iterations[-1], refinement.verdict))
     images["srds_final"] = refinement.image
 
-    found = Sample(text, seed, tuple(refinements))
     unsettled = refinement.trajectory_change is not None and refinement.trajectory_change >= settings.tolerance
-    if settings.stop_rule == "final" and found.stop_reason == "tolerance" and unsettled:
+    if settings.stop_rule == "final" and refinement.stop_reason == "tolerance" and unsettled:
         tqdm.write(
             f"  note: the image has settled, but the trajectory still changes by {refinement.trajectory_change:.3f}; "
             "--stop-rule trajectory waits for both"
@@ -232,11 +226,11 @@ def sample(sampler, text, seed, ground_truth=True):
         "prompt": text,
         "ignored": prompt.ignored or None,
         "seed": seed,
-        "converged": found.stop_reason != "max-iterations",
-        "stop_reason": found.stop_reason,
+        "converged": refinement.stop_reason != "max-iterations",
+        "stop_reason": refinement.stop_reason,
         **{key: last[key] for key in ("serial_evaluations", "total_evaluations", "image_error", "trajectory_change")},
         "damping": max(entry["damping"] for entry in iterations),
-        "seconds": {"srds": found.seconds, "ground_truth": truth.seconds if truth else None},
+        "seconds": {"srds": refinement.seconds, "ground_truth": truth.seconds if truth else None},
         "iterations": iterations,
     }
     return result, images, errors

@@ -74,9 +74,10 @@ def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, 
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["-gs", "3"], "--guidance-scale/-gs: 3.0 is not 7.5"),
-        (["--seed", "7"], "--seed/-s: 7 is not 42"),
-        (["--schedule", "sweep"], "--schedule: 'sweep' is not 'pipelined'"),
+        (["-gs", "3"], "--guidance-scale/-gs: 3.0 differs from the run to resume, which has 7.5"),
+        (["--seed", "7"], "--seed/-s: 7 differs from the run to resume, which has 42"),
+        (["--seed", "7", "--eta", "0.5", "-gs", "3", "-tol", "1"], "--eta: 0.5 differs"),  # the first of several
+        (["--schedule", "sweep"], "--schedule: 'sweep' differs from the run to resume, which has 'pipelined'"),
         (["--prompt", "another"], "--resume: finds other prompts in the earlier run"),
     ],
 )
@@ -151,7 +152,7 @@ def test_a_run_may_be_resumed_with_what_its_failure_asks_for_but_not_in_other_nu
     assert main.main(argv) == 0
     assert main.main([*argv, "--resume", "--max-batch", "2", "--dtype", "float32"]) == 0
     assert main.main([*argv, "--resume", "--dtype", "bfloat16"]) == 2
-    assert "--dtype: 'bfloat16' is not 'float32'" in capsys.readouterr().err
+    assert "--dtype: 'bfloat16' differs from the run to resume, which has 'float32'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), None])
