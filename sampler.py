@@ -134,7 +134,7 @@ class Sampler:
 
     Others may read model, device, shape (of a state), grid, solver and boundaries.
 
-    Raises SettingError where the model cannot do what is asked, and ModelError where the pipeline is of no known family.
+    Raises SettingError where the model cannot do what is asked, and ModelError for a pipeline of no known family.
     """
 
     def __init__(self, pipeline, settings=None, *, processes=None, plan=None):

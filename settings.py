@@ -229,9 +229,8 @@ class Settings(Checked):
             why = "what a flow's tables have room for" if family.flow else f"the model's {most} training timesteps"
             raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
         if family.guidance is None and self.guidance_scale is not None:
-            raise SettingError(
-                "guidance_scale", self.guidance_scale, f"is of no use, as {model.name} has no guidance; leave it out"
-            )
+            remedy = f"is of no use, as {model.name} has no guidance; leave it out"
+            raise SettingError("guidance_scale", self.guidance_scale, remedy)
         if family.guidance != "classifier-free" and self.negative_prompt:
             remedy = f"is of no use to {model.name}; leave it out"
             raise SettingError("negative_prompt", self.negative_prompt, remedy)

@@ -31,6 +31,7 @@ class Model:
 
     name: what from_pretrained takes, a hub id or a folder; of a pipeline made in memory, its class. kind: its class in
     diffusers. scheduler: one of our own, DDIM or Euler's of flow matching, with the noise schedule of the pipeline's.
+    guidance_scale: the usual one, None where there is no guidance.
     """
 
     name: str

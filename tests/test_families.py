@@ -218,6 +218,15 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32(family):
     assert seen == [torch.float32] and sampler.pipeline.vae.dtype == torch.float16
 
 
+def test_an_autoencoder_of_several_dtypes_keeps_them():
+    pipeline = FAMILIES["StableDiffusionXL"]().to(torch.float16)
+    pipeline.vae.post_quant_conv.to(torch.float32)
+    before = {key: value.dtype for key, value in pipeline.vae.state_dict().items()}
+    sampler = make("StableDiffusionXL", pipeline)
+    sampler.image(sampler.noise())
+    assert {key: value.dtype for key, value in pipeline.vae.state_dict().items()} == before
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A folder of each family's pipeline."""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import settings
+import srds
+
 ROOT = Path(__file__).resolve().parent.parent
 LOADING = {"settings", "models.families", "models.adapters"}
 SAMPLER = {"settings", "srds", "diffusion", "models.loading", "study.planning"}
@@ -27,7 +30,10 @@ def tree(room):
 def imported(node):
     if isinstance(node, ast.Import):
         return {name.name for name in node.names}
-    return {node.module} if isinstance(node, ast.ImportFrom) else set()
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "a relative import"
+        return {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return set()
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -52,7 +58,13 @@ def test_imports_are_at_the_top_but_for_the_commands_late_ones(room):
         for node in ast.walk(function)
         if imported(node)
     ]
-    assert set().union(*map(imported, late)) == (MAY_IMPORT["main"] - {"settings"} if room == "main" else set())
+    found = set().union(*map(imported, late))
+    assert found & MAY_IMPORT.keys() == (MAY_IMPORT["main"] - {"settings"} if room == "main" else set())
+    assert room == "main" or not found
+
+
+def test_schedules_are_the_engines():
+    assert settings.SCHEDULES == srds.SCHEDULES
 
 
 def test_importing_the_rooms_changes_nothing_in_the_process():

@@ -124,8 +124,26 @@ def test_a_class_derived_from_a_known_one_is_known(tiny):
 def test_pipelines_of_other_kinds_are_refused_from_memory():
     components = stable_diffusion().components
     other = diffusers.StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
-    with pytest.raises(ModelError, match="StableDiffusionImg2ImgPipeline is no pipeline that is known here; this program samples"):
+    with pytest.raises(ModelError, match="StableDiffusionImg2ImgPipeline is no pipeline that is known here"):
         inspect(other)
+
+
+def test_what_is_no_whole_pipeline_is_refused():
+    with pytest.raises(ModelError, match="Sampler.from_pretrained takes names"):
+        inspect("demo")
+    for part in ("unet", "vae", "scheduler"):
+        pipeline = stable_diffusion()
+        setattr(pipeline, part, None)
+        with pytest.raises(ModelError, match=f"has no {part}"):
+            inspect(pipeline)
+
+
+def test_an_offloaded_model_keeps_its_autoencoder_on_the_device(tiny, monkeypatch):
+    """With the CPU for an accelerator, as its hooks run there all the same."""
+    monkeypatch.setattr(loading, "choose_device", lambda loading: torch.device("cpu"))
+    pipeline = load_pipeline(find_model(str(tiny)), Loading(device="cpu", offload=True))
+    assert hasattr(pipeline.unet, "_hf_hook") and hasattr(pipeline.text_encoder, "_hf_hook")
+    assert not hasattr(pipeline.vae, "_hf_hook")
 
 
 def test_the_usual_guidance_of_the_demo_model_is_its_own_however_it_is_named(monkeypatch):

@@ -218,6 +218,18 @@ def test_processes_started_with_other_prompts_or_settings_are_refused(tiny, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_what_fails_between_a_call_and_its_first_tick_ends_the_run(monkeypatch):
+    """Or the others would wait in that tick for a process that has gone on to the next prompt."""
+    process = launched(monkeypatch, 0, 2, 0)
+    process.parallel = "lanes"
+    monkeypatch.setattr(process, "wait", lambda: None)
+    process.call(["a", 1])
+    assert process.broken
+    iterates = process.in_step(iter([1, 2]))
+    assert next(iterates) == 1 and not process.broken
+    assert list(iterates) == [2] and not process.broken
+
+
 def test_an_output_directory_that_machines_do_not_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("study.run.wait_until", lambda seen: seen())
     record = Record(tmp_path / "out", {"begun": "now", "settings": {}}, ["a"])

@@ -125,6 +125,59 @@ def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(max_batch
     assert varied(prompt).refinements[-1].states.equal(varied.sequential(prompt).states)
 
 
+@pytest.mark.parametrize("settings, widths", [({"max_batch": 1}, {1}), ({"max_batch": 4}, {2, 4}), ({}, {2, 4, 6})])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_batch_settings_reach_the_network(settings, widths, fixed, sampler, monkeypatch):
+    seen, predict = [], StableDiffusion.predict
+
+    def counting(self, pipeline, x, *rest, **conditions):
+        seen.append(len(x))
+        return predict(self, pipeline, x, *rest, **conditions)
+
+    monkeypatch.setattr(StableDiffusion, "predict", counting)
+    list(sampler.vary(fixed_batch=fixed, **settings).iterates("a"))
+    assert set(seen) == ({settings.get("max_batch", 8)} if fixed else widths)
+
+
+def test_the_schedule_reaches_the_engine(sampler):
+    assert [iterate.ticks for iterate in sampler.vary(schedule="sweep").iterates("a")] == [3, 7, 10, 12]
+
+
+@pytest.mark.parametrize("settings", [{"solver": "ddpm"}, {"eta": 0.5}, {"solver": "dpmsolver++"}])
+def test_the_solver_reaches_the_sample(settings, sampler):
+    plain, other = (each.sequential("a").states[-1] for each in (sampler, sampler.vary(**settings)))
+    assert (plain - other).abs().mean() > 1e-3
+
+
+def test_what_is_asked_of_loading_reaches_the_pipeline(tiny):
+    pipeline = Sampler.from_pretrained(tiny, SMALL, device="cpu", dtype="bfloat16", vae_tiling=True).pipeline
+    assert pipeline.dtype == torch.bfloat16 and pipeline.vae.use_tiling
+    assert pipeline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("prompt", [["a red sun", "snow"], None, 3, "caf\udce9"])
+def test_what_is_no_text_is_refused(prompt, sampler):
+    with pytest.raises(SettingError, match="prompt: .* is not usable; give some text"):
+        sampler.vary(guidance_scale=1)(prompt)
+
+
+def test_a_prompt_of_another_pipeline_is_encoded_again(sampler):
+    pipeline = stable_diffusion()
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight.normal_(generator=torch.Generator().manual_seed(9))
+    other = Sampler(pipeline, SMALL)
+    assert other.sequential(sampler.encode("a")).states.equal(other.sequential("a").states)
+    assert not other.sequential("a").states.equal(sampler.sequential("a").states)
+
+
+def test_a_varied_sampler_plans_again_only_for_what_a_plan_is_of():
+    sampler = Sampler(stable_diffusion(), Settings(16, "auto", guidance_scale=1))
+    assert sampler.vary(tolerance=1).plan is sampler.plan
+    swept = sampler.vary(schedule="sweep")
+    assert swept.plan is not sampler.plan and swept.settings.schedule == "sweep"
+    assert sampler.vary(coarse_steps=2).plan is None
+
+
 def test_from_pretrained_samples_what_the_pipeline_in_memory_is_sampled_to(tiny):
     """To rounding, as the loaded network's memory is laid out for speed."""
     memory = Sampler(StableDiffusionPipeline.from_pretrained(tiny), SMALL)
