@@ -67,6 +67,7 @@ def test_schedules_are_the_engines():
     assert settings.SCHEDULES == srds.SCHEDULES
 
 
+@pytest.mark.slow
 def test_importing_the_rooms_changes_nothing_in_the_process():
     """Neither a library's verbosity, nor a warning filter, a signal handler or the environment."""
     script = f"""
