@@ -294,7 +294,7 @@ class Sampler:
         return diffusion.decode(self.model.family, self.pipeline, states[-1])
 
     def warm_up(self):
-        """Make each call that the clock will time once before: a first call chooses kernels and takes memory."""
+        """Make each call that will be timed once beforehand: a first call chooses kernels and takes memory."""
         denoise, x, compiled = self.denoiser(""), self.noise(), is_compiled(self.network)
         widths = range(1, self.widest + 1) if compiled else (1, self.widest)
         for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call

@@ -19,6 +19,7 @@ SCHEDULE = None  # pipelined; with auto blocks, the faster of the two
 CORRECTION = "damped"
 STOP_RULE = "final"
 MAX_ITERATIONS = None  # as many as blocks
+EXPECTED_REFINEMENTS = 3  # that auto blocks are planned for: what most runs of benchmarks/stopping.py use
 # Generation
 MODEL = "stabilityai/stable-diffusion-2"
 VARIANT = None
@@ -40,7 +41,7 @@ CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 PARALLELS = ("lanes", "prompts")
-MOST_FLOW_STEPS = 4000  # a flow has no limit of its own, but tables of steps x steps
+MOST_FLOW_STEPS = 4000  # flow matching sets no limit; the solver's tables have steps x steps entries
 
 
 class Failure(Exception):

@@ -59,7 +59,7 @@ def load_textual_inversions(pipeline, embeddings):
             parts = parts or {ENCODERS["clip_l"]: weights}
             present = {part for part in ENCODERS.values() if getattr(pipeline, part[0], None) is not None}
             if parts.keys() != present:
-                raise ValueError(f"it has embeddings for {len(parts)} text encoders, the model has {len(present)}")
+                raise ValueError(f"it is for {len(parts)} text encoders, where the model has {len(present)}")
             for (encoder, tokenizer), part in parts.items():
                 places = {"text_encoder": getattr(pipeline, encoder), "tokenizer": getattr(pipeline, tokenizer)}
                 pipeline.load_textual_inversion(part, token=token, **places)

@@ -7,10 +7,8 @@ import numpy as np
 import torch
 
 from diffusion import boundaries
-from settings import SCHEDULES
+from settings import EXPECTED_REFINEMENTS, SCHEDULES
 from srds import srds
-
-EXPECTED_REFINEMENTS = 3  # what most runs of benchmarks/stopping.py use
 
 
 def make_plan(sampler, settings):
@@ -43,7 +41,9 @@ def make_plan(sampler, settings):
 
 def describe_plan(plan):
     """A plan in one line."""
-    verdict = "" if plan["srds"] < plan["sequential"] else "; on this device SRDS is not the faster"
+    verdict = (
+        "" if plan["srds"] < plan["sequential"] else "; SRDS is not faster than sequential sampling on this device"
+    )
     return (
         f"plan: {plan['blocks']} blocks, {plan['schedule']}: about {plan['srds']:.2f} s a prompt "
         f"for {plan['refinements']} refinements, sequential {plan['sequential']:.2f} s{verdict}"

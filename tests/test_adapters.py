@@ -96,7 +96,7 @@ def test_an_embedding_for_two_encoders_is_named_by_its_file(files, tmp_path):
         ("lora", "broken", "(does not fit|cannot be read)"),
         ("lora", "missing", "cannot be read"),
         ("textual_inversion", "long", "does not fit the model"),
-        ("textual_inversion", "red", "has embeddings for 2 text encoders, the model has 1"),
+        ("textual_inversion", "red", "it is for 2 text encoders, where the model has 1"),
         ("textual_inversion", "broken", "(does not fit|cannot be read)"),
         ("textual_inversion", "missing", "cannot be read"),
     ],
