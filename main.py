@@ -124,6 +124,8 @@ def make_parser():
             name = names[0].removeprefix("--").replace("-", "_")
             default = getattr(defaults, name.upper(), None)
             how = {"type": kind, "metavar": metavar, "default": default, "required": name == "output_dir"}
+            if default not in (None, "") and "%(default)s" not in words:
+                words += " (now %(default)s)"  # edited, in place of the usual one
             if kind in (bool, list):
                 how = {"action": "store_true"} if kind is bool else {"action": "append", "metavar": metavar}
             group.add_argument(*names, help=words, **how)

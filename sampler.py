@@ -65,6 +65,9 @@ class Refinement(NamedTuple):
     verdict: str
     seconds: float
 
+    def __repr__(self):
+        return f"Refinement(k={self.k}, serial_evaluations={self.serial_evaluations}, verdict={self.verdict!r}, ...)"
+
     @property
     def stop_reason(self):
         """Why a run that ends here does: "exact", "tolerance" or "max-iterations"."""

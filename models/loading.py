@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 
 from models.adapters import load_loras, load_textual_inversions
 from models.families import FAMILIES, Family
-from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, in_one_line
+from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, in_one_line, split_scale
 
 DEMO = Path(__file__).resolve().parent / "demo"
 # stabilityai withdrew this model from the hub in November 2025.
@@ -216,6 +216,12 @@ def load_pipeline(model, loading):
     dtype = choose_dtype(loading, model, device)
     if loading.vae_tiling and not model.family.latent:
         raise SettingError("vae_tiling", True, f"is of no use, as {model.name} has no autoencoder; leave it out")
+    for setting, path in [("lora", split_scale(lora)[0]) for lora in loading.lora] + [
+        ("textual_inversion", path) for path in loading.textual_inversion
+    ]:
+        named_as_file = path.endswith(".safetensors") or path.startswith((".", "/", "~"))
+        if named_as_file and not os.path.exists(path):
+            raise SettingError(setting, path, "is neither a file nor a folder here; give one, or a hub id")
     for setting in ("lora", "textual_inversion"):
         method = {"lora": "load_lora_weights", "textual_inversion": "load_textual_inversion"}[setting]
         if getattr(loading, setting) and not hasattr(getattr(diffusers, model.kind), method):

@@ -94,11 +94,11 @@ def test_an_embedding_for_two_encoders_is_named_by_its_file(files, tmp_path):
         ("lora", "dit", "does not fit the model"),
         ("lora", "none", "does not fit the model"),
         ("lora", "broken", "(does not fit|cannot be read)"),
-        ("lora", "missing", "cannot be read"),
+        ("lora", "missing", "is neither a file nor a folder here"),
         ("textual_inversion", "long", "does not fit the model"),
         ("textual_inversion", "red", "it is for 2 text encoders, where the model has 1"),
         ("textual_inversion", "broken", "(does not fit|cannot be read)"),
-        ("textual_inversion", "missing", "cannot be read"),
+        ("textual_inversion", "missing", "is neither a file nor a folder here"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_in_one_line(setting, name, words, tiny, files, capfd):
