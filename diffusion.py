@@ -206,6 +206,11 @@ def compiled_batches(smallest, widest):
     return sizes if sizes[-1] >= widest else [*sizes, widest]
 
 
+def rows(conditions):
+    """Rows of a prompt's conditions: two where guidance is classifier-free, else one."""
+    return max((len(values) for values in conditions.values()), default=1)
+
+
 class Denoiser:
     """The network with its conditions: L states in, L model outputs out, guided where conditions come in pairs.
 
@@ -221,7 +226,7 @@ class Denoiser:
     def __init__(self, network, conditions, times, guidance_scale=1.0, max_batch=None, sizes=None, dtype=torch.float32):
         self.network, self.conditions, self.times, self.dtype = network, conditions, times, dtype
         self.guidance_scale, self.max_batch, self.sizes = guidance_scale, max_batch, sizes
-        self.rows = max((len(rows) for rows in conditions.values()), default=1)
+        self.rows = rows(conditions)
 
     @torch.no_grad()
     def __call__(self, x, n):

@@ -71,17 +71,17 @@ ARGUMENTS = {
          "blocks, at most N; auto: as many as take the least time on this device (%(default)s)"),
         ("--fine-steps -fs", number, "N",
          "steps of the sequential sampler that SRDS reproduces; at most the model's own (%(default)s)"),
-        ("--solver", str, one_of(defaults.SOLVERS), "what makes the steps (ddim; for flow matching, euler)"),
+        ("--solver", str, one_of(defaults.SOLVERS), "solver of each step (ddim; for flow matching, euler)"),
         ("--eta", number, "E", "noise in ddim's steps, 0 to 1 (%(default)s)"),
         ("--tolerance -tol", number, "T",
          "stop when a refinement changes the image by less, 0 to 255; 0: go on until exact (%(default)s)"),
         ("--schedule", str, one_of(defaults.SCHEDULES),
-         "which lanes move in a tick (pipelined; with auto blocks, the faster)"),
+         "what a call works on: blocks of all refinements, or of one (pipelined; with auto blocks, the faster)"),
         ("--correction", str, one_of(defaults.CORRECTIONS),
          "the paper's, or damped where the coarse step overshoots (%(default)s)"),
         ("--stop-rule", str, one_of(defaults.STOP_RULES),
-         "what must be below the tolerance: the image's change, each state's as well, or the image's next change as "
-         "predicted (%(default)s)"),
+         "what must be below the tolerance: the image's last change, that of every boundary's state too, or the "
+         "predicted next change of the image (%(default)s)"),
         ("--max-iterations", number, "K", "most refinements (as many as blocks)"),
     ],
     "generation": [

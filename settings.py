@@ -7,6 +7,7 @@ import math
 import numbers
 import operator
 import os
+import re
 from dataclasses import dataclass, fields, replace
 
 # The algorithm
@@ -63,6 +64,12 @@ class SettingError(Failure, ValueError):
 def in_one_line(error):
     """The message of another library's error, in one line of at most 200 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def out_of_memory(error):
+    """Whether an exception, of any of the libraries, says that memory ran out."""
+    words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 # Domains: each is called with a setting's name and value, and returns the value or raises SettingError.
@@ -222,7 +229,8 @@ class Settings(Checked):
         family = model.family
         solver = self.solver or family.solvers[0]
         if solver not in family.solvers:
-            raise SettingError("solver", solver, f"does not sample {model.name}; give {' or '.join(family.solvers)}")
+            remedy = f"cannot be used with {model.name}; give {' or '.join(family.solvers)}"
+            raise SettingError("solver", solver, remedy)
         if self.eta and solver != "ddim":
             raise SettingError("eta", self.eta, f"is for ddim, not {solver}; leave it out")
         most = MOST_FLOW_STEPS if family.flow else model.training_steps

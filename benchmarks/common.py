@@ -10,7 +10,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 from models import scenes
-from sampler import Sampler, difference
+from refinement import difference
+from sampler import Sampler
 from settings import SEED, Settings
 from study.quiet import quiet_libraries
 

@@ -25,7 +25,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 import common
 from models import scenes
-from sampler import Sampler, difference, judge
+from refinement import difference, judge
+from sampler import Sampler
 from settings import SCHEDULES, STOP_RULES, Settings
 from study.planning import describe_plan
 

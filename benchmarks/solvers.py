@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import common
 from diffusion import Solver
-from sampler import difference
+from refinement import difference
 from srds import srds
 
 GRID = ((25, 5), (100, 10))

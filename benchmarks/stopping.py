@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import common
-from sampler import difference, judge
+from refinement import difference, judge
 from settings import STOP_RULES
 
 SETTINGS = {  # N, B, guidance, correction

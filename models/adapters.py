@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
 
-from settings import SettingError, in_one_line, split_scale
+from settings import SettingError, in_one_line, out_of_memory, split_scale
 
 # Which text encoder an embedding is for, where a file has several.
 ENCODERS = {
@@ -70,9 +70,9 @@ def _refusing(setting, value):
     """Whatever the libraries say of a file, as SettingError."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:  # of torch, peft, diffusers and what they read files with, each with its own
+        if out_of_memory(error):
+            raise
         unreadable = type(error).__module__.startswith(("huggingface_hub", "httpx", "safetensors"))
         if unreadable or isinstance(error, OSError):
             remedy = f"cannot be read ({in_one_line(error)}); give a .safetensors file, a folder or a hub id"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 
 from models.adapters import load_loras, load_textual_inversions
 from models.families import FAMILIES, Family
-from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, in_one_line, split_scale
+from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, in_one_line, out_of_memory, split_scale
 
 DEMO = Path(__file__).resolve().parent / "demo"
 # stabilityai withdrew this model from the hub in November 2025.
@@ -105,7 +104,8 @@ def _model(name, kind, config, scheduler):
     except ValueError as error:
         raise ModelError(f"{name} {error}") from None
     make_scheduler = _flow_scheduler if family.flow else _diffusion_scheduler
-    guidance_scale = DEMO_GUIDANCE_SCALE if Path(name).resolve() == DEMO else family.guidance_scale
+    demo = Path(name).resolve() == DEMO and DEMO_GUIDANCE_SCALE is not None
+    guidance_scale = DEMO_GUIDANCE_SCALE if demo else family.guidance_scale
     return Model(name, kind, family, make_scheduler(name, scheduler, family), guidance_scale)
 
 
@@ -264,16 +264,11 @@ def _from_pretrained(model, dtype, variant):
 
 def compile_network(network):
     """Have torch compile the network, for each batch shape at its first call; on cuda as a CUDA graph."""
-    torch._dynamo.config.recompile_limit = 64  # a shape each; past the limit, calls would not be compiled
+    # A shape each; past the limit, calls would not be compiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     network.compile(mode="reduce-overhead" if network.device.type == "cuda" else "default", dynamic=False)
 
 
 def is_compiled(network):
     """Whether torch compiles a network, or parts of it, for each batch shape."""
     return hasattr(network, "_orig_mod") or any(part._compiled_call_impl for part in network.modules())
-
-
-def out_of_memory(error):
-    """Whether an exception, of any of the libraries, says that memory ran out."""
-    words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
-    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))

@@ -11,9 +11,10 @@ import torch
 from tqdm import tqdm
 
 import utils
-from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline, out_of_memory
-from sampler import Sampler, difference
-from settings import Failure, in_one_line
+from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline
+from refinement import difference
+from sampler import Sampler
+from settings import Failure, SettingError, in_one_line, out_of_memory
 from study.planning import describe_plan
 from study.processes import ProcessError, wait_until
 from study.record import Record, WriteError, check_resumable, earlier_run
@@ -114,14 +115,11 @@ def recorded_settings(command, settings, processes):
 
 
 def check_shared(record, processes):
-    """Raise Failure unless all processes see the output directory that the first one has begun."""
+    """Raise SettingError unless all processes see the output directory that the first one has begun."""
     begun = processes.broadcast(record.about["begun"])
     if not wait_until(lambda: earlier_run(record.folder).get("begun") == begun):
-        raise Failure(
-            f"argument --output-dir/-o: {str(record.folder)!r} is not one directory for all machines; give one that "
-            "they share, or --parallel lanes",
-            status=2,
-        )
+        remedy = "is not one directory for all machines; give one that they share, or --parallel lanes"
+        raise SettingError("output_dir", str(record.folder), remedy)
 
 
 def explain(command, error):

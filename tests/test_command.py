@@ -285,7 +285,7 @@ BAD = [
     (["--prompt", "a", "-gs", "-2"], "--guidance-scale/-gs: -2 is not usable"),
     (["--prompt", "a", "--eta", "1.5"], "--eta: 1.5 is not usable; give a number from 0 to 1"),
     (["--prompt", "a", "--solver", "foo"], "--solver: 'foo' is not usable; give one of ddim"),
-    (["--prompt", "a", "--solver", "euler"], "--solver: 'euler' does not sample"),
+    (["--prompt", "a", "--solver", "euler"], "--solver: 'euler' cannot be used with"),
     (["--prompt", "a", "--height", "0"], "--height: 0 is not usable"),
     (["--prompt", "a", "--height", "63"], "--height: 63 is not a multiple"),
     (["--prompt", "a", "--width", "-8"], "--width: -8 is not usable"),

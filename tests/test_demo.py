@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from models import scenes
 from models.loading import DEMO
-from sampler import Sampler, difference
+from refinement import difference
+from sampler import Sampler
 from settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

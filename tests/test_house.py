@@ -12,10 +12,20 @@ import srds
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADING = {"settings", "models.families", "models.adapters"}
-SAMPLER = {"settings", "srds", "diffusion", "models.loading", "study.planning"}
-STUDY = {"settings", "utils", "sampler", "models.loading", "study.planning", "study.processes", "study.record"}
+SAMPLER = {"settings", "refinement", "srds", "diffusion", "models.loading", "study.planning"}
+STUDY = {
+    "settings",
+    "utils",
+    "refinement",
+    "sampler",
+    "models.loading",
+    "study.planning",
+    "study.processes",
+    "study.record",
+}
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "diffusion": set(), "utils": set(), "models.families": set(),
+    "refinement": set(),
     "models.adapters": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.record": {"settings", "utils"}, "study.run": STUDY,

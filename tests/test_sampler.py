@@ -18,7 +18,8 @@ import sampler as door
 from models.families import StableDiffusion
 from models.loading import ModelError
 from pipelines import SD, flux, pixels, stable_diffusion
-from sampler import Sampler, difference, judge, trajectory_change
+from refinement import difference, judge, trajectory_change
+from sampler import Sampler
 from settings import SettingError, Settings
 
 SMALL = Settings(fine_steps=9, coarse_steps=3, guidance_scale=2.0, negative_prompt="rain")

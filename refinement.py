@@ -1,0 +1,115 @@
+"""What a run yields: refinements, what they changed and cost, and whether the run stops there."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Refinement(NamedTuple):
+    """The sample after k refinements, what it has cost so far, and what the stop rules watch.
+
+    image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, C, H, W), on the model's device.
+    serial_evaluations: network calls one after the other (ticks). total_evaluations: of one state each, a guided one
+        counting once (lane-steps).
+    exact: whether it is the sequential sample, up to the network's rounding.
+    damping: what was withheld of a correction, 127.5 times its norm over the state's, at the boundary with most.
+    image_change: mean absolute difference to the last refinement's 8-bit image, 0 to 255; None for k = 0.
+    trajectory_change: see `trajectory_change`; None for k = 0. predicted_change: the next refinement's image_change, if
+        changes shrink at their last rate; None where there is no last rate.
+    verdict: "converged", "growing" or "continuing", see `judge`.
+    seconds: since the first tick, decoding included, and without what the caller did in between.
+    """
+
+    k: int
+    image: np.ndarray
+    states: torch.Tensor
+    serial_evaluations: int
+    total_evaluations: int
+    exact: bool
+    damping: float
+    image_change: float | None
+    trajectory_change: float | None
+    predicted_change: float | None
+    verdict: str
+    seconds: float
+
+    def __repr__(self):
+        return f"Refinement(k={self.k}, serial_evaluations={self.serial_evaluations}, verdict={self.verdict!r}, ...)"
+
+    @property
+    def stop_reason(self):
+        """Why a run that ends here does: "exact", "tolerance" or "max-iterations"."""
+        return "exact" if self.exact else "tolerance" if self.verdict == "converged" else "max-iterations"
+
+
+class Sequential(NamedTuple):
+    """The ground truth: states at the boundaries, float32, (B + 1, C, H, W); the last one's image; seconds."""
+
+    states: torch.Tensor
+    image: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All refinements of a prompt; the first is the initialisation, k = 0.
+
+    It holds the states of each. Where memory is short, take one refinement at a time from `Sampler.refine`.
+    """
+
+    prompt: str
+    seed: int
+    refinements: tuple[Refinement, ...]
+
+    stop_reason = property(lambda self: self.refinements[-1].stop_reason)
+    image = property(lambda self: self.refinements[-1].image)
+    serial_evaluations = property(lambda self: self.refinements[-1].serial_evaluations)
+    total_evaluations = property(lambda self: self.refinements[-1].total_evaluations)
+    seconds = property(lambda self: self.refinements[-1].seconds)
+
+
+def measured(iterate, image, earlier):
+    """The `Refinement` that an iterate and its image are, after the one before it (None for k = 0).
+
+    Verdict and seconds are left open.
+    """
+    change = moved = predicted = None
+    if earlier:
+        change, before = difference(image, earlier.image), earlier.image_change
+        moved = trajectory_change(iterate.states, earlier.states)
+        # Changes shrink superlinearly, so this is too high rather than too low.
+        predicted = change * change / before if before else change if before == 0 else None
+    counts = iterate.ticks, iterate.lane_steps, iterate.exact, 127.5 * float(iterate.damping)
+    return Refinement(iterate.k, image, iterate.states, *counts, change, moved, predicted, "", 0.0)
+
+
+def difference(image, other):
+    """Mean absolute difference of two 8-bit images, 0 to 255."""
+    return float(abs(image.astype(float) - other).mean())
+
+
+def trajectory_change(states, earlier):
+    """The largest change of a boundary's state, (B + 1, C, H, W), on the images' scale.
+
+    A boundary's change is the mean absolute change of its state, times 127.5 / standard deviation of the new state.
+    """
+    change = (states - earlier).abs().flatten(1).mean(1) * 127.5 / states.flatten(1).std(1, correction=0)
+    return float(change[1:].max())
+
+
+def judge(refinement, earlier, rule, tolerance):
+    """Whether a refinement, after the one before it (None for k = 0), is "converged", "growing" or "continuing".
+
+    Each change that the stop rule watches must be below the tolerance. A change that grew, and is not below it, is told
+    apart, because parareal can diverge on its way to exactness.
+    """
+    both = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
+    watched = ("predicted_change",) if rule == "predicted" else both
+    changes = [getattr(refinement, name) for name in watched]
+    if all(change is not None and change < tolerance for change in changes):
+        return "converged"
+    pairs = [(getattr(refinement, name), getattr(earlier, name, None)) for name in both]
+    grew = any(before is not None and change > before and change >= tolerance for change, before in pairs)
+    return "growing" if grew else "continuing"
