@@ -229,6 +229,17 @@ def latents_of_scenes(vae, count=40_000):
     return torch.load(path, weights_only=True)
 
 
+def noised(x0, scheduler, rng):
+    """Clean samples x0, (count, ...), at random timesteps: noisy samples, timesteps (count,), and their velocities."""
+    count, steps = len(x0), scheduler.config.num_train_timesteps
+    # One timestep from each of `count` equal parts of the chain: less noise in the loss than independent draws.
+    t = (np.arange(count) + rng.uniform(size=count)) * steps / count
+    t = torch.from_numpy(t).long().to(DEVICE)
+    noise = torch.randn(x0.shape).to(DEVICE)
+    x = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+    return x, t, scheduler.get_velocity(x0, noise, t)
+
+
 class DiffusionLoss:
     """Mean squared error of v (Salimans and Ho, 2022) at a random timestep, under a random way to caption the scene."""
 
@@ -247,16 +258,11 @@ class DiffusionLoss:
         chosen = rng.integers(0, len(self.latents), self.count)
         x0 = self.latents[chosen].to(DEVICE)
         tokens = torch.stack([self.tokens(self.caption(rng, self.attributes[i])) for i in chosen]).to(DEVICE)
-        steps = self.scheduler.config.num_train_timesteps
-        # One timestep from each of `count` equal parts of the chain: less noise in the loss than independent draws.
-        t = (np.arange(self.count) + rng.uniform(size=self.count)) * steps / self.count
-        t = torch.from_numpy(t).long().to(DEVICE)
-        noise = torch.randn(x0.shape).to(DEVICE)
-        x = self.scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+        x, t, v = noised(x0, self.scheduler, rng)
         with autocast():
             text = modules["text_encoder"](tokens)[0]
-            v = modules["unet"](x, t, text, return_dict=False)[0]
-        return nnf.mse_loss(v.float(), self.scheduler.get_velocity(x0, noise, t))
+            predicted = modules["unet"](x, t, text, return_dict=False)[0]
+        return nnf.mse_loss(predicted.float(), v)
 
 
 def save_demo(modules, vae, tokenizer, scheduler):
