@@ -109,6 +109,8 @@ class Solver:
         from_here_on = torch.ones(steps + 1, steps).triu().bool()
         self.carry = torch.cat([one.new_ones(steps + 1, 1), kept.where(from_here_on, 1.0)], 1).cumprod(1)
 
+        self.gain = a_next - kept * a  # of x0 in a step
+
         half_log_snr = (a / b).log()  # in which 2M extrapolates
         h = torch.cat([half_log_snr, (a_next / b_next)[-1:].log()]).diff()
         self.extrapolation = torch.zeros_like(a)
@@ -128,23 +130,60 @@ class Solver:
         start, end: int64 (L,) on the CPU, 0 to N. past: of dpmsolver++, x0 of the steps that led to x, (L, C, H, W); of
         no meaning at a restart and to others. Returns the states, and `past` for the steps from there.
         """
-        columns = [self.x0_of_state[start], self.x0_of_output[start], self.extrapolation[start]]
+        columns = [self.x0_of_state[start], self.x0_of_output[start], self.extrapolation[start] * (end - start == 1)]
         columns += [self.signal[start], self.signal[end], self.carry[start, end]]
-        columns = torch.stack(columns).float().to(x.device, non_blocking=True)
-        p, q, extrapolation, signal, signal_end, carry = columns.reshape(6, -1, 1, 1, 1)
+        p, q, extrapolation, signal, signal_end, carry = self._on(x, *columns)
         x0 = p * x + q * m
-        at_end = at_start = x0
+        at_end, at_start = self._clipped(x0)
         if self.name == "dpmsolver++":
             at_end = at_start = x0 + extrapolation * (x0 - past)
-        elif self.clip is not None:
-            # ddim, in diffusers, clips what the step leads to, not the noise that it finds in x.
-            at_end = x0.clamp(-self.clip, self.clip)
-            at_start = at_end if self.name == "ddpm" else x0
         x = signal_end * at_end + carry * (x - signal * at_start)
         if self.stochastic:
             noises = [self._noise(*between, x.shape[1:]) for between in zip(start.tolist(), end.tolist())]
             x = x + torch.stack(noises).to(x.device, non_blocking=True)
         return x, x0 if self.name == "dpmsolver++" else x
+
+    def unrolled(self):
+        """P, (N + 1,), and K, (N + 1, N), float64, of x_n = P_n x_0 + sum_j K_nj d_j + Z_n, n steps from x_0.
+
+        d_j: `clean` at point j; Z: `forcing`. A solver with restarts is none: dpmsolver++ extrapolates at all points.
+        """
+        carried = (self.gain[:, None] * self.carry[1:]).T.tril(-1)
+        K = carried * (1 + self.extrapolation)
+        K[:, :-1] -= carried[:, 1:] * self.extrapolation[1:]
+        return self.carry[0], K
+
+    def clean(self, x, m, n):
+        """What the step from grid points n, int64 (L,), is linear in: x0, clipped as the solver does; (L, C, H, W)."""
+        columns = self.x0_of_state[n], self.x0_of_output[n], self.signal[n], self.signal[n + 1], self.carry[n, n + 1]
+        p, q, signal, signal_end, carry = self._on(x, *columns)
+        x0 = p * x + q * m
+        at_end, at_start = self._clipped(x0)
+        if at_end is at_start:
+            return at_end
+        return x0 + signal_end * (at_end - x0) / (signal_end - carry * signal)
+
+    def forcing(self, shape):
+        """What the fine steps' noise has become at each grid point, float32 (N + 1, *shape); None for no noise."""
+        if not self.stochastic:
+            return None
+        total = [torch.zeros(shape)]
+        for j, kept in enumerate(self.carry.diagonal(1).tolist()):
+            total.append(kept * total[-1] + self._noise(j, j + 1, shape))
+        return torch.stack(total)
+
+    def _clipped(self, x0):
+        """x0 where a step ends and where it starts."""
+        if self.clip is None or self.name == "dpmsolver++":
+            return x0, x0
+        # ddim, in diffusers, clips what the step leads to, not the noise that it finds in x.
+        clipped = x0.clamp(-self.clip, self.clip)
+        return clipped, clipped if self.name == "ddpm" else x0
+
+    @staticmethod
+    def _on(x, *columns):
+        """Columns of the tables, each (L,), as float32 (L, 1, 1, 1) on the device of x, in one transfer."""
+        return torch.stack(columns).float().to(x.device, non_blocking=True).reshape(len(columns), -1, 1, 1, 1)
 
     def _noise(self, start, end, shape):
         """What the fine steps from one point to another add, were x0 held: float32, of a state's shape."""

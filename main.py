@@ -67,10 +67,11 @@ ARGUMENTS = {
         ("--output-dir -o", str, "DIR", "where images and analysis go"),
     ],
     "algorithm": [
+        ("--method", str, one_of(defaults.METHODS), "how the steps are made parallel (%(default)s)"),
         ("--coarse-steps -cs", number, "B",
          "blocks, at most N; auto: as many as take the least time on this device (%(default)s)"),
         ("--fine-steps -fs", number, "N",
-         "steps of the sequential sampler that SRDS reproduces; at most the model's own (%(default)s)"),
+         "steps of the sequential sampler that is reproduced; at most the model's own (%(default)s)"),
         ("--solver", str, one_of(defaults.SOLVERS), "solver of each step (ddim; for flow matching, euler)"),
         ("--eta", number, "E", "noise in ddim's steps, 0 to 1 (%(default)s)"),
         ("--tolerance -tol", number, "T",
@@ -78,11 +79,13 @@ ARGUMENTS = {
         ("--schedule", str, one_of(defaults.SCHEDULES),
          "what a call works on: blocks of all refinements, or of one (pipelined; with auto blocks, the faster)"),
         ("--correction", str, one_of(defaults.CORRECTIONS),
-         "the paper's, or damped where the coarse step overshoots (%(default)s)"),
+         "the paper's, or damped where the coarse step overshoots (damped)"),
+        ("--nodes", number, "M", "of collocation: points in time of its first solution (13)"),
+        ("--window", number, "W", "of collocation: most nodes in a network call, but for a refinement's new ones (8)"),
         ("--stop-rule", str, one_of(defaults.STOP_RULES),
          "what must be below the tolerance: the image's last change, that of every boundary's state too, or the "
          "predicted next change of the image (%(default)s)"),
-        ("--max-iterations", number, "K", "most refinements (as many as blocks)"),
+        ("--max-iterations", number, "K", "most refinements (until exact)"),
     ],
     "generation": [
         ("--model", str, "MODEL", "hub id, local folder, or demo (%(default)s)"),

@@ -18,7 +18,8 @@ class Refinement(NamedTuple):
     image_change: mean absolute difference to the last refinement's 8-bit image, 0 to 255; None for k = 0.
     trajectory_change: see `trajectory_change`; None for k = 0. predicted_change: the next refinement's image_change, if
         changes shrink at their last rate; None where there is no last rate.
-    verdict: "converged", "growing" or "continuing", see `judge`.
+    verdict: "converged", "growing" or "continuing", see `judge`. settled: whether all that k asks for was done;
+        collocation can be cut short, and then is not.
     seconds: since the first tick, decoding included, and without what the caller did in between.
     """
 
@@ -34,6 +35,7 @@ class Refinement(NamedTuple):
     predicted_change: float | None
     verdict: str
     seconds: float
+    settled: bool = True
 
     def __repr__(self):
         return f"Refinement(k={self.k}, serial_evaluations={self.serial_evaluations}, verdict={self.verdict!r}, ...)"
@@ -82,7 +84,7 @@ def measured(iterate, image, earlier):
         # Changes shrink superlinearly, so this is too high rather than too low.
         predicted = change * change / before if before else change if before == 0 else None
     counts = iterate.ticks, iterate.lane_steps, iterate.exact, 127.5 * float(iterate.damping)
-    return Refinement(iterate.k, image, iterate.states, *counts, change, moved, predicted, "", 0.0)
+    return Refinement(iterate.k, image, iterate.states, *counts, change, moved, predicted, "", 0.0, iterate.settled)
 
 
 def difference(image, other):
@@ -103,8 +105,10 @@ def judge(refinement, earlier, rule, tolerance):
     """Whether a refinement, after the one before it (None for k = 0), is "converged", "growing" or "continuing".
 
     Each change that the stop rule watches must be below the tolerance. A change that grew, and is not below it, is told
-    apart, because parareal can diverge on its way to exactness.
+    apart, because parareal can diverge on its way to exactness; so is a refinement that did not settle.
     """
+    if not refinement.settled:
+        return "growing"
     both = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
     watched = ("predicted_change",) if rule == "predicted" else both
     changes = [getattr(refinement, name) for name in watched]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 import diffusion
+from collocation import collocation
 from models.loading import find_model, inspect, is_compiled, load_pipeline
 from refinement import Refinement, Sample, Sequential, judge, measured
 from settings import Loading, Settings, text
@@ -51,6 +52,10 @@ class OneProcess:
     def split(self, denoise):
         """`denoise` with the lanes of a call dealt out to the processes."""
         return denoise
+
+    def agree(self, value):
+        """The value of the first of the processes that share lanes."""
+        return value
 
     def in_step(self, iterates):
         """The iterates, as many on every process as on the first."""
@@ -100,7 +105,8 @@ class Sampler:
             self.grid = diffusion.flow_grid(scheduler, settings.fine_steps, sigmas, tokens)
         else:
             self.grid = diffusion.diffusion_grid(scheduler, settings.fine_steps, settings.solver)
-        self.solver = diffusion.Solver(self.grid, settings.solver, settings.eta, settings.seed, self.boundaries)
+        restarts = self.boundaries if settings.method == "srds" else ()  # blocks begin without a step before
+        self.solver = diffusion.Solver(self.grid, settings.solver, settings.eta, settings.seed, restarts)
 
     @classmethod
     def from_pretrained(cls, model, settings=None, **loading):
@@ -120,7 +126,7 @@ class Sampler:
 
     def vary(self, **settings):
         """A sampler with the same pipeline and other settings; it plans again if they are those of a plan."""
-        plan = None if settings.keys() & {"fine_steps", "coarse_steps", "schedule"} else self.plan
+        plan = None if settings.keys() & {"method", "fine_steps", "coarse_steps", "schedule"} else self.plan
         return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes, plan=plan)
 
     def __call__(self, prompt, seed=None):
@@ -164,11 +170,16 @@ class Sampler:
         return Sequential(states, self.image(states), time.perf_counter() - started)
 
     def iterates(self, prompt, seed=None, on_tick=None) -> Iterator[Iterate]:
-        """The method alone, as `srds.srds` yields it: no images, and no stop before max_iterations."""
-        denoise, solver = self.processes.split(self.denoiser(prompt)), self._solver(seed)
-        correct = {"damped": solver.damped, "paper": algorithm_1}[self.settings.correction]
-        how = self.settings.schedule, self.settings.max_iterations, correct
-        iterates = srds(self.noise(seed), self._counted(denoise, on_tick), solver.step, self.boundaries, *how)
+        """The method alone, as `srds.srds` and `collocation.collocation` yield it: no images, no stop rule."""
+        settings, solver, x = self.settings, self._solver(seed), self.noise(seed)
+        denoise = self._counted(self.processes.split(self.denoiser(prompt)), on_tick)
+        if settings.method == "srds":
+            correct = {"damped": solver.damped, "paper": algorithm_1}[settings.correction]
+            how = settings.schedule, settings.max_iterations, correct
+            iterates = srds(x, denoise, solver.step, self.boundaries, *how)
+        else:
+            how = settings.nodes, settings.window, settings.max_iterations, self.processes.agree
+            iterates = collocation(x, denoise, solver, self.boundaries, *how)
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:
@@ -224,8 +235,9 @@ class Sampler:
 
     @property
     def widest(self):
-        """Most lanes in one call of this process."""
-        return -(-self.settings.coarse_steps // self.processes.sharing)
+        """Most lanes in one call of this process, but for the nodes that a refinement of collocation adds."""
+        lanes = self.settings.coarse_steps if self.settings.method == "srds" else self.settings.window
+        return -(-lanes // self.processes.sharing)
 
     def noise(self, seed=None):
         """The initial noise x_T, float32 (1, C, H, W)."""

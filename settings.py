@@ -11,15 +11,18 @@ import re
 from dataclasses import dataclass, fields, replace
 
 # The algorithm
-COARSE_STEPS = 10  # or "auto"
+METHOD = "srds"
 FINE_STEPS = 100
+COARSE_STEPS = 10  # or "auto"
 SOLVER = None  # ddim; for flow matching, euler
 ETA = 0.0  # of ddim: 0 takes no noise, 1 as much as ddpm
 TOLERANCE = 0.1  # mean absolute change of the 8-bit image, 0 to 255
 SCHEDULE = None  # pipelined; with auto blocks, the faster of the two
-CORRECTION = "damped"
+CORRECTION = None  # damped
 STOP_RULE = "final"
-MAX_ITERATIONS = None  # as many as blocks
+MAX_ITERATIONS = None  # as many as blocks; of collocation, until every grid point is a node
+NODES = None  # 13, of collocation's first solution
+WINDOW = None  # 8 of collocation's nodes in a network call
 EXPECTED_REFINEMENTS = 3  # that auto blocks are planned for: what most runs of benchmarks/stopping.py use
 # Generation
 MODEL = "stabilityai/stable-diffusion-2"
@@ -36,6 +39,7 @@ DTYPE = "auto"
 MAX_BATCH = None  # all lanes of a tick in one network call
 PARALLEL = None  # of several processes: prompts where there are more of them than processes, else lanes
 
+METHODS = ("srds", "collocation")
 SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
 SCHEDULES = ("pipelined", "sweep")
 CORRECTIONS = ("damped", "paper")
@@ -161,32 +165,38 @@ class Checked:
 class Settings(Checked):
     """How to sample. Raises SettingError for what no model can do; None is what the model usually takes.
 
-    fine_steps: N, the steps of the sequential sampler that SRDS reproduces.
-    coarse_steps: B, the blocks, at most N; or "auto", those that take the least predicted time on this device.
+    fine_steps: N, the steps of the sequential sampler that the method reproduces.
+    coarse_steps: B, the blocks, at most N; or "auto", those that take the least predicted time on this device. Of
+        collocation, it is only told at their boundaries how the trajectory changes.
+    method: "srds", see `srds.srds`, or "collocation", see `collocation.collocation`.
     solver: "ddim", "ddpm", "dpmsolver++" or, of flow matching, "euler" or "dpmsolver++".
     eta: noise in ddim's steps, 0 to 1 (Song, Meng and Ermon, 2021, eq. 16).
     tolerance: stop when a refinement changes the image by less, in grey levels of 255 (mean absolute difference), or,
         if it is 0, only when the sample is exact.
-    schedule: which lanes move in a tick, "pipelined" (all) or "sweep" (Algorithm 1).
-    correction: the predictor-corrector, "paper", or "damped" where the coarse step overshoots.
+    schedule: of srds, which lanes move in a tick, "pipelined" (all) or "sweep" (Algorithm 1).
+    correction: of srds, the predictor-corrector, "paper", or "damped" where the coarse step overshoots.
+    nodes, window: of collocation, the first nodes, and most nodes in a tick.
     stop_rule: what must be below the tolerance: "final", the image's change; "trajectory", each boundary's state as
         well; "predicted", the next change of the image, as the last two predict it.
-    max_iterations: most refinements; None: B.
+    max_iterations: most refinements; None: B, or of collocation, until every grid point is a node.
     guidance_scale: classifier-free (Ho and Salimans, 2022), on above 1, or the scale embedded in the network.
     negative_prompt: what guidance leads away from.
     height, width: of the image, in pixels.
     seed: of the initial noise and of the noise in the steps, 0 to 2^64 - 1.
     max_batch: most network samples in one call, of which guidance makes two a lane; None: no limit.
-    fixed_batch: pad every call to one shape, so that all refinements equal the sequential sample to the bit.
+    fixed_batch: pad every call to one shape, so that all of SRDS's refinements equal the sequential sample to the bit.
     """
 
     fine_steps: int = FINE_STEPS
     coarse_steps: int | str = COARSE_STEPS
+    method: str = METHOD
     solver: str | None = SOLVER
     eta: float = ETA
     tolerance: float = TOLERANCE
     schedule: str | None = SCHEDULE
-    correction: str = CORRECTION
+    correction: str | None = CORRECTION
+    nodes: int | None = NODES
+    window: int | None = WINDOW
     stop_rule: str = STOP_RULE
     max_iterations: int | None = MAX_ITERATIONS
     guidance_scale: float | None = GUIDANCE_SCALE
@@ -198,16 +208,25 @@ class Settings(Checked):
     fixed_batch: bool = False
 
     domains = {
-        "fine_steps": whole(), "coarse_steps": whole(auto=True), "solver": choice(*SOLVERS, optional=True),
-        "eta": real(1), "tolerance": real(), "schedule": choice(*SCHEDULES, optional=True),
-        "correction": choice(*CORRECTIONS), "stop_rule": choice(*STOP_RULES), "max_iterations": whole(optional=True),
+        "fine_steps": whole(), "coarse_steps": whole(auto=True), "method": choice(*METHODS),
+        "solver": choice(*SOLVERS, optional=True), "eta": real(1), "tolerance": real(),
+        "schedule": choice(*SCHEDULES, optional=True),
+        "correction": choice(*CORRECTIONS, optional=True), "nodes": whole(optional=True),
+        "window": whole(optional=True), "stop_rule": choice(*STOP_RULES), "max_iterations": whole(optional=True),
         "guidance_scale": real(optional=True), "negative_prompt": text(empty=True), "height": whole(optional=True),
         "width": whole(optional=True), "seed": whole(0, 2**64 - 1), "max_batch": whole(optional=True),
         "fixed_batch": flag,
     }  # fmt: skip
 
+    ONLY_OF = (("srds", "schedule"), ("srds", "correction"), ("collocation", "nodes"), ("collocation", "window"))
+
     def __post_init__(self):
         super().__post_init__()
+        for method, setting in self.ONLY_OF:
+            if self.method != method and getattr(self, setting) is not None:
+                raise SettingError(setting, getattr(self, setting), f"is of {method}, not {self.method}; leave it out")
+        if self.coarse_steps == "auto" and self.method != "srds":
+            raise SettingError("coarse_steps", "auto", f"is of srds, not {self.method}; give a number")
         if self.coarse_steps == "auto" and self.fixed_batch:
             remedy = "measures calls of many sizes, a fixed batch has one; give a number"
             raise SettingError("coarse_steps", "auto", remedy)
@@ -245,8 +264,13 @@ class Settings(Checked):
             raise SettingError("negative_prompt", self.negative_prompt, remedy)
         height, width = (self._side(*side, model) for side in zip(("height", "width"), family.default_size))
         scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        schedule = self.schedule or (None if self.coarse_steps == "auto" else SCHEDULES[0])
-        return replace(self, solver=solver, height=height, width=width, guidance_scale=scale, schedule=schedule)
+        usual = {"solver": solver, "height": height, "width": width, "guidance_scale": scale}
+        if self.method == "srds":
+            usual["schedule"] = self.schedule or (None if self.coarse_steps == "auto" else SCHEDULES[0])
+            usual["correction"] = self.correction or CORRECTIONS[0]
+        else:
+            usual["nodes"], usual["window"] = min(self.nodes or 13, self.fine_steps), self.window or 8
+        return replace(self, **usual)
 
     def _side(self, side, default, model):
         pixels, multiple = getattr(self, side) or default, model.family.multiple

@@ -118,7 +118,7 @@ def error_plot(errors, results, steps):
     if len(shown) > 1:
         for points in shown:
             _line(right, *zip(*points), floor, "0.65", "o", None)
-    label = "SRDS" if len(shown) == 1 else f"SRDS, mean of {len(shown)} prompts"
+    label = "refinements" if len(shown) == 1 else f"refinements, mean of {len(shown)} prompts"
     _line(right, [ticks for ticks, _ in longest], mean, floor, "black", "s", label)
     right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
     right.set(xlabel="serial evaluations", ylabel="mean difference, 0-255", title="Image against the truth")
@@ -164,7 +164,7 @@ def report(entry, state):
 
 def summary(results, steps):
     """The closing table: a row a prompt, as `run.json` has it."""
-    header = "prompt|iterations|serial evaluations|total|srds s|sequential s|difference|damping|converged"
+    header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
     rows = [header.split("|")]
     for result in results:
         text = " ".join(result["prompt"].split())

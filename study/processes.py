@@ -158,6 +158,10 @@ class Processes:
                 return value
             return json.loads(self.store.get(key))
 
+    def agree(self, value):
+        """The first process's value where lanes are shared, as in `broadcast`; this process's own elsewhere."""
+        return value if self.sharing == 1 else self.broadcast(value)
+
     def call(self, value):
         """Have the others, which share lanes, begin what the value names; returns when they are ready.
 

@@ -179,6 +179,7 @@ def check_resumable(folder, settings, texts):
         return {}
     try:
         before, plan = {**earlier["settings"], "dtype": earlier["environment"]["dtype"]}, earlier.get("plan")
+        before.setdefault("method", "srds")
         now = dict(settings)
         if plan and now["coarse_steps"] == "auto":
             now |= {"coarse_steps": plan["blocks"], "schedule": plan["schedule"]}

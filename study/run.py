@@ -203,8 +203,8 @@ def sample(sampler, text, seed, ground_truth=True):
         processes.call([text, seed])  # they encode the prompt first: that is not the sampler's time
 
     iterations = []
-    most = settings.fine_steps if settings.schedule == "pipelined" else None
-    with ticking("srds", most) as on_tick, contextlib.closing(sampler.refine(prompt, seed, on_tick)) as steps:
+    most = None if settings.schedule == "sweep" else settings.fine_steps
+    with ticking(settings.method, most) as on_tick, contextlib.closing(sampler.refine(prompt, seed, on_tick)) as steps:
         for refinement in steps:
             images["srds_initialized" if refinement.k == 0 else f"srds_iteration_{refinement.k - 1}"] = refinement.image
             iterations.append(iteration_entry(refinement, truth))
@@ -213,6 +213,11 @@ def sample(sampler, text, seed, ground_truth=True):
             tqdm.write(utils.report(iterations[-1], refinement.verdict))
     images["srds_final"] = refinement.image
 
+    if not refinement.settled:
+        tqdm.write(
+            f"  note: it did not settle within {settings.fine_steps} serial evaluations, which is what the sequential "
+            "sampler takes; that one is better here"
+        )
     unsettled = refinement.trajectory_change is not None and refinement.trajectory_change >= settings.tolerance
     if settings.stop_rule == "final" and refinement.stop_reason == "tolerance" and unsettled:
         tqdm.write(

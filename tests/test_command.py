@@ -94,8 +94,8 @@ def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
     assert record["settings"].keys() == {
         "prompts", "prompt", "output_dir", "no_ground_truth", "parallel", "model", "device", "dtype", "variant", "lora",
         "textual_inversion", "offload", "vae_tiling", "compile", "fine_steps", "coarse_steps", "solver", "eta",
-        "tolerance", "schedule", "correction", "stop_rule", "max_iterations", "guidance_scale", "negative_prompt",
-        "height", "width", "seed", "max_batch", "fixed_batch",
+        "tolerance", "schedule", "correction", "stop_rule", "max_iterations", "method", "nodes", "window",
+        "guidance_scale", "negative_prompt", "height", "width", "seed", "max_batch", "fixed_batch",
     }  # fmt: skip
 
 
@@ -207,6 +207,25 @@ def test_from_python_a_run_is_the_commands_to_the_bit(run, tiny):
     table = pd.read_csv(out / "trajectory_errors_table.csv", index_col=0)
     errors = [(each.states - truth.states)[1:].flatten(1).norm(dim=1) for each in sample.refinements[1:]]
     np.testing.assert_allclose(table.values, torch.stack(errors), rtol=1e-6)
+
+
+def test_collocation_leaves_what_srds_leaves_and_is_resumed(run):
+    more = ["--prompt", "a moon", "--method", "collocation", "-fs", "20", "-tol", "0", "--nodes", "6"]
+    status, out, printed = run(*more)
+    assert status == 0 and files(out) == SET | TRUTH | iterations(2) | RECORDS and "settled" not in printed
+    (result,) = run_record(out)["prompts"]
+    assert result["stop_reason"] == "exact" and result["image_error"] < 0.1 and result["serial_evaluations"] <= 20
+    assert pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).shape == (2, 3)
+    assert run(*more, "--resume")[0] == 0 and run("--prompt", "a moon", "-fs", "20", "-tol", "0", "--resume")[0] == 2
+
+
+def test_collocation_that_does_not_settle_says_so(run):
+    """Noise in every step makes the clean image too rough for few ticks."""
+    noisy = ["--method", "collocation", "--solver", "ddpm", "--window", "1", "-tol", "0", "--no-ground-truth"]
+    _, out, printed = run("--prompt", "a", *noisy, "-fs", "12", "--nodes", "6")
+    (result,) = run_record(out)["prompts"]
+    assert result["serial_evaluations"] == 12 and not result["converged"] and "growing" in printed
+    assert "note: it did not settle within 12 serial evaluations, which is what the sequential sampler takes" in printed
 
 
 def test_unsettled_trajectories_are_noted(run):

@@ -12,6 +12,7 @@ import main
 import pipelines
 from conftest import run_record
 from pipelines import FAMILIES, LATENT
+from refinement import difference, trajectory_change
 from sampler import Sampler
 from settings import Settings
 
@@ -197,6 +198,16 @@ def test_all_refinements_equal_sequential_and_micro_batches_do_not_matter(family
     torch.testing.assert_close(plain[-1].states, truth, atol=limit, rtol=1e-4)
     for one, other in zip(plain, sampler.vary(max_batch=2).iterates("a red sun"), strict=True):
         torch.testing.assert_close(one.states, other.states, atol=limit, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_collocation_ends_at_the_sequential_sample_of_every_family(family):
+    sampler = make(family).vary(method="collocation", fine_steps=12, nodes=12, window=4, tolerance=0)
+    prompt = sampler.encode("a red sun")
+    last = sampler(prompt).refinements[-1]
+    truth = sampler.sequential(prompt)
+    assert last.exact and difference(last.image, truth.image) < 0.1
+    assert trajectory_change(last.states, truth.states) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ import srds
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADING = {"settings", "models.families", "models.adapters"}
-SAMPLER = {"settings", "refinement", "srds", "diffusion", "models.loading", "study.planning"}
+SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
 STUDY = {
     "settings",
     "utils",
@@ -24,8 +24,8 @@ STUDY = {
     "study.record",
 }
 MAY_IMPORT = {
-    "settings": set(), "srds": set(), "diffusion": set(), "utils": set(), "models.families": set(),
-    "refinement": set(),
+    "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": set(),
+    "refinement": set(), "models.families": set(),
     "models.adapters": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.record": {"settings", "utils"}, "study.run": STUDY,

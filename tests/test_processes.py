@@ -93,6 +93,15 @@ def test_a_run_of_several_processes_equals_that_of_one(parallel, processes, sche
 
 
 @pytest.mark.slow
+def test_collocation_of_several_processes_equals_that_of_one(tiny, tmp_path):
+    more = ["-fs", "14", "--method", "collocation", "--nodes", "5", "--tolerance", "0"]
+    assert main.main(arguments(tmp_path / "alone", tiny, *more)) == 0
+    argv = arguments(tmp_path / "out", tiny, *more, "--parallel", "lanes")
+    assert finish(start(3, *argv))[::2] == (0, [])
+    assert_equal_runs(tmp_path / "alone", tmp_path / "out")
+
+
+@pytest.mark.slow
 def test_a_run_of_two_machines_equals_that_of_one_process(alone, tiny, tmp_path):
     """Started by accelerate on each, here both this one."""
     with socket.create_server(("localhost", 0)) as server:

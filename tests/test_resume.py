@@ -103,12 +103,12 @@ def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
 
 
 def test_a_directory_of_the_version_before_is_resumed(tiny, tmp_path):
-    """Its record has no adapters among its settings."""
+    """Its record has neither adapters nor methods among its settings."""
     out = tmp_path / "out"
     argv = arguments(out, tiny, *SHORT, prompts=PROMPTS[:2])
     assert main.main(argv) == 0
     record = run_record(out)
-    for key in ("lora", "textual_inversion"):
+    for key in ("lora", "textual_inversion", "method", "nodes", "window"):
         del record["settings"][key]
     (out / "run.json").write_text(json.dumps(record))
     kept = (out / record["folders"][0] / "result.json").stat().st_mtime_ns

@@ -140,6 +140,57 @@ def test_batch_settings_reach_the_network(settings, widths, fixed, sampler, monk
     assert set(seen) == ({settings.get("max_batch", 8)} if fixed else widths)
 
 
+def collocated(sampler, **settings):
+    return sampler.vary(method="collocation", tolerance=0, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_batch": 1}, {"max_batch": 3}, {"fixed_batch": True}, {"window": 6}])
+def test_collocation_ends_at_the_sequential_sample_whatever_the_batches(settings, sampler):
+    varied = collocated(sampler, fine_steps=25, nodes=5, **settings)
+    sample, truth = varied("a red sun"), varied.sequential("a red sun")
+    assert [refinement.k for refinement in sample.refinements] == [0, 1, 2, 3]
+    assert sample.stop_reason == "exact" and sample.serial_evaluations <= 25
+    assert difference(sample.image, truth.image) < 0.1 and sample.refinements[-1].states.shape == truth.states.shape
+    assert trajectory_change(sample.refinements[-1].states, truth.states) < 0.1
+
+
+def test_collocation_of_dpmsolver_ends_at_diffusers_own_which_never_restarts(sampler):
+    varied = collocated(sampler, fine_steps=20, solver="dpmsolver++")
+    config = {"timestep_spacing": "trailing", "steps_offset": 1}
+    scheduler = DPMSolverMultistepScheduler(**SD, **config)
+    pipeline = StableDiffusionPipeline(
+        **{**sampler.pipeline.components, "scheduler": scheduler}, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    truth = pipeline(
+        "a red sun", negative_prompt="rain", num_inference_steps=20, guidance_scale=2.0, latents=varied.noise(),
+        height=64, width=64, output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(varied("a red sun").refinements[-1].states[-1:], truth, atol=2e-3, rtol=1e-3)
+
+
+def test_nodes_window_and_max_iterations_reach_collocation(sampler, monkeypatch):
+    seen, predict = [], StableDiffusion.predict
+
+    def counting(self, pipeline, x, *rest, **conditions):
+        seen.append(len(x) // 2)
+        return predict(self, pipeline, x, *rest, **conditions)
+
+    monkeypatch.setattr(StableDiffusion, "predict", counting)
+    sample = collocated(sampler, fine_steps=25, nodes=7, window=3, max_iterations=1)("a")
+    assert len(sample.refinements) == 2 and sample.stop_reason == "max-iterations"
+    first = sample.refinements[0].serial_evaluations
+    assert max(seen[:first]) == 3 and seen[first] == 6, "six intervals between seven nodes"
+    assert (sum(seen), len(seen)) == (sample.total_evaluations, sample.serial_evaluations)
+
+
+def test_settings_left_open_are_those_of_the_method():
+    pipeline = stable_diffusion()
+    ours = [Sampler(pipeline, Settings(9, 3, method=method)).settings for method in ("srds", "collocation")]
+    seen = [(each.schedule, each.correction, each.nodes, each.window) for each in ours]
+    assert seen == [("pipelined", "damped", None, None), (None, None, 9, 8)]
+
+
 def test_the_schedule_reaches_the_engine(sampler):
     assert [iterate.ticks for iterate in sampler.vary(schedule="sweep").iterates("a")] == [3, 7, 10, 12]
 
@@ -303,7 +354,7 @@ def test_numbers_that_are_not_finite_are_an_error(sampler, monkeypatch):
 
 def changes(image, trajectory, before):
     predicted = image**2 / before.image_change if before and before.image_change else None
-    return SimpleNamespace(image_change=image, trajectory_change=trajectory, predicted_change=predicted)
+    return SimpleNamespace(image_change=image, trajectory_change=trajectory, predicted_change=predicted, settled=True)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +373,7 @@ def changes(image, trajectory, before):
     ],
 )
 def test_stop_rules(history, final, trajectory, predicted):
-    earlier, last = None, SimpleNamespace(image_change=None, trajectory_change=None, predicted_change=None)
+    earlier, last = None, changes(None, None, None)
     for image, moved in history:
         earlier, last = last, changes(image, moved, last)
     verdicts = [judge(last, earlier, rule, 0.1) for rule in ("final", "trajectory", "predicted")]
@@ -332,6 +383,14 @@ def test_stop_rules(history, final, trajectory, predicted):
 def test_an_initialisation_is_never_converged():
     first = changes(None, None, None)
     assert [judge(first, None, rule, 100) for rule in ("final", "trajectory", "predicted")] == ["continuing"] * 3
+
+
+def test_what_did_not_settle_is_growing_however_little_it_changed():
+    unsettled = changes(0.01, 0.01, None)
+    unsettled.settled = False
+    assert [judge(unsettled, changes(None, None, None), rule, 0.1) for rule in ("final", "trajectory")] == [
+        "growing"
+    ] * 2
 
 
 def test_final_stops_where_trajectory_goes_on(sampler):

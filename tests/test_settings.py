@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
         ("eta", [1.5, -1, NAN, "x", None], "give a number from 0 to 1"),
         ("tolerance", [-1, NAN, INF, 10**400, "x", None], "give a finite number that is not negative"),
         ("schedule", ["fast"], "give one of pipelined, sweep"),
-        ("correction", ["none", None], "give one of damped, paper"),
+        ("correction", ["none"], "give one of damped, paper"),
         ("stop_rule", ["never", None], "give one of final, trajectory, predicted"),
         ("max_iterations", [0, "x"], "give a whole number from 1 up"),
         ("guidance_scale", [-2, INF, NAN, "x"], "give a finite number that is not negative"),
@@ -64,6 +64,24 @@ def test_what_no_model_could_be_sampled_with_is_refused(setting, values, words):
 def test_what_no_model_could_be_loaded_with_is_refused(setting, value, words):
     with pytest.raises(SettingError, match=words):
         Loading(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"method": "picard"}, "method: 'picard' is not usable; give one of srds, collocation"),
+        ({"nodes": 9}, "nodes: 9 is of collocation, not srds; leave it out"),
+        ({"window": 9}, "window: 9 is of collocation, not srds"),
+        ({"method": "collocation", "nodes": 0}, "nodes: 0 is not usable; give a whole number from 1 up"),
+        ({"method": "collocation", "window": 2.5}, "window: 2.5 is not usable"),
+        ({"method": "collocation", "schedule": "sweep"}, "schedule: 'sweep' is of srds, not collocation"),
+        ({"method": "collocation", "correction": "damped"}, "correction: 'damped' is of srds, not collocation"),
+        ({"method": "collocation", "coarse_steps": "auto"}, "coarse_steps: 'auto' is of srds, not collocation"),
+    ],
+)
+def test_settings_of_the_other_method_are_refused(settings, words):
+    with pytest.raises(SettingError, match=words):
+        Settings(**settings)
 
 
 def test_settings_that_do_not_go_together_are_refused():

@@ -1,0 +1,202 @@
+"""Collocated refinement: the N-step sampler as one system of equations, solved in a few points in time.
+
+Every solver here is linear in its states and in the clean images d_j that it predicts at grid points j:
+
+    x_n = P_n x_0 + sum_{j < n} K_nj d_j + Z_n,     d_j = d(x_j, j),     Z_n what noise the steps bring.
+
+Along a trajectory d changes smoothly, the states do not. So d is evaluated at nodes t_1 = 0 < ... < t_M = N - 1 only,
+and interpolated between them, d = W d_nodes with W a local cubic in j (collocation; of diffusion's ODE as theory in
+arXiv 2506.24042). With C = K_nodes W, the states at the nodes solve a system of M in place of N,
+
+    X = P x_0 + C d(X) + Z.
+
+A tick evaluates d, in one batch, at the first nodes whose states have moved since their last evaluation by more than
+matters. Then d is taken to be linear, d(X) = D + J (X - X_seen), and the system is solved without the network. The J of
+a node is what its own evaluations told, J S = Y for the last pairs of changes, and a gain g in all other directions:
+
+    J = g + (Y - g S) (S'S)^-1 S'          (multisecant, as in Anderson acceleration; Fang and Saad, 2009)
+
+Where no node moves any more, refinement 0 is done. Each further one puts a node into the middle of every interval, with
+the state and the d that interpolation has there. With a node at every grid point, the system is the N-step sampler.
+"""
+
+import torch
+
+from srds import Iterate
+
+MOVED = 2.5  # grey levels of the images' 255, shared by all nodes, by which they may move without being evaluated
+LAST_MOVED = 0.01  # by which each may where every grid point is one
+SECANTS = 3  # pairs of changes kept for each node
+MOST_NUMBERS = 2**29  # in the secants of all nodes: above, fewer are kept
+BLOCK = 64  # nodes that are solved for together
+
+
+@torch.no_grad()
+def collocation(x, denoise, solver, boundaries, nodes=13, window=8, refinements=None, agree=lambda chosen: chosen):
+    """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
+
+    x, denoise, boundaries: as of `srds.srds`. The iterates' states are those at the boundaries.
+    solver: has unrolled(), P and K; forcing(shape), Z; and clean(x, m, n), d of states and model outputs.
+    nodes: M of k = 0, evenly spaced; N where more. window: most nodes in a tick, but for those that a refinement adds.
+    refinements: the last refinement to yield; None: all, until each grid point is a node.
+    agree: given the nodes that a tick is to evaluate, a list, returns those that all processes evaluate.
+
+    Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
+    `settled` unless that, or the bound of 2 M + 8 ticks for a refinement, cut it short.
+
+    Raises ValueError, at the first iterate, for nodes or a window below 1 or refinements below 0.
+    """
+    if min(nodes, window) < 1 or (refinements or 0) < 0:
+        raise ValueError(f"nodes {nodes}, window {window} and refinements {refinements} must not be as low")
+    shape, x = x.shape[-3:], x.reshape(1, -1).float()
+    P, K = solver.unrolled()
+    N, Z = len(P) - 1, solver.forcing(shape)
+
+    def reached(points, d=None, W=None):
+        """The states (L, E) at grid points, from d at nodes that W interpolates between."""
+        states = P[points, None].to(x) * x
+        if Z is not None:
+            states += Z[points].to(x).flatten(1)
+        return states if d is None else states + (K[points] @ W).to(x) @ d
+
+    t = spread(N, nodes)
+    system = System(t, reached(t), memory(N, x.numel()))
+    chosen, ticks, lane_steps, k = [0], 0, 0, 0
+    while True:
+        W = interpolation(N, system.t)
+        C, free, bound = (K[system.t] @ W).to(x), reached(system.t), min(N, ticks + 2 * len(system.t) + 8)
+        while (chosen := agree(chosen)) and ticks < bound:
+            n = system.t[chosen]
+            X = system.X[chosen].reshape(-1, *shape)
+            d = solver.clean(X, denoise(X, n), n)
+            ticks, lane_steps = ticks + 1, lane_steps + len(chosen)
+            system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
+            system.solve(C, free, min(chosen), window)
+            chosen = system.moved(solver.signal)[:window]
+        exact = len(system.t) == N and not chosen
+        states = reached(torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
+        yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
+        if len(system.t) == N or ticks >= N or k == refinements:
+            return
+        k, middles = k + 1, between(system.t)
+        system, chosen = system.refined(middles, reached(middles, system.d, W), W[middles].to(x) @ system.d)
+
+
+def spread(N, nodes):
+    """At most so many grid points of 0 to N - 1, both of them among these, evenly spaced: int64 (M,)."""
+    return torch.linspace(0, N - 1, min(nodes, N), dtype=torch.float64).round().long().unique()
+
+
+def memory(N, E):
+    """Secants that each of N nodes keeps, of vectors of E numbers."""
+    return min(SECANTS, MOST_NUMBERS // (2 * N * E))
+
+
+def between(t):
+    """The middles of all intervals between nodes that have one: int64."""
+    left = (t.diff() > 1).nonzero()[:, 0]
+    return (t[left] + t[left + 1]) // 2
+
+
+def interpolation(N, t, points=4):
+    """W, float64 (N, M): values at all grid points from those at the nodes t, by Lagrange's polynomial through the
+    nearest four (Berrut and Trefethen, 2004, eq. 2.1)."""
+    points, n = min(points, len(t)), torch.arange(N)
+    low = (torch.searchsorted(t, n, right=True) - 1 - (points - 1) // 2).clamp(0, len(t) - points)
+    near = low[:, None] + torch.arange(points)
+    at = t[near].double()
+    numerators = (n[:, None] - at)[:, None].expand(-1, points, -1)
+    denominators = at[:, :, None] - at[:, None]
+    same = torch.eye(points).bool()
+    factors = numerators.where(~same, 1.0) / denominators.where(~same, 1.0)
+    return torch.zeros(N, len(t), dtype=torch.float64).scatter(1, near, factors.prod(2))
+
+
+class System:
+    """The unknown states and what is known of d at each of M nodes, as vectors of E numbers.
+
+    t: the nodes, int64 (M,). X: the states; d: what d is foretold to be there. X_seen, D: where it was last evaluated,
+    and what it was there. S, Y: the last changes of both between evaluations, (M, memory, E). g: the gain. seen:
+    whether it was evaluated at all; before that, d is taken from the last node that was.
+    """
+
+    def __init__(self, t, X, memory):
+        self.t, self.X, self.X_seen, self.D, self.d = t, X, *X.new_zeros(3, *X.shape)
+        self.S, self.Y = X.new_zeros(2, len(t), memory, X.shape[1])
+        self.g, self.seen = torch.zeros(len(t), dtype=torch.float64), torch.zeros(len(t)).bool()
+
+    def see(self, chosen, d, signal):
+        """Take in d, (L, E), as evaluated at the nodes `chosen`, where x = signal x0 + ... , float64 (L,)."""
+        again, chosen = self.seen[chosen], torch.tensor(chosen)
+        a, new = chosen[again], d[again]
+        s, y = self.X[a] - self.X_seen[a], new - self.D[a]
+        gain = ((s * y).sum(1) / (s * s).sum(1).clamp(min=1e-12)).double().cpu()
+        # An optimal denoiser's Jacobian lies between 0 and 1 / signal; guidance takes it below.
+        most = 1 / signal[again].clamp(min=1e-3)
+        self.g[a] = torch.minimum(torch.maximum(gain, -3 * most), most)
+        for values, last in ((self.S, s), (self.Y, y)):
+            values[a] = torch.cat([last[:, None], values[a]], 1)[:, : values.shape[1]]
+        self.X_seen[chosen], self.D[chosen], self.seen[chosen] = self.X[chosen], d, True
+
+    def solve(self, C, free, first, window):
+        """Move X to where X = free + C d(X), after an evaluation of nodes from number `first` on."""
+        M = last = len(self.t)
+        if not self.seen.all():
+            latest = int(self.seen.nonzero()[-1])
+            self.D[latest + 1 :] = self.d[latest + 1 :] = self.D[latest]
+            last = min(M, latest + window + 1)
+        # A cubic takes in the second node ahead.
+        for low in range(max(first - 2, 0), last, BLOCK):
+            self._solve_block(slice(low, min(low + BLOCK, last)), C, free)
+
+    def _solve_block(self, block, C, free):
+        """Solve for the nodes of a block, with d at the others as it is foretold there."""
+        S, Y, D, g = self.S[block], self.Y[block], self.D[block], self.g[block]
+        self.d[block] = D
+        R = free[block] + C[block] @ self.d - self.X_seen[block]
+        m, memory, E = S.shape
+        # All that needs vectors, in one product and one transfer; the rest is small.
+        products = S.reshape(-1, E) @ torch.cat([R, S.reshape(-1, E), Y.reshape(-1, E)]).T
+        SR, SS, SY = products.double().cpu().split([m, m * memory, m * memory], 1)
+        inverse = torch.linalg.inv_ex(torch.eye(m, dtype=torch.float64) - C[block, block].double().cpu() * g)[0]
+        through = inverse @ C[block, block].double().cpu()
+        # weights_a = (S'S)^-1 S' Z_a, where Z = inverse R + through (Y - g S) weights.
+        SS, SY = SS.reshape(m, memory, m, memory), SY.reshape(m, memory, m, memory)
+        gram = SS.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        gram = gram + (1e-6 * gram.diagonal(dim1=1, dim2=2).sum(1) + 1e-10)[:, None, None] * torch.eye(memory)
+        coupling = ((SY - g[:, None] * SS) * through[:, None, :, None]).reshape(m, memory, m * memory)
+        known = torch.einsum("arb,ab->ar", SR.reshape(m, memory, m), inverse)
+        both = torch.linalg.solve_ex(gram, torch.cat([coupling, known[..., None]], 2))[0].reshape(
+            m * memory, m * memory + 1
+        )
+        system = torch.eye(m * memory, dtype=torch.float64) - both[:, :-1]
+        weights = torch.linalg.solve_ex(system, both[:, -1])[0].reshape(m, memory, 1)
+        weights, g = weights.to(R), g[:, None].to(R)
+        beyond = (Y * weights).sum(1) - g * (S * weights).sum(1)
+        Z = inverse.to(R) @ R + through.to(R) @ beyond
+        self.X[block], self.d[block] = self.X_seen[block] + Z, D + g * Z + beyond
+
+    def moved(self, signal):
+        """The nodes, a list, that were not seen yet or have moved by more than matters.
+
+        Clean images show in a state as `signal` times as much. What is left out at the nodes adds up, so that each has
+        but its share.
+        """
+        change = (self.X - self.X_seen).square().mean(1).sqrt().double().cpu()
+        share = LAST_MOVED if len(self.t) == len(signal) - 1 else MOVED / len(self.t)
+        return ((signal[self.t] / 2 * change > share / 127.5) | ~self.seen).nonzero()[:, 0].tolist()
+
+    def refined(self, middles, X, d):
+        """The system with more nodes, of states X and values d (L, E), and the list of those among its nodes.
+
+        A new node has the secants of the one before it, and the mean gain of its neighbours.
+        """
+        t, order = torch.cat([self.t, middles]).sort()
+        before = torch.searchsorted(self.t, middles) - 1
+        other = System(t, torch.cat([self.X, X])[order], 0)
+        for name, new in {
+            "X_seen": X, "D": d, "d": d, "S": self.S[before], "Y": self.Y[before],
+            "g": (self.g[before] + self.g[before + 1]) / 2, "seen": torch.zeros(len(middles)).bool(),
+        }.items():  # fmt: skip
+            setattr(other, name, torch.cat([getattr(self, name), new])[order])
+        return other, (order >= len(self.t)).nonzero()[:, 0].tolist()

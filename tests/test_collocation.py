@@ -1,0 +1,168 @@
+"""Collocated refinement: theory, its limit, counts."""
+
+import math
+
+import pytest
+import torch
+from test_solvers import KINDS
+
+import collocation as method
+from collocation import collocation, interpolation, memory, spread
+from conftest import Gaussian, Mixture, Stiff
+from diffusion import boundaries
+
+EXACT = 0.01  # grey levels of the images' 255, on the exact problems below
+
+
+def grey(states, truth):
+    """Mean absolute difference of the last states, on the images' scale."""
+    return 127.5 * float((states - truth)[-1].abs().mean())
+
+
+class OfTime(Gaussian):
+    """A model whose clean image is a function of time alone, so that interpolation is all that can err."""
+
+    def __init__(self, steps, function, **settings):
+        super().__init__(steps, "sample", **settings)
+        self.function = function
+
+    def denoise(self, x, n):
+        return torch.ones_like(x) * self.function(n.double() / len(self.points)).reshape(-1, 1, 1, 1).float()
+
+
+@pytest.mark.parametrize("N", [1, 2, 5, 31, 100])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("problem", [Gaussian, Mixture])
+def test_the_last_refinement_is_the_sequential_sample(problem, kind, N, noise):
+    if problem is Mixture and (kind, N) in (("ddpm", 31), ("ddpm", 100), ("ddim, eta = 0.5", 31)):
+        pytest.skip("takes more than N ticks; see the test of that")
+    problem, n = problem(N, seed=5, **KINDS[kind]), boundaries(N, min(N, 6))
+    *_, last = collocation(noise, problem.denoise, problem.solver, n)
+    assert last.exact and last.settled and last.states.shape == (len(n), 4, 8, 8) and last.ticks <= N
+    assert grey(last.states, problem.sequential(noise, keep=n)) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddim, eta = 0.5", "ddpm"])
+def test_the_last_refinement_of_clipped_pixels_is_the_sequential_sample(kind, noise):
+    """Data beyond the range, so that clipping is at work all along."""
+    problem = Mixture(40, "v_prediction", zero_snr=True, seed=5, **KINDS[kind])
+    problem.solver = type(problem.solver)(problem.grid._replace(clip=0.9), problem.solver.name, seed=5)
+    problem.step = problem.solver.step
+    truth = problem.sequential(noise)
+    assert (truth - Mixture(40, "v_prediction", zero_snr=True, seed=5).sequential(noise)).abs().mean() > 0.01
+    *_, last = collocation(noise, problem.denoise, problem.solver, [0, 40], nodes=40)
+    assert last.exact and grey(last.states, truth) < EXACT
+
+
+@pytest.mark.parametrize("problem, first", [(Mixture, 12), (Stiff, 30)])
+def test_refinements_come_closer(problem, first, noise):
+    problem = problem(100)
+    truth = problem.sequential(noise)
+    errors = [grey(each.states, truth) for each in collocation(noise, problem.denoise, problem.solver, [0, 100])]
+    assert len(errors) == 5 and errors[0] < first and errors[1] < 0.5 * errors[0] and errors[-1] < EXACT, errors
+
+
+def test_counts_are_those_that_the_denoiser_saw(noise):
+    widths, problem = [], Mixture(100)
+
+    def denoise(x, n):
+        assert x.shape == (len(n), 4, 8, 8) and n.dtype == torch.int64 and x.dtype == torch.float32
+        assert n.diff().gt(0).all()
+        widths.append(len(x))
+        return problem.denoise(x, n)
+
+    for iterate in collocation(noise, denoise, problem.solver, [0, 100], nodes=13, window=6):
+        assert (iterate.ticks, iterate.lane_steps) == (len(widths), sum(widths))
+    assert widths[0] == 1 and sorted(widths)[-3:] == [12, 24, 48], "new nodes are evaluated at once"
+    assert all(width <= 6 for width in widths if width not in (12, 24, 48))
+
+
+def test_a_bound_ends_the_run_without_another_call(noise):
+    problem, calls = Mixture(100), []
+    denoise = lambda x, n: calls.append(1) or problem.denoise(x, n)
+    iterates = list(collocation(noise, denoise, problem.solver, [0, 100], refinements=1))
+    assert [iterate.k for iterate in iterates] == [0, 1] and len(calls) == iterates[-1].ticks
+    assert not iterates[-1].exact
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize("nodes", [4, 5, 13])
+def test_a_clean_image_cubic_in_time_is_integrated_without_error(nodes, solver, noise):
+    problem = OfTime(50, lambda t: 0.3 - t + 2 * t**2 - 1.5 * t**3, solver=solver)
+    n = boundaries(50, 7)
+    first = next(collocation(noise, problem.denoise, problem.solver, n, nodes))
+    torch.testing.assert_close(first.states, problem.sequential(noise, keep=n), atol=2e-6, rtol=1e-5)
+
+
+def test_errors_of_interpolation_are_of_fourth_order():
+    """Twice as many nodes, on a grid fine enough to have them, divide the error by 16, over three doublings."""
+    values, errors = (torch.arange(961).double() / 48).sin(), []
+    for nodes in (25, 49, 97, 193):
+        t = spread(961, nodes)
+        errors.append(float((interpolation(961, t) @ values[t] - values).abs().max()))
+    assert 14 < (errors[0] / errors[-1]) ** (1 / 3) < 18, errors
+
+
+def test_interpolation_reproduces_cubics_on_uneven_nodes():
+    t = torch.tensor([0, 1, 5, 6, 11, 19])
+    n = torch.arange(20).double()
+    for power in range(4):
+        torch.testing.assert_close(interpolation(20, t) @ t.double() ** power, n**power)
+    assert interpolation(20, t)[t].equal(torch.eye(6).double())
+    assert interpolation(3, torch.tensor([0])).equal(torch.ones(3, 1).double())
+
+
+@pytest.mark.parametrize("N, nodes, expected", [(1, 13, [0]), (2, 13, [0, 1]), (10, 4, [0, 3, 6, 9]), (10, 1, [0])])
+def test_nodes_are_spread_evenly(N, nodes, expected):
+    assert spread(N, nodes).tolist() == expected
+
+
+def test_a_run_is_never_deeper_than_the_sequential_one_and_says_that_it_did_not_settle(noise):
+    """Noise of ancestral steps makes the clean image rough, and the mixture parts at it."""
+    problem = Mixture(31, seed=5, solver="ddpm")
+    for x in (noise, noise.flip(-1)):
+        *_, last = collocation(x, problem.denoise, problem.solver, [0, 31], nodes=25, window=2)
+        assert last.ticks == 31 and not last.settled and not last.exact and last.states.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_end_in_states_that_are_not(value, noise):
+    problem = Mixture(30)
+    denoise = lambda x, n: problem.denoise(x, n).where((n < 20).reshape(-1, 1, 1, 1), value)
+    *_, last = collocation(noise, denoise, problem.solver, [0, 30])
+    assert not last.states[-1].isfinite().any() and last.ticks <= 30
+
+
+def test_memory_falls_by_itself_for_large_states():
+    assert memory(1000, 4 * 64 * 64) == 3 and memory(100, 16 * 128 * 128) == 3
+    assert memory(100, 10**6) == 2 and memory(1000, 10**6) == 0
+
+
+@pytest.mark.parametrize("secants", [0, 1])
+def test_fewer_secants_reach_the_same_limit(secants, noise, monkeypatch):
+    monkeypatch.setattr(method, "SECANTS", secants)
+    problem = Mixture(50)
+    *_, last = collocation(noise, problem.denoise, problem.solver, [0, 50])
+    assert last.exact and grey(last.states, problem.sequential(noise)) < EXACT
+
+
+def test_nodes_that_are_solved_for_in_blocks_reach_the_same_limit(noise, monkeypatch):
+    monkeypatch.setattr(method, "BLOCK", 5)
+    problem = Mixture(50)
+    *_, last = collocation(noise, problem.denoise, problem.solver, [0, 50])
+    assert last.exact and grey(last.states, problem.sequential(noise)) < EXACT
+
+
+def test_all_processes_evaluate_the_nodes_that_they_agree_on(noise):
+    problem, asked, seen = Mixture(30), [], []
+    denoise = lambda x, n: seen.append(n.tolist()) or problem.denoise(x, n)
+    agree = lambda chosen: asked.append(chosen) or chosen[:1]
+    next(collocation(noise, denoise, problem.solver, [0, 30], nodes=5, agree=agree))
+    assert max(map(len, asked)) > 1 and set(map(len, seen)) == {1}
+
+
+@pytest.mark.parametrize("how", [{"nodes": 0}, {"window": 0}, {"refinements": -1}])
+def test_what_cannot_be_is_refused(how, noise):
+    problem = Mixture(10)
+    with pytest.raises(ValueError, match="must not be as low"):
+        next(collocation(noise, problem.denoise, problem.solver, [0, 10], **how))
