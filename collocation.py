@@ -26,18 +26,22 @@ from srds import Iterate
 
 MOVED = 2.5  # grey levels of the images' 255, shared by all nodes, by which they may move without being evaluated
 LAST_MOVED = 0.01  # by which each may where every grid point is one
+NODES = 13  # of the first solution
+ROUGH = 3.0  # grey levels by which neighbours miss a first node's d, above which every grid point becomes a node
 SECANTS = 3  # pairs of changes kept for each node
 MOST_NUMBERS = 2**29  # in the secants of all nodes: above, fewer are kept
 BLOCK = 64  # nodes that are solved for together
 
 
 @torch.no_grad()
-def collocation(x, denoise, solver, boundaries, nodes=13, window=8, refinements=None, agree=lambda chosen: chosen):
+def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinements=None, agree=lambda chosen: chosen):
     """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
     x, denoise, boundaries: as of `srds.srds`. The iterates' states are those at the boundaries.
     solver: has unrolled(), P and K; forcing(shape), Z; and clean(x, m, n), d of states and model outputs.
-    nodes: M of k = 0, evenly spaced; N where more. window: most nodes in a tick, but for those that a refinement adds.
+    nodes: M of k = 0, evenly spaced; N where more. None: 13, but N where that is little more, or where d turns out, at
+        the second tick, to be too rough for interpolation.
+    window: most nodes in a tick, but for those that a refinement adds.
     refinements: the last refinement to yield; None: all, until each grid point is a node.
     agree: given the nodes that a tick is to evaluate, a list, returns those that all processes evaluate.
 
@@ -46,7 +50,7 @@ def collocation(x, denoise, solver, boundaries, nodes=13, window=8, refinements=
 
     Raises ValueError, at the first iterate, for nodes or a window below 1 or refinements below 0.
     """
-    if min(nodes, window) < 1 or (refinements or 0) < 0:
+    if min(1 if nodes is None else nodes, window) < 1 or (refinements or 0) < 0:
         raise ValueError(f"nodes {nodes}, window {window} and refinements {refinements} must not be as low")
     shape, x = x.shape[-3:], x.reshape(1, -1).float()
     P, K = solver.unrolled()
@@ -59,12 +63,13 @@ def collocation(x, denoise, solver, boundaries, nodes=13, window=8, refinements=
             states += Z[points].to(x).flatten(1)
         return states if d is None else states + (K[points] @ W).to(x) @ d
 
-    t = spread(N, nodes)
-    system = System(t, reached(t), memory(N, x.numel()))
+    t = spread(N, nodes or (NODES if N > 2 * NODES else N))
+    system, may_be_rough = System(t, reached(t), memory(N, x.numel())), nodes is None and len(t) < N
     chosen, ticks, lane_steps, k = [0], 0, 0, 0
     while True:
         W = interpolation(N, system.t)
         C, free, bound = (K[system.t] @ W).to(x), reached(system.t), min(N, ticks + 2 * len(system.t) + 8)
+        rough = False
         while (chosen := agree(chosen)) and ticks < bound:
             n = system.t[chosen]
             X = system.X[chosen].reshape(-1, *shape)
@@ -73,13 +78,20 @@ def collocation(x, denoise, solver, boundaries, nodes=13, window=8, refinements=
             system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
             system.solve(C, free, min(chosen), window)
             chosen = system.moved(solver.signal)[:window]
-        exact = len(system.t) == N and not chosen
-        states = reached(torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
-        yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
-        if len(system.t) == N or ticks >= N or k == refinements:
-            return
-        k, middles = k + 1, between(system.t)
-        system, chosen = system.refined(middles, reached(middles, system.d, W), W[middles].to(x) @ system.d)
+            rough = may_be_rough and ticks == 2 and agree(system.roughness(solver.signal) > ROUGH)
+            if rough:
+                break
+        if not rough:
+            exact = len(system.t) == N and not chosen
+            states = reached(torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
+            yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
+            if len(system.t) == N or ticks >= N or k == refinements:
+                return
+            k += 1
+        new = missing(N, system.t) if rough else between(system.t)
+        system, chosen = system.refined(new, reached(new, system.d, W), W[new].to(x) @ system.d)
+        if rough:
+            chosen = chosen[:window]
 
 
 def spread(N, nodes):
@@ -96,6 +108,11 @@ def between(t):
     """The middles of all intervals between nodes that have one: int64."""
     left = (t.diff() > 1).nonzero()[:, 0]
     return (t[left] + t[left + 1]) // 2
+
+
+def missing(N, t):
+    """All grid points that are no nodes: int64."""
+    return torch.ones(N).bool().index_fill(0, t, False).nonzero()[:, 0]
 
 
 def interpolation(N, t, points=4):
@@ -186,17 +203,28 @@ class System:
         share = LAST_MOVED if len(self.t) == len(signal) - 1 else MOVED / len(self.t)
         return ((signal[self.t] / 2 * change > share / 127.5) | ~self.seen).nonzero()[:, 0].tolist()
 
-    def refined(self, middles, X, d):
+    def roughness(self, signal):
+        """By how much the four neighbours of the first nodes that were seen miss d there, as their cubic has it.
+
+        RMS grey levels, as they show in the states; 0 where fewer than five nodes were seen.
+        """
+        seen = int(self.seen.sum())
+        if seen < 5:
+            return 0.0
+        missed = self.D[:seen].diff(n=4, dim=0).square().mean(1).cpu() / 36
+        return 127.5 * float((missed * signal[self.t[2 : seen - 2]] ** 2).mean().sqrt())
+
+    def refined(self, new, X, d):
         """The system with more nodes, of states X and values d (L, E), and the list of those among its nodes.
 
         A new node has the secants of the one before it, and the mean gain of its neighbours.
         """
-        t, order = torch.cat([self.t, middles]).sort()
-        before = torch.searchsorted(self.t, middles) - 1
+        t, order = torch.cat([self.t, new]).sort()
+        before = torch.searchsorted(self.t, new) - 1
         other = System(t, torch.cat([self.X, X])[order], 0)
-        for name, new in {
+        for name, values in {
             "X_seen": X, "D": d, "d": d, "S": self.S[before], "Y": self.Y[before],
-            "g": (self.g[before] + self.g[before + 1]) / 2, "seen": torch.zeros(len(middles)).bool(),
+            "g": (self.g[before] + self.g[before + 1]) / 2, "seen": torch.zeros(len(new)).bool(),
         }.items():  # fmt: skip
-            setattr(other, name, torch.cat([getattr(self, name), new])[order])
+            setattr(other, name, torch.cat([getattr(self, name), values])[order])
         return other, (order >= len(self.t)).nonzero()[:, 0].tolist()

