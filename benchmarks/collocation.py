@@ -2,15 +2,15 @@
 
     python benchmarks/collocation.py          # writes benchmarks/results/collocation.csv
 
-For each model, N and guidance, on the same prompts and noise: where collocation's defaults stop (the final rule at 0.1),
-each of its refinements, all grid points as nodes at several windows, SRDS's refinements and where it stops, ParaDiGMS
-(Shih et al., NeurIPS 2023, algorithm 1) and DDIM of fewer steps. "serial" are network calls one after the other, "total"
-the states evaluated in them, "difference" is to the N-step sequential image in grey levels; means, and the worst.
-ParaDiGMS is our own few lines, so that it runs on any model: a window of states, moved by the sequential sampler's steps
-from their last outputs until the first ones change by less than the tolerance, as diffusers' pipeline has it.
+For each model, N and guidance, on the same prompts and noise: where collocation's defaults stop (the final rule at
+0.1), each of its refinements, all grid points as nodes at several windows, SRDS's refinements and where it stops,
+ParaDiGMS (Shih et al., NeurIPS 2023, algorithm 1) and DDIM of fewer steps. "serial" are network calls one after the
+other, "total" the states evaluated in them, "difference" is to the N-step sequential image in grey levels; means, and
+the worst. ParaDiGMS is a few lines of our own, after diffusers' pipeline, so that it runs on pixels too.
 """
 
 import argparse
+import math
 import time
 
 import pandas as pd
@@ -22,24 +22,24 @@ from refinement import difference
 TOLERANCES = (0.1, 0.02)
 
 
-def paradigms(x, denoise, solver, window, tolerance):
+def paradigms(sampler, prompt, seed, window, tolerance):
     """The last state, network calls and evaluations of Picard iterations over a sliding window of steps."""
-    N, at, serial, total = len(solver.signal) - 1, 0, 0, 0
+    denoise, (signal, noise), step = sampler.denoiser(prompt), sampler.grid[1:3], sampler.solver.step
+    N, x, begin, end, serial, total = sampler.settings.fine_steps, sampler.noise(seed), 0, 0, 0, 0
+    # What a state may change by, squared: so many of the variances of ancestral sampling, of the step that follows.
+    variance = (noise[1:] / noise[:-1]) ** 2 * (1 - (signal[:-1] / signal[1:]) ** 2)
+    allowed = tolerance**2 * torch.cat([variance[1:], torch.full((1,), math.inf, dtype=torch.float64)])
     states = x.expand(N + 1, *x.shape[1:]).clone()
-    allowed = tolerance**2 * (solver.noise[:-1] / solver.signal[:-1].clamp(min=1e-8)) ** 2
-    while at < N:
-        n = torch.arange(at, min(at + window, N))
-        outputs = denoise(states[n], n)
-        serial, total = serial + 1, total + len(n)
-        moves = solver.step(states[n], outputs, n, n + 1, states[n])[0] - states[n]
-        new = states[at] + moves.cumsum(0)
-        error = (new - states[n + 1]).square().flatten(1).mean(1).double()
+    while begin < N:
+        states[end + 1 :] = states[end]  # those that the window has not reached start as the last that it has
+        end = min(begin + window, N)
+        n = torch.arange(begin, end)
+        moves = step(states[n], denoise(states[n], n), n, n + 1, states[n])[0] - states[n]
+        new = states[begin] + moves.cumsum(0)
+        moved = (new - states[n + 1]).square().flatten(1).mean(1).double() > allowed[n]
         states[n + 1] = new
-        settled = (error > allowed[n]).nonzero()
-        step = int(settled[0]) if len(settled) else len(n)
-        step = max(step, 1)  # the first move is exact
-        at += step
-        states[at + 1 :] = states[at : at + 1] if not len(settled) else states[at + 1 :]
+        serial, total = serial + 1, total + len(n)
+        begin += min(1 + int(moved.nonzero()[0]), len(n)) if moved.any() else len(n)
     return states[-1:], serial, total
 
 
@@ -77,7 +77,7 @@ def runs(sampler, prompt, seed):
     for window in sorted({round(N**0.5), min(32, N), min(N, 200)}):
         for tolerance in TOLERANCES:
             started = time.perf_counter()
-            state, *counts = paradigms(sampler.noise(seed), sampler.denoiser(prompt), sampler.solver, window, tolerance)
+            state, *counts = paradigms(sampler, prompt, seed, window, tolerance)
             seconds = time.perf_counter() - started
             rows.append(row(f"ParaDiGMS {window}, {tolerance:g}", *counts, sampler.image(state), seconds))
     for steps in (10, 20):
