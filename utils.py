@@ -112,17 +112,18 @@ def error_plot(errors, results, steps):
     shown = [
         [(entry["serial_evaluations"], entry["image_error"]) for entry in result["iterations"]] for result in results
     ]
-    longest = max(shown, key=len)
-    mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(len(longest))]
+    longest = max(map(len, shown))
+    ticks = [np.mean([points[k][0] for points in shown if k < len(points)]) for k in range(longest)]
+    mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(longest)]
     floor = _zero_line(right, mean + [error for points in shown for _, error in points])
     if len(shown) > 1:
         for points in shown:
             _line(right, *zip(*points), floor, "0.65", "o", None)
     label = "refinements" if len(shown) == 1 else f"refinements, mean of {len(shown)} prompts"
-    _line(right, [ticks for ticks, _ in longest], mean, floor, "black", "s", label)
+    _line(right, ticks, mean, floor, "black", "s", label)
     right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
     right.set(xlabel="serial evaluations", ylabel="mean difference, 0-255", title="Image against the truth")
-    right.set_xlim(0, 1.05 * max(steps, longest[-1][0]))
+    right.set_xlim(0, 1.05 * max(steps, *(points[-1][0] for points in shown)))
     right.legend(fontsize=8)
 
     file = io.BytesIO()

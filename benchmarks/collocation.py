@@ -95,8 +95,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--samples", type=int, default=8, help="prompts, or seeds, a cell (%(default)s)")
     args = parser.parse_args()
-    path, tables = common.RESULTS / "collocation.csv", []
-    old = pd.read_csv(path) if path.exists() else pd.DataFrame({"model": [], "N": [], "guidance": []})
+    path = common.RESULTS / "collocation.csv"
     for model in args.models:
         loaded = common.load(model)
         guidances = args.guidance if loaded.model.family.guidance else [None]
@@ -114,8 +113,8 @@ if __name__ == "__main__":
             table.insert(0, "guidance", guidance or 0.0)
             table.insert(0, "N", N)
             table.insert(0, "model", model)
+            old = pd.read_csv(path) if path.exists() else table[:0]
             same = (old.model == model) & (old.N == N) & (old.guidance == (guidance or 0.0))
-            old = pd.concat([old[~same], table])
             common.RESULTS.mkdir(exist_ok=True)
-            old.to_csv(path, index=False, float_format="%.5g")
+            pd.concat([old[~same], table]).to_csv(path, index=False, float_format="%.5g")
             print(table.round(3).to_string(index=False), flush=True)
