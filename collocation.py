@@ -43,14 +43,14 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
         the second tick, to be too rough for interpolation.
     window: most nodes in a tick, but for those that a refinement adds.
     refinements: the last refinement to yield; None: all, until each grid point is a node.
-    agree: given the nodes that a tick is to evaluate, a list, returns those that all processes evaluate.
+    agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
 
     Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
     `settled` unless that, or the bound of 2 M + 8 ticks for a refinement, cut it short.
 
-    Raises ValueError, at the first iterate, for nodes or a window below 1 or refinements below 0.
+    Raises ValueError, at the first iterate, for nodes below 2, a window below 1 or refinements below 0.
     """
-    if min(1 if nodes is None else nodes, window) < 1 or (refinements or 0) < 0:
+    if (nodes is not None and nodes < 2) or window < 1 or (refinements or 0) < 0:
         raise ValueError(f"nodes {nodes}, window {window} and refinements {refinements} must not be as low")
     shape, x = x.shape[-3:], x.reshape(1, -1).float()
     P, K = solver.unrolled()
@@ -81,21 +81,22 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
             rough = may_be_rough and ticks == 2 and agree(system.roughness(solver.signal) > ROUGH)
             if rough:
                 break
-        if not rough:
-            exact = len(system.t) == N and not chosen
-            states = reached(torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
-            yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
-            if len(system.t) == N or ticks >= N or k == refinements:
-                return
-            k += 1
-        new = missing(N, system.t) if rough else between(system.t)
-        system, chosen = system.refined(new, reached(new, system.d, W), W[new].to(x) @ system.d)
-        if rough:
-            chosen = chosen[:window]
+        if rough:  # what is known at nodes far ahead would mislead: keep the first one, whose state is exact
+            t, first = torch.arange(N), system.D[:1]
+            system, chosen = System(t, reached(t, system.d, W), memory(N, x.numel())), t[1 : window + 1].tolist()
+            system.see([0], first, solver.signal[:1])
+            continue
+        exact = len(system.t) == N and not chosen
+        states = reached(torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
+        yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
+        if len(system.t) == N or ticks >= N or k == refinements:
+            return
+        k, middles = k + 1, between(system.t)
+        system, chosen = system.refined(middles, reached(middles, system.d, W), W[middles].to(x) @ system.d)
 
 
 def spread(N, nodes):
-    """At most so many grid points of 0 to N - 1, both of them among these, evenly spaced: int64 (M,)."""
+    """At most so many (two or more) grid points of 0 to N - 1, evenly spaced, both of them among these: int64 (M,)."""
     return torch.linspace(0, N - 1, min(nodes, N), dtype=torch.float64).round().long().unique()
 
 
@@ -108,11 +109,6 @@ def between(t):
     """The middles of all intervals between nodes that have one: int64."""
     left = (t.diff() > 1).nonzero()[:, 0]
     return (t[left] + t[left + 1]) // 2
-
-
-def missing(N, t):
-    """All grid points that are no nodes: int64."""
-    return torch.ones(N).bool().index_fill(0, t, False).nonzero()[:, 0]
 
 
 def interpolation(N, t, points=4):

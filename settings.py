@@ -212,7 +212,7 @@ class Settings(Checked):
         "fine_steps": whole(), "coarse_steps": whole(auto=True), "method": choice(*METHODS),
         "solver": choice(*SOLVERS, optional=True), "eta": real(1), "tolerance": real(),
         "schedule": choice(*SCHEDULES, optional=True),
-        "correction": choice(*CORRECTIONS, optional=True), "nodes": whole(optional=True),
+        "correction": choice(*CORRECTIONS, optional=True), "nodes": whole(2, optional=True),
         "window": whole(optional=True), "stop_rule": choice(*STOP_RULES), "max_iterations": whole(optional=True),
         "guidance_scale": real(optional=True), "negative_prompt": text(empty=True), "height": whole(optional=True),
         "width": whole(optional=True), "seed": whole(0, 2**64 - 1), "max_batch": whole(optional=True),

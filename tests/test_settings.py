@@ -72,7 +72,7 @@ def test_what_no_model_could_be_loaded_with_is_refused(setting, value, words):
         ({"method": "picard"}, "method: 'picard' is not usable; give one of srds, collocation"),
         ({"nodes": 9}, "nodes: 9 is of collocation, not srds; leave it out"),
         ({"window": 9}, "window: 9 is of collocation, not srds"),
-        ({"method": "collocation", "nodes": 0}, "nodes: 0 is not usable; give a whole number from 1 up"),
+        ({"method": "collocation", "nodes": 1}, "nodes: 1 is not usable; give a whole number from 2 up"),
         ({"method": "collocation", "window": 2.5}, "window: 2.5 is not usable"),
         ({"method": "collocation", "schedule": "sweep"}, "schedule: 'sweep' is of srds, not collocation"),
         ({"method": "collocation", "correction": "damped"}, "correction: 'damped' is of srds, not collocation"),
