@@ -103,3 +103,13 @@ def test_readme_demo_converges_to_the_ground_truth(tmp_path):
         errors = [entry["image_error"] for entry in result["iterations"]]
         assert result["converged"] and result["serial_evaluations"] < 100
         assert max(errors) <= errors[0] + 0.5 and errors[:4][-1] < 1, errors
+
+
+def test_the_model_of_real_pixels_loads_by_name_and_without_remarks(capfd, recwarn):
+    sampler = Sampler.from_pretrained("fashion", Settings(fine_steps=25, coarse_steps=5), device="cpu")
+    assert sampler.shape == (1, 28, 28) and not capfd.readouterr().err and not list(recwarn)
+    truth = sampler.sequential("")
+    assert truth.image.shape == (28, 28, 3) and 20 < truth.image.mean() < 200 and truth.image.std() > 30
+    for method in ("srds", "collocation"):
+        sample = sampler.vary(method=method, tolerance=0)("")
+        assert sample.stop_reason == "exact" and difference(sample.image, truth.image) < 0.2
