@@ -17,7 +17,8 @@ a node is what its own evaluations told, J S = Y for the last pairs of changes, 
     J = g + (Y - g S) (S'S)^-1 S'          (multisecant, as in Anderson acceleration; Fang and Saad, 2009)
 
 Where no node moves any more, refinement 0 is done. Each further one puts a node into the middle of every interval, with
-the state and the d that interpolation has there. With a node at every grid point, the system is the N-step sampler.
+the state and the d that interpolation has there; after one that changed the sample by much, all that are left. With a
+node at every grid point, the system is the N-step sampler.
 """
 
 import torch
@@ -25,9 +26,10 @@ import torch
 from srds import Iterate
 
 MOVED = 2.5  # grey levels of the images' 255, shared by all nodes, by which they may move without being evaluated
-LAST_MOVED = 0.01  # by which each may where every grid point is one
+LAST_MOVED = 0.003  # by which each may where every grid point is one
 NODES = 13  # of the first solution
 ROUGH = 3.0  # grey levels by which neighbours miss a first node's d, above which every grid point becomes a node
+DOUBTFUL = 1.0  # grey levels, RMS, by which a refinement changes the sample, above which the next one is the last
 SECANTS = 3  # pairs of changes kept for each node
 MOST_NUMBERS = 2**29  # in the secants of all nodes: above, fewer are kept
 BLOCK = 64  # nodes that are solved for together
@@ -65,7 +67,7 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
 
     t = spread(N, nodes or (NODES if N > 2 * NODES else N))
     system, may_be_rough = System(t, reached(t), memory(N, x.numel())), nodes is None and len(t) < N
-    chosen, ticks, lane_steps, k = [0], 0, 0, 0
+    chosen, last, ticks, lane_steps, k = [0], None, 0, 0, 0
     while True:
         W = interpolation(N, system.t)
         C, free, bound = (K[system.t] @ W).to(x), reached(system.t), min(N, ticks + 2 * len(system.t) + 8)
@@ -91,8 +93,11 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
         yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
         if len(system.t) == N or ticks >= N or k == refinements:
             return
-        k, middles = k + 1, between(system.t)
-        system, chosen = system.refined(middles, reached(middles, system.d, W), W[middles].to(x) @ system.d)
+        doubtful = agree(k > 0 and 127.5 * float((states[-1] - last).square().mean().sqrt()) > DOUBTFUL)
+        k, last, new = k + 1, states[-1], missing(N, system.t) if doubtful else between(system.t)
+        system, chosen = system.refined(new, reached(new, system.d, W), W[new].to(x) @ system.d)
+        if doubtful:
+            chosen = chosen[:window]
 
 
 def spread(N, nodes):
@@ -109,6 +114,11 @@ def between(t):
     """The middles of all intervals between nodes that have one: int64."""
     left = (t.diff() > 1).nonzero()[:, 0]
     return (t[left] + t[left + 1]) // 2
+
+
+def missing(N, t):
+    """All grid points that are no nodes: int64."""
+    return torch.ones(N).bool().index_fill(0, t, False).nonzero()[:, 0]
 
 
 def interpolation(N, t, points=4):

@@ -71,8 +71,15 @@ def test_where_d_is_rough_or_the_grid_short_every_point_becomes_a_node_at_once(n
         assert grey(iterates[-1].states, problem.sequential(noise)) < EXACT
 
 
+def test_after_a_refinement_that_changed_the_sample_by_much_every_point_becomes_a_node(noise):
+    problem = Mixture(100, seed=5, **KINDS["dpmsolver++ of a flow"])
+    first, second, last = collocation(noise, problem.denoise, problem.solver, [0, 100], nodes=13)
+    assert (second.states[-1] - first.states[-1]).square().mean().sqrt() * 127.5 > method.DOUBTFUL
+    assert last.k == 2 and last.exact and grey(last.states, problem.sequential(noise)) < EXACT
+
+
 def test_counts_are_those_that_the_denoiser_saw(noise):
-    widths, problem = [], Mixture(100)
+    widths, problem = [], Gaussian(100)
 
     def denoise(x, n):
         assert x.shape == (len(n), 4, 8, 8) and n.dtype == torch.int64 and x.dtype == torch.float32

@@ -148,7 +148,7 @@ def collocated(sampler, **settings):
 def test_collocation_ends_at_the_sequential_sample_whatever_the_batches(settings, sampler):
     varied = collocated(sampler, fine_steps=25, nodes=5, **settings)
     sample, truth = varied("a red sun"), varied.sequential("a red sun")
-    assert [refinement.k for refinement in sample.refinements] == [0, 1, 2, 3]
+    assert [refinement.k for refinement in sample.refinements] == [0, 1, 2], "the second changed it by much"
     assert sample.stop_reason == "exact" and sample.serial_evaluations <= 25
     assert difference(sample.image, truth.image) < 0.1 and sample.refinements[-1].states.shape == truth.states.shape
     assert trajectory_change(sample.refinements[-1].states, truth.states) < 0.1
