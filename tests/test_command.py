@@ -236,6 +236,7 @@ def test_unsettled_trajectories_are_noted(run):
     assert "note:" not in run("--prompt", "a moon", *between, "--stop-rule", "trajectory")[2]
 
 
+@pytest.mark.slow
 def test_damping_is_recorded_and_shown(run):
     """On the demo model, as random weights turn nothing round."""
     strong = ["--prompt", "a red sun", *"-cs 5 -fs 25 -gs 7.5 --max-iterations 2 --no-ground-truth".split()]

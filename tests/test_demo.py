@@ -84,6 +84,7 @@ def test_demo_sequential_equals_diffusers_pipeline(sampler):
     assert difference(ours.image, sampler.image(theirs)) < 0.1
 
 
+@pytest.mark.slow
 def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(sampler):
     fixed = sampler.vary(fine_steps=25, coarse_steps=5, fixed_batch=True)
     prompt = fixed.encode(PROMPTS[0])
@@ -105,6 +106,7 @@ def test_readme_demo_converges_to_the_ground_truth(tmp_path):
         assert max(errors) <= errors[0] + 0.5 and errors[:4][-1] < 1, errors
 
 
+@pytest.mark.slow
 def test_the_model_of_real_pixels_loads_by_name_and_without_remarks(capfd, recwarn):
     sampler = Sampler.from_pretrained("fashion", Settings(fine_steps=25, coarse_steps=5), device="cpu")
     assert sampler.shape == (1, 28, 28) and not capfd.readouterr().err and not list(recwarn)

@@ -144,6 +144,7 @@ def collocated(sampler, **settings):
     return sampler.vary(method="collocation", tolerance=0, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"max_batch": 1}, {"max_batch": 3}, {"fixed_batch": True}, {"window": 6}])
 def test_collocation_ends_at_the_sequential_sample_whatever_the_batches(settings, sampler):
     varied = collocated(sampler, fine_steps=25, nodes=5, **settings)
