@@ -65,8 +65,8 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
             states += Z[points].to(x).flatten(1)
         return states if d is None else states + (K[points] @ W).to(x) @ d
 
-    t = spread(N, nodes or (NODES if N > 2 * NODES else N))
-    system, may_be_rough = System(t, reached(t), memory(N, x.numel())), nodes is None and len(t) < N
+    t, kept = spread(N, nodes or (NODES if N > 2 * NODES else N)), memory(N, x.numel())
+    system, may_be_rough = System(t, reached(t), kept), nodes is None and len(t) < N
     chosen, last, ticks, lane_steps, k = [0], None, 0, 0, 0
     while True:
         W = interpolation(N, system.t)
@@ -85,7 +85,7 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
                 break
         if rough:  # what is known at nodes far ahead would mislead: keep the first one, whose state is exact
             t, first = torch.arange(N), system.D[:1]
-            system, chosen = System(t, reached(t, system.d, W), memory(N, x.numel())), t[1 : window + 1].tolist()
+            system, chosen = System(t, reached(t, system.d, W), kept), t[1 : window + 1].tolist()
             system.see([0], first, solver.signal[:1])
             continue
         exact = len(system.t) == N and not chosen
@@ -181,8 +181,9 @@ class System:
         # All that needs vectors, in one product and one transfer; the rest is small.
         products = S.reshape(-1, E) @ torch.cat([R, S.reshape(-1, E), Y.reshape(-1, E)]).T
         SR, SS, SY = products.double().cpu().split([m, m * memory, m * memory], 1)
-        inverse = torch.linalg.inv_ex(torch.eye(m, dtype=torch.float64) - C[block, block].double().cpu() * g)[0]
-        through = inverse @ C[block, block].double().cpu()
+        within = C[block, block].double().cpu()
+        inverse = torch.linalg.inv_ex(torch.eye(m, dtype=torch.float64) - within * g)[0]
+        through = inverse @ within
         # weights_a = (S'S)^-1 S' Z_a, where Z = inverse R + through (Y - g S) weights.
         SS, SY = SS.reshape(m, memory, m, memory), SY.reshape(m, memory, m, memory)
         gram = SS.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
