@@ -31,7 +31,7 @@ class Iterate(NamedTuple):
     lane_steps: int  # model evaluations in all
     exact: bool  # the sequential sample, up to the model's rounding
     damping: torch.Tensor  # what `correct` withheld, against the state's norm, at the boundary with most; float32 ()
-    settled: bool = True  # whether all that k asks for was done
+    settled: bool = True  # False where a method was cut short on its way to k, which SRDS never is
 
 
 @dataclass
