@@ -17,34 +17,40 @@ a node is what its own evaluations told, J S = Y for the last pairs of changes, 
     J = g + (Y - g S) (S'S)^-1 S'          (multisecant, as in Anderson acceleration; Fang and Saad, 2009)
 
 Where no node moves any more, refinement 0 is done. Each further one puts a node into the middle of every interval, with
-the state and the d that interpolation has there; after one that changed the sample by much, all that are left. With a
-node at every grid point, the system is the N-step sampler.
+the state and the d that interpolation has there. With a node at every grid point, the system is the N-step sampler.
 """
+
+import math
 
 import torch
 
 from srds import Iterate
 
-MOVED = 2.5  # grey levels of the images' 255, shared by all nodes, by which they may move without being evaluated
-LAST_MOVED = 0.003  # by which each may where every grid point is one
+MOVED = 1.0  # grey levels of the images' 255, shared by all nodes, that what they miss may change the sample by
+DENSELY_MOVED = 0.15  # where nodes are dense
 NODES = 13  # of the first solution
-ROUGH = 3.0  # grey levels by which neighbours miss a first node's d, above which every grid point becomes a node
-DOUBTFUL = 1.0  # grey levels, RMS, by which a refinement changes the sample, above which the next one is the last
-SECANTS = 3  # pairs of changes kept for each node
+DENSE = 100  # nodes, where interpolation between the first ones does not serve
+ROUGH = 5.0  # grey levels by which neighbours miss a first node's d, above which nodes are dense
+DOUBTFUL = 2.0  # 127.5 times a refinement's change of the sample over its norm, above which nodes become dense
+SECANTS = 2  # pairs of changes kept for each node
 MOST_NUMBERS = 2**29  # in the secants of all nodes: above, fewer are kept
 BLOCK = 64  # nodes that are solved for together
 
 
 @torch.no_grad()
-def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinements=None, agree=lambda chosen: chosen):
+def collocation(
+    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, agree=lambda chosen: chosen
+):
     """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
     x, denoise, boundaries: as of `srds.srds`. The iterates' states are those at the boundaries.
     solver: has unrolled(), P and K; forcing(shape), Z; and clean(x, m, n), d of states and model outputs.
-    nodes: M of k = 0, evenly spaced; N where more. None: 13, but N where that is little more, or where d turns out, at
-        the second tick, to be too rough for interpolation.
-    window: most nodes in a tick, but for those that a refinement adds.
+    nodes: M of k = 0, evenly spaced; N where more. None: 13, or where nodes are dense, 100; or N, up to twice as many.
+    window: most nodes in a tick, but for those that a refinement adds. None: see `usual_window`.
     refinements: the last refinement to yield; None: all, until each grid point is a node.
+    dense: whether to begin with dense nodes, as where the sample depends on early states strongly, which it does in
+        pixels. Nodes become dense where d turns out, at the second tick, to be too rough for interpolation, and where a
+        refinement changes the sample by much.
     agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
 
     Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
@@ -52,7 +58,7 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
 
     Raises ValueError, at the first iterate, for nodes below 2, a window below 1 or refinements below 0.
     """
-    if (nodes is not None and nodes < 2) or window < 1 or (refinements or 0) < 0:
+    if (nodes is not None and nodes < 2) or (window is not None and window < 1) or (refinements or 0) < 0:
         raise ValueError(f"nodes {nodes}, window {window} and refinements {refinements} must not be as low")
     shape, x = x.shape[-3:], x.reshape(1, -1).float()
     P, K = solver.unrolled()
@@ -65,12 +71,18 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
             states += Z[points].to(x).flatten(1)
         return states if d is None else states + (K[points] @ W).to(x) @ d
 
-    t, kept = spread(N, nodes or (NODES if N > 2 * NODES else N)), memory(N, x.numel())
-    system, may_be_rough = System(t, reached(t), kept), nodes is None and len(t) < N
+    t, kept = spread(N, nodes) if nodes else first(N, DENSE if dense else NODES), memory(N, x.numel())
+    # What the steps between two nodes make of a change of d there that goes unseen, as d changes by 1 / (2 signal).
+    effect = solver.gain / (2 * solver.signal[:-1].clamp(min=1e-3))
+    system, dense = System(t, reached(t), kept), dense or len(t) >= DENSE
     chosen, last, ticks, lane_steps, k = [0], None, 0, 0, 0
     while True:
+        M = len(system.t)
+        dense = dense or M == N
+        wide = window or usual_window(M, narrow=dense and k == 0)
+        matters = (DENSELY_MOVED if dense else MOVED) / N / effect[system.t] / 127.5
         W = interpolation(N, system.t)
-        C, free, bound = (K[system.t] @ W).to(x), reached(system.t), min(N, ticks + 2 * len(system.t) + 8)
+        C, free, bound = (K[system.t] @ W).to(x), reached(system.t), min(N, ticks + 2 * M + 8)
         rough = False
         while (chosen := agree(chosen)) and ticks < bound:
             n = system.t[chosen]
@@ -78,26 +90,39 @@ def collocation(x, denoise, solver, boundaries, nodes=None, window=8, refinement
             d = solver.clean(X, denoise(X, n), n)
             ticks, lane_steps = ticks + 1, lane_steps + len(chosen)
             system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
-            system.solve(C, free, min(chosen), window)
-            chosen = system.moved(solver.signal)[:window]
-            rough = may_be_rough and ticks == 2 and agree(system.roughness(solver.signal) > ROUGH)
+            system.solve(C, free, min(chosen), wide)
+            chosen = system.moved(matters)[:wide]
+            rough = nodes is None and not dense and ticks == 2 and agree(system.roughness(solver.signal) > ROUGH)
             if rough:
                 break
         if rough:  # what is known at nodes far ahead would mislead: keep the first one, whose state is exact
-            t, first = torch.arange(N), system.D[:1]
-            system, chosen = System(t, reached(t, system.d, W), kept), t[1 : window + 1].tolist()
-            system.see([0], first, solver.signal[:1])
+            t, known, dense = first(N, DENSE), system.D[:1], True
+            system = System(t, reached(t, system.d, W), kept)
+            system.see([0], known, solver.signal[:1])
+            chosen = list(range(1, len(t)))[: window or usual_window(len(t), narrow=True)]
             continue
         exact = len(system.t) == N and not chosen
         states = reached(torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
         yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
         if len(system.t) == N or ticks >= N or k == refinements:
             return
-        doubtful = agree(k > 0 and 127.5 * float((states[-1] - last).square().mean().sqrt()) > DOUBTFUL)
-        k, last, new = k + 1, states[-1], missing(N, system.t) if doubtful else between(system.t)
+        doubtful = not dense and k > 0 and 127.5 * float((states[-1] - last).norm() / states[-1].norm()) > DOUBTFUL
+        dense = agree(doubtful) or dense
+        new = absent(first(N, DENSE), system.t) if doubtful else between(system.t)
+        k, last = k + 1, states[-1]
         system, chosen = system.refined(new, reached(new, system.d, W), W[new].to(x) @ system.d)
         if doubtful:
-            chosen = chosen[:window]
+            chosen = chosen[: window or usual_window(len(system.t))]
+
+
+def usual_window(nodes, narrow=False):
+    """Most of so many nodes in a tick, or of as many, all of them new, where nodes are dense: less work, more ticks."""
+    return max(3 if narrow else 8, math.ceil(nodes**0.5 / 2))
+
+
+def first(N, nodes):
+    """As `spread`, or all grid points where they are at most twice as many."""
+    return spread(N, nodes if N > 2 * nodes else N)
 
 
 def spread(N, nodes):
@@ -116,9 +141,9 @@ def between(t):
     return (t[left] + t[left + 1]) // 2
 
 
-def missing(N, t):
-    """All grid points that are no nodes: int64."""
-    return torch.ones(N).bool().index_fill(0, t, False).nonzero()[:, 0]
+def absent(points, t):
+    """Those of the grid points that are no nodes: int64."""
+    return points[~torch.isin(points, t)]
 
 
 def interpolation(N, t, points=4):
@@ -159,6 +184,9 @@ class System:
         self.g[a] = torch.minimum(torch.maximum(gain, -3 * most), most)
         for values, last in ((self.S, s), (self.Y, y)):
             values[a] = torch.cat([last[:, None], values[a]], 1)[:, : values.shape[1]]
+        if len(a):  # the changes to come at nodes seen for the first time are like those before them
+            for known in (self.S, self.Y, self.g):
+                known[chosen[~again]] = known[a[-1:]]
         self.X_seen[chosen], self.D[chosen], self.seen[chosen] = self.X[chosen], d, True
 
     def solve(self, C, free, first, window):
@@ -200,15 +228,10 @@ class System:
         Z = inverse.to(R) @ R + through.to(R) @ beyond
         self.X[block], self.d[block] = self.X_seen[block] + Z, D + g * Z + beyond
 
-    def moved(self, signal):
-        """The nodes, a list, that were not seen yet or have moved by more than matters.
-
-        Clean images show in a state as `signal` times as much. What is left out at the nodes adds up, so that each has
-        but its share.
-        """
+    def moved(self, matters):
+        """The nodes, a list, that were not seen yet or have moved, RMS, by more than matters, float64 (M,)."""
         change = (self.X - self.X_seen).square().mean(1).sqrt().double().cpu()
-        share = LAST_MOVED if len(self.t) == len(signal) - 1 else MOVED / len(self.t)
-        return ((signal[self.t] / 2 * change > share / 127.5) | ~self.seen).nonzero()[:, 0].tolist()
+        return ((change > matters) | ~self.seen).nonzero()[:, 0].tolist()
 
     def roughness(self, signal):
         """By how much the four neighbours of the first nodes that were seen miss d there, as their cubic has it.

@@ -80,8 +80,8 @@ ARGUMENTS = {
          "what a call works on: blocks of all refinements, or of one (pipelined; with auto blocks, the faster)"),
         ("--correction", str, one_of(defaults.CORRECTIONS),
          "the paper's, or damped where the coarse step overshoots (damped)"),
-        ("--nodes", number, "M", "of collocation: points in time of its first solution (13, or where d is rough, N)"),
-        ("--window", number, "W", "of collocation: most nodes in a network call, but for a refinement's new ones (8)"),
+        ("--nodes", number, "M", "of collocation: points in time of its first solution (13; of pixels, 100)"),
+        ("--window", number, "W", "of collocation: most nodes in a network call, but for a refinement's new ones (about 8)"),
         ("--stop-rule", str, one_of(defaults.STOP_RULES),
          "what must be below the tolerance: the image's last change, that of every boundary's state too, or the "
          "predicted next change of the image (%(default)s)"),

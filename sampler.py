@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import diffusion
-from collocation import collocation
+from collocation import collocation, usual_window
 from models.loading import find_model, inspect, is_compiled, load_pipeline
 from refinement import Refinement, Sample, Sequential, judge, measured
 from settings import Loading, Settings, text
@@ -178,8 +178,8 @@ class Sampler:
             how = settings.schedule, settings.max_iterations, correct
             iterates = srds(x, denoise, solver.step, self.boundaries, *how)
         else:
-            how = settings.nodes, settings.window, settings.max_iterations, self.processes.agree
-            iterates = collocation(x, denoise, solver, self.boundaries, *how)
+            how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent
+            iterates = collocation(x, denoise, solver, self.boundaries, *how, self.processes.agree)
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:
@@ -236,7 +236,10 @@ class Sampler:
     @property
     def widest(self):
         """Most lanes in one call of this process, but for the nodes that a refinement of collocation adds."""
-        lanes = self.settings.coarse_steps if self.settings.method == "srds" else self.settings.window
+        settings = self.settings
+        lanes = settings.window or usual_window(settings.fine_steps)
+        if settings.method == "srds":
+            lanes = settings.coarse_steps
         return -(-lanes // self.processes.sharing)
 
     def noise(self, seed=None):

@@ -21,8 +21,8 @@ SCHEDULE = None  # pipelined; with auto blocks, the faster of the two
 CORRECTION = None  # damped
 STOP_RULE = "final"
 MAX_ITERATIONS = None  # as many as blocks; of collocation, until every grid point is a node
-NODES = None  # of collocation's first solution: 13, or all grid points where the model is rough in time
-WINDOW = None  # 8 of collocation's nodes in a network call
+NODES = None  # of collocation's first solution: 13; of pixels, or where the model is rough in time, 100
+WINDOW = None  # of collocation's nodes in a network call: 8; where nodes are dense, half the root of their number
 EXPECTED_REFINEMENTS = 3  # that auto blocks are planned for: what most runs of benchmarks/stopping.py use
 # Generation
 MODEL = "stabilityai/stable-diffusion-2"
@@ -175,8 +175,8 @@ class Settings(Checked):
         if it is 0, only when the sample is exact.
     schedule: of srds, which lanes move in a tick, "pipelined" (all) or "sweep" (Algorithm 1).
     correction: of srds, the predictor-corrector, "paper", or "damped" where the coarse step overshoots.
-    nodes, window: of collocation, the first nodes (None: 13, or all where the model is rough in time), and most in a
-        tick.
+    nodes, window: of collocation, the first nodes (None: 13; of pixels, or where the model turns out to be rough in
+        time, 100; all up to twice as many), and most in a tick (None: `collocation.usual_window`).
     stop_rule: what must be below the tolerance: "final", the image's change; "trajectory", each boundary's state as
         well; "predicted", the next change of the image, as the last two predict it.
     max_iterations: most refinements; None: B, or of collocation, until every grid point is a node.
@@ -269,8 +269,6 @@ class Settings(Checked):
         if self.method == "srds":
             usual["schedule"] = self.schedule or (None if self.coarse_steps == "auto" else SCHEDULES[0])
             usual["correction"] = self.correction or CORRECTIONS[0]
-        else:
-            usual["window"] = self.window or 8
         return replace(self, **usual)
 
     def _side(self, side, default, model):

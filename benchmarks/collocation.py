@@ -19,7 +19,7 @@ import torch
 import common
 from refinement import difference
 
-TOLERANCES = (0.1, 0.02)
+TOLERANCES = (0.1, 0.02, 0.01)
 
 
 def paradigms(sampler, prompt, seed, window, tolerance):
@@ -68,10 +68,12 @@ def runs(sampler, prompt, seed):
     collocated = sampler.vary(method="collocation", coarse_steps=1)
     rows = refined("collocation", collocated.refine(prompt, seed))
     rows += refined("collocation 13", collocated.vary(nodes=min(13, N), max_iterations=3).refine(prompt, seed))
-    for window in (8, 16, 32):
-        if window <= N <= 200:
-            every = collocated.vary(nodes=N, window=window, max_iterations=1)
-            rows += refined(f"collocation, all nodes, window {window}", every.refine(prompt, seed), each=False)
+    if N > 200:
+        rows += refined("collocation 100", collocated.vary(nodes=100, max_iterations=3).refine(prompt, seed))
+    for window in (None, 8, 16, 32):
+        if (window or 0) <= N <= 200:
+            every, shown = collocated.vary(nodes=N, window=window), f", window {window}" if window else ""
+            rows += refined(f"collocation, all nodes{shown}", every.refine(prompt, seed), each=False)
     for B in (round(N**0.5), 2 * round(N**0.5)):
         rows += refined(f"SRDS {B}", sampler.vary(coarse_steps=B, max_iterations=4).refine(prompt, seed))
     for window in sorted({round(N**0.5), min(32, N), min(N, 200)}):

@@ -189,7 +189,7 @@ def test_settings_left_open_are_those_of_the_method():
     pipeline = stable_diffusion()
     ours = [Sampler(pipeline, Settings(9, 3, method=method)).settings for method in ("srds", "collocation")]
     seen = [(each.schedule, each.correction, each.nodes, each.window) for each in ours]
-    assert seen == [("pipelined", "damped", None, None), (None, None, None, 8)]
+    assert seen == [("pipelined", "damped", None, None), (None, None, None, None)]
 
 
 def test_the_schedule_reaches_the_engine(sampler):
