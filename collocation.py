@@ -39,18 +39,21 @@ BLOCK = 64  # nodes that are solved for together
 
 @torch.no_grad()
 def collocation(
-    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, agree=lambda chosen: chosen
-):
+    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, start=None,
+    agree=lambda chosen: chosen,
+):  # fmt: skip
     """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
     x, denoise, boundaries: as of `srds.srds`. The iterates' states are those at the boundaries.
-    solver: has unrolled(), P and K; forcing(shape), Z; and clean(x, m, n), d of states and model outputs.
+    solver: has unrolled(shape), a `diffusion.Chain`; signal; gain; and clean(x, m, n), d of states and model outputs.
     nodes: M of k = 0, evenly spaced; N where more. None: 13, or where nodes are dense, 100; or N, up to twice as many.
     window: most nodes in a tick, but for those that a refinement adds. None: see `usual_window`.
     refinements: the last refinement to yield; None: all, until each grid point is a node.
     dense: whether to begin with dense nodes, as where the sample depends on early states strongly, which it does in
         pixels. Nodes become dense where d turns out, at the second tick, to be too rough for interpolation, and where a
         refinement changes the sample by much.
+    start: what to take d for to begin with: d of B nodes, float32 (B, E), and W, float64 (N, B). The first tick then
+        evaluates all nodes.
     agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
 
     Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
@@ -61,28 +64,25 @@ def collocation(
     if (nodes is not None and nodes < 2) or (window is not None and window < 1) or (refinements or 0) < 0:
         raise ValueError(f"nodes {nodes}, window {window} and refinements {refinements} must not be as low")
     shape, x = x.shape[-3:], x.reshape(1, -1).float()
-    P, K = solver.unrolled()
-    N, Z = len(P) - 1, solver.forcing(shape)
-
-    def reached(points, d=None, W=None):
-        """The states (L, E) at grid points, from d at nodes that W interpolates between."""
-        states = P[points, None].to(x) * x
-        if Z is not None:
-            states += Z[points].to(x).flatten(1)
-        return states if d is None else states + (K[points] @ W).to(x) @ d
-
+    chain = solver.unrolled(shape)
+    N = chain.K.shape[1]
     t, kept = spread(N, nodes) if nodes else first(N, DENSE if dense else NODES), memory(N, x.numel())
     # What the steps between two nodes make of a change of d there that goes unseen, as d changes by 1 / (2 signal).
     effect = solver.gain / (2 * solver.signal[:-1].clamp(min=1e-3))
-    system, dense = System(t, reached(t), kept), dense or len(t) >= DENSE
+    system, dense = System(t, chain.states(x, t), kept), dense or len(t) >= DENSE
+    may_be_rough = nodes is None and start is None and not dense
     chosen, last, ticks, lane_steps, k = [0], None, 0, 0, 0
+    if start is not None:
+        d, W = start
+        system.foretell(chain.states(x, t, d, W), W[t].to(x) @ d)
+        chosen = list(range(len(t)))
     while True:
         M = len(system.t)
         dense = dense or M == N
-        wide = window or usual_window(M, narrow=dense and k == 0)
+        wide = window or usual_window(M, narrow=dense and k == 0 and start is None)
         matters = (DENSELY_MOVED if dense else MOVED) / N / effect[system.t] / 127.5
         W = interpolation(N, system.t)
-        C, free, bound = (K[system.t] @ W).to(x), reached(system.t), min(N, ticks + 2 * M + 8)
+        C, free, bound = (chain.K[system.t] @ W).to(x), chain.states(x, system.t), min(N, ticks + 2 * M + 8)
         rough = False
         while (chosen := agree(chosen)) and ticks < bound:
             n = system.t[chosen]
@@ -92,17 +92,17 @@ def collocation(
             system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
             system.solve(C, free, min(chosen), wide)
             chosen = system.moved(matters)[:wide]
-            rough = nodes is None and not dense and ticks == 2 and agree(system.roughness(solver.signal) > ROUGH)
+            rough = may_be_rough and ticks == 2 and agree(system.roughness(solver.signal) > ROUGH)
             if rough:
                 break
         if rough:  # what is known at nodes far ahead would mislead: keep the first one, whose state is exact
-            t, known, dense = first(N, DENSE), system.D[:1], True
-            system = System(t, reached(t, system.d, W), kept)
+            t, known, dense, may_be_rough = first(N, DENSE), system.D[:1], True, False
+            system = System(t, chain.states(x, t, system.d, W), kept)
             system.see([0], known, solver.signal[:1])
             chosen = list(range(1, len(t)))[: window or usual_window(len(t), narrow=True)]
             continue
         exact = len(system.t) == N and not chosen
-        states = reached(torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
+        states = chain.states(x, torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
         yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
         if len(system.t) == N or ticks >= N or k == refinements:
             return
@@ -110,7 +110,7 @@ def collocation(
         dense = agree(doubtful) or dense
         new = absent(first(N, DENSE), system.t) if doubtful else between(system.t)
         k, last = k + 1, states[-1]
-        system, chosen = system.refined(new, reached(new, system.d, W), W[new].to(x) @ system.d)
+        system, chosen = system.refined(new, chain.states(x, new, system.d, W), W[new].to(x) @ system.d)
         if doubtful:
             chosen = chosen[: window or usual_window(len(system.t))]
 
@@ -165,13 +165,20 @@ class System:
 
     t: the nodes, int64 (M,). X: the states; d: what d is foretold to be there. X_seen, D: where it was last evaluated,
     and what it was there. S, Y: the last changes of both between evaluations, (M, memory, E). g: the gain. seen:
-    whether it was evaluated at all; before that, d is taken from the last node that was.
+    whether it was evaluated at all. foretold: whether X_seen and D stand for what it would be; else d is taken from the
+    last node of which they do.
     """
 
     def __init__(self, t, X, memory):
         self.t, self.X, self.X_seen, self.D, self.d = t, X, *X.new_zeros(3, *X.shape)
         self.S, self.Y = X.new_zeros(2, len(t), memory, X.shape[1])
-        self.g, self.seen = torch.zeros(len(t), dtype=torch.float64), torch.zeros(len(t)).bool()
+        self.g = torch.zeros(len(t), dtype=torch.float64)
+        self.seen, self.foretold = torch.zeros(2, len(t)).bool()
+
+    def foretell(self, X, d):
+        """Take states and d, (M, E), for what they are to be."""
+        self.X, self.X_seen, self.D, self.d = X, X.clone(), d, d.clone()
+        self.foretold[:] = True
 
     def see(self, chosen, d, signal):
         """Take in d, (L, E), as evaluated at the nodes `chosen`, where x = signal x0 + ... , float64 (L,)."""
@@ -187,13 +194,14 @@ class System:
         if len(a):  # the changes to come at nodes seen for the first time are like those before them
             for known in (self.S, self.Y, self.g):
                 known[chosen[~again]] = known[a[-1:]]
-        self.X_seen[chosen], self.D[chosen], self.seen[chosen] = self.X[chosen], d, True
+        self.X_seen[chosen], self.D[chosen] = self.X[chosen], d
+        self.seen[chosen] = self.foretold[chosen] = True
 
     def solve(self, C, free, first, window):
         """Move X to where X = free + C d(X), after an evaluation of nodes from number `first` on."""
         M = last = len(self.t)
-        if not self.seen.all():
-            latest = int(self.seen.nonzero()[-1])
+        if not self.foretold.all():
+            latest = int(self.foretold.nonzero()[-1])
             self.D[latest + 1 :] = self.d[latest + 1 :] = self.D[latest]
             last = min(M, latest + window + 1)
         # A cubic takes in the second node ahead.
@@ -255,6 +263,7 @@ class System:
         for name, values in {
             "X_seen": X, "D": d, "d": d, "S": self.S[before], "Y": self.Y[before],
             "g": (self.g[before] + self.g[before + 1]) / 2, "seen": torch.zeros(len(new)).bool(),
+            "foretold": torch.ones(len(new)).bool(),
         }.items():  # fmt: skip
             setattr(other, name, torch.cat([getattr(self, name), values])[order])
         return other, (order >= len(self.t)).nonzero()[:, 0].tolist()

@@ -70,6 +70,25 @@ def boundaries(N, B):
     return [i * N // B for i in range(B + 1)]
 
 
+class Chain(NamedTuple):
+    """All steps of a solver in one equation, x_n = P_n x_0 + sum_{j < n} K_nj d_j + Z_n, with d_j = `Solver.clean`."""
+
+    P: torch.Tensor  # float64 (N + 1,)
+    K: torch.Tensor  # float64 (N + 1, N)
+    Z: torch.Tensor | None  # what the steps' noise has become at each point, float32 (N + 1, C, H, W); None for none
+
+    def states(self, x, n, d=None, W=None):
+        """States at grid points n, int64 (L,), from the first, x, and d = W d_nodes: float32 (L, E).
+
+        x: (1, E), of E numbers. d: of M nodes, (M, E); None for the part of the states that does not depend on it.
+        W: float64 (N, M).
+        """
+        states = self.P[n, None].to(x) * x
+        if self.Z is not None:
+            states += self.Z[n].to(x).flatten(1)
+        return states if d is None else states + (self.K[n] @ W).to(x) @ d
+
+
 class Solver:
     """A sampler as tables over a grid: `step` makes its steps and `damped` corrects them.
 
@@ -143,15 +162,12 @@ class Solver:
             x = x + torch.stack(noises).to(x.device, non_blocking=True)
         return x, x0 if self.name == "dpmsolver++" else x
 
-    def unrolled(self):
-        """P, (N + 1,), and K, (N + 1, N), float64, of x_n = P_n x_0 + sum_j K_nj d_j + Z_n, n steps from x_0.
-
-        d_j: `clean` at point j; Z: `forcing`. A solver with restarts is none: dpmsolver++ extrapolates at all points.
-        """
+    def unrolled(self, shape):
+        """The `Chain` of states of a shape, (C, H, W)."""
         carried = (self.gain[:, None] * self.carry[1:]).T.tril(-1)
         K = carried * (1 + self.extrapolation)
         K[:, :-1] -= carried[:, 1:] * self.extrapolation[1:]
-        return self.carry[0], K
+        return Chain(self.carry[0], K, self._forcing(shape))
 
     def clean(self, x, m, n):
         """What the step from grid points n, int64 (L,), is linear in: x0, clipped as the solver does; (L, C, H, W)."""
@@ -163,8 +179,21 @@ class Solver:
             return at_end
         return x0 + signal_end * (at_end - x0) / (signal_end - carry * signal)
 
-    def forcing(self, shape):
-        """What the fine steps' noise has become at each grid point, float32 (N + 1, *shape); None for no noise."""
+    def held(self, states, n):
+        """The x0 that, held over a block, leads from its first state to its last: float32 (B, C, H, W).
+
+        states: at the grid points n, a list; float32 (B + 1, C, H, W).
+        """
+        start, end = torch.tensor(n[:-1]), torch.tensor(n[1:])
+        columns = self.signal[start], self.signal[end], self.carry[start, end]
+        signal, signal_end, carry = self._on(states, *columns)
+        added = states[1:] - carry * states[:-1]
+        if self.stochastic:
+            noises = [self._noise(*between, states.shape[1:]) for between in pairwise(n)]
+            added = added - torch.stack(noises).to(states.device)
+        return added / (signal_end - carry * signal)
+
+    def _forcing(self, shape):
         if not self.stochastic:
             return None
         total = [torch.zeros(shape)]

@@ -24,7 +24,8 @@ class Command:
     """What the command is to do: `settings` for the sampler, `loading` for the model, `texts` to sample.
 
     prompts, prompt: where the texts come from, a file or the command line. ground_truth: whether to sample step by step
-    as well. parallel: what several processes share, "lanes", "prompts", or None to choose.
+    as well. keep_trajectories: whether to write them. start_from: the directory of a run that did, or None. parallel:
+    what several processes share, "lanes", "prompts", or None to choose.
     """
 
     settings: Settings
@@ -35,6 +36,8 @@ class Command:
     output_dir: str
     ground_truth: bool
     resume: bool
+    keep_trajectories: bool
+    start_from: str | None
     parallel: str | None
 
 
@@ -81,7 +84,7 @@ ARGUMENTS = {
         ("--correction", str, one_of(defaults.CORRECTIONS),
          "the paper's, or damped where the coarse step overshoots (damped)"),
         ("--nodes", number, "M", "of collocation: points in time of its first solution (13; of pixels, 100)"),
-        ("--window", number, "W", "of collocation: most nodes in a network call, but for a refinement's new ones (about 8)"),
+        ("--window", number, "W", "of collocation: most nodes in a network call, but for a refinement's new ones (8)"),
         ("--stop-rule", str, one_of(defaults.STOP_RULES),
          "what must be below the tolerance: the image's last change, that of every boundary's state too, or the "
          "predicted next change of the image (%(default)s)"),
@@ -100,6 +103,9 @@ ARGUMENTS = {
         ("--width", number, "PX", "(likewise)"),
         ("--seed -s", number, "SEED", "of the initial noise and of the noise in the steps (%(default)s)"),
         ("--resume", bool, None, "keep the prompts that an earlier run of the same settings has completed"),
+        ("--start-from", str, "DIR",
+         "begin from the trajectories of an earlier run, of one prompt or of as many, in place of the coarse pass"),
+        ("--keep-trajectories", bool, None, "keep what --start-from of a later run takes, in trajectory.safetensors"),
         ("--no-ground-truth", bool, None, "skip the sequential run that images are compared with"),
     ],
     "machine": [
@@ -153,7 +159,8 @@ def parse_arguments(parser, argv):
     check_output_dir(args.output_dir)
     return Command(
         settings, loading, texts, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
-        ground_truth=not args.no_ground_truth, resume=args.resume, parallel=args.parallel,
+        ground_truth=not args.no_ground_truth, resume=args.resume, keep_trajectories=args.keep_trajectories,
+        start_from=args.start_from, parallel=args.parallel,
     )  # fmt: skip
 
 

@@ -1,10 +1,15 @@
 """What a run yields: refinements, what they changed and cost, and whether the run stops there."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
+from torch.nn.functional import one_hot
+
+from settings import SettingError
 
 
 class Refinement(NamedTuple):
@@ -46,6 +51,48 @@ class Refinement(NamedTuple):
         return "exact" if self.exact else "tolerance" if self.verdict == "converged" else "max-iterations"
 
 
+class Trajectory(NamedTuple):
+    """What a later run can start from: the clean images that lead along a trajectory, as `Sampler.trajectory` finds.
+
+    clean: float32 (B, C, H, W), x0 that, held over a block, leads from its first state to its last.
+    boundaries: the grid points between which the blocks lie, 0 to N, a list of B + 1.
+    model: the model's name.
+    """
+
+    clean: torch.Tensor
+    boundaries: list[int]
+    model: str
+
+    @classmethod
+    def read(cls, path):
+        """Of a file, as `packed` makes it. Raises ValueError where it is none."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                model = file.metadata()["model"]
+                return cls(file.get_tensor("clean"), file.get_tensor("boundaries").tolist(), model)
+        except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} holds no trajectory") from error
+
+    def packed(self):
+        """The bytes of a safetensors file."""
+        tensors = {"clean": self.clean.cpu().contiguous(), "boundaries": torch.tensor(self.boundaries)}
+        return safetensors.torch.save(tensors, {"model": self.model})
+
+    def check(self, shape, model):
+        """Raise SettingError unless it is of states of a shape, (C, H, W), and of a model."""
+        own = tuple(self.clean.shape[1:])
+        if Path(self.model).name != Path(model).name:  # wherever it lies
+            raise SettingError("start_from", self.model, f"is another model than {model}; start from a run of the same")
+        if own != tuple(shape):
+            raise SettingError("start_from", own, f"is of other states than {tuple(shape)}; start from the same size")
+
+    def held(self, N):
+        """W, float64 (N, B), by which each of N grid points has the x0 of the block that it lies in."""
+        ends = torch.tensor(self.boundaries[1:]) * N
+        block = torch.searchsorted(ends, torch.arange(N) * self.boundaries[-1], right=True)
+        return one_hot(block, len(self.clean)).double()
+
+
 class Sequential(NamedTuple):
     """The ground truth: states at the boundaries, float32, (B + 1, C, H, W); the last one's image; seconds."""
 
@@ -67,6 +114,7 @@ class Sample:
 
     stop_reason = property(lambda self: self.refinements[-1].stop_reason)
     image = property(lambda self: self.refinements[-1].image)
+    states = property(lambda self: self.refinements[-1].states)
     serial_evaluations = property(lambda self: self.refinements[-1].serial_evaluations)
     total_evaluations = property(lambda self: self.refinements[-1].total_evaluations)
     seconds = property(lambda self: self.refinements[-1].seconds)

@@ -17,7 +17,7 @@ import torch
 import diffusion
 from collocation import collocation, usual_window
 from models.loading import find_model, inspect, is_compiled, load_pipeline
-from refinement import Refinement, Sample, Sequential, judge, measured
+from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
 from settings import Loading, Settings, text
 from srds import Iterate, algorithm_1, srds
 from study.planning import make_plan
@@ -96,11 +96,10 @@ class Sampler:
 
         settings, family, scheduler = self.settings, self.model.family, self.model.scheduler
         self.device = torch.device(pipeline._execution_device)
-        height, width = settings.height // family.factor, settings.width // family.factor
-        self.shape = (family.channels, height, width)
+        self.shape = family.shape(settings.height, settings.width)
         self.boundaries = diffusion.boundaries(settings.fine_steps, settings.coarse_steps)
         if family.flow:
-            tokens = height * width // family.patch**2
+            tokens = self.shape[1] * self.shape[2] // family.patch**2
             sigmas = family.sigmas(settings.fine_steps)
             self.grid = diffusion.flow_grid(scheduler, settings.fine_steps, sigmas, tokens)
         else:
@@ -129,24 +128,26 @@ class Sampler:
         plan = None if settings.keys() & {"method", "fine_steps", "coarse_steps", "schedule"} else self.plan
         return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes, plan=plan)
 
-    def __call__(self, prompt, seed=None):
+    def __call__(self, prompt, seed=None, start=None):
         """Sample a prompt: the `Sample` of all refinements until the stop rule is met."""
         prompt = self.encode(prompt)
-        refinements = tuple(self.refine(prompt, seed))
+        refinements = tuple(self.refine(prompt, seed, start=start))
         self._offload()
         return Sample(prompt.text, self._seed(seed), refinements)
 
-    def refine(self, prompt, seed=None, on_tick=None) -> Iterator[Refinement]:
+    def refine(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Refinement]:
         """Yield the initialisation and each refinement as it is known; the last is where the stop rule is met.
 
         prompt: a text, or what `encode` made of one. seed: None for the settings' own. on_tick: called before each
-        network call.
+        network call. start: a `Trajectory` to begin from, of an earlier sample by this model: of another prompt,
+        guidance, number of steps or solver, or of the same.
 
-        Raises FloatingPointError where a sample's last state or its image is not finite.
+        Raises FloatingPointError where a sample's last state or its image is not finite, and SettingError for a start
+        that does not fit.
         """
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
         prompt, earlier, seconds = self.encode(prompt), None, 0.0
-        with contextlib.closing(self.iterates(prompt, seed, on_tick)) as iterates:
+        with contextlib.closing(self.iterates(prompt, seed, on_tick, start)) as iterates:
             started = time.perf_counter()
             for iterate in iterates:
                 refinement = measured(iterate, self.image(iterate.states), earlier)
@@ -169,17 +170,27 @@ class Sampler:
         states = diffusion.sequential(x, denoise, step, points, self.boundaries)
         return Sequential(states, self.image(states), time.perf_counter() - started)
 
-    def iterates(self, prompt, seed=None, on_tick=None) -> Iterator[Iterate]:
+    def trajectory(self, states, seed=None) -> Trajectory:
+        """What `refine` can start from, of a sample's or a ground truth's states, and of the seed that they have."""
+        return Trajectory(self._solver(seed).held(states, self.boundaries), self.boundaries, self.model.name)
+
+    def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
         """The method alone, as `srds.srds` and `collocation.collocation` yield it: no images, no stop rule."""
         settings, solver, x = self.settings, self._solver(seed), self.noise(seed)
         denoise = self._counted(self.processes.split(self.denoiser(prompt)), on_tick)
+        if start:
+            start.check(self.shape, self.model.name)
+            start = start.clean.to(x).flatten(1), start.held(settings.fine_steps)
         if settings.method == "srds":
             correct = {"damped": solver.damped, "paper": algorithm_1}[settings.correction]
+            if start:
+                states = solver.unrolled(self.shape).states(x.flatten(1), torch.tensor(self.boundaries[1:]), *start)
+                start = states.reshape(-1, *self.shape)
             how = settings.schedule, settings.max_iterations, correct
-            iterates = srds(x, denoise, solver.step, self.boundaries, *how)
+            iterates = srds(x, denoise, solver.step, self.boundaries, *how, start)
         else:
             how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent
-            iterates = collocation(x, denoise, solver, self.boundaries, *how, self.processes.agree)
+            iterates = collocation(x, denoise, solver, self.boundaries, *how, start, self.processes.agree)
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:

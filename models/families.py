@@ -53,6 +53,10 @@ class Family:
         """Of which heights and widths are multiples, in pixels."""
         return self.factor * self.patch
 
+    def shape(self, height, width):
+        """The shape of a state, (C, h, w), of images of a size in pixels."""
+        return self.channels, height // self.factor, width // self.factor
+
     @property
     def default_size(self):
         """Height and width where the user gives none, in pixels."""

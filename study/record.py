@@ -13,11 +13,15 @@ import numpy as np
 from PIL import Image
 
 import utils
+from refinement import Trajectory
 from settings import Failure, SettingError
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
 # What Record writes, beside run.json.
-OURS = re.compile(r"([0-9]{3,}-[a-z0-9-]+/)?((srds|trajectory)_[a-z0-9_]+\.(png|csv)|result\.json)")
+OURS = re.compile(
+    r"([0-9]{3,}-[a-z0-9-]+/)?((srds|trajectory)_[a-z0-9_]+\.(png|csv)|result\.json|trajectory\.safetensors)"
+)
+KEPT = "trajectory.safetensors"
 # Settings that may differ in a run that resumes another: results depend on them by rounding at most.
 NOT_COMPARED = ("output_dir", "prompts", "prompt", "parallel", "device", "offload")
 
@@ -59,22 +63,25 @@ class Record:
         found = _read_json(self.folder / self.folders[i] / "result.json")
         return found if self._is_whole(found) else None
 
-    def add(self, i, result, images, errors=None):
+    def add(self, i, result, images, errors=None, trajectory=None):
         """Write the set of prompt i.
 
         result: its entry in `run.json`; "folder" is added here.
         images: uint8 (height, width, 3) by file name without ".png".
         errors: L2 norms of the difference to the ground truth, (refinements + 1, B); None without ground truth.
+        trajectory: a `refinement.Trajectory` to keep, or None.
         """
-        folder = self.folders[i]
+        folder, kept = self.folders[i], [_path(self.folders[i], KEPT)] if trajectory else []
         entry = {"complete": False, "files": [], "result": {**result, "folder": folder}, "errors": errors}
 
         def announce(files):
             # Named before they are written: a run that is cut short leaves nothing that the next one does not know.
-            entry["files"] = [*files, _path(folder, "result.json")]
+            entry["files"] = [*files, *kept, _path(folder, "result.json")]
             self._write(_path(folder, "result.json"), entry)
 
         self._save_set(folder, [entry], lambda entry: images.__getitem__, announce)
+        for name in kept:
+            write(self.folder / name, trajectory.packed())
         self._write(_path(folder, "result.json"), {**entry, "complete": True})
 
     def fail(self, i, seed, error):
@@ -168,6 +175,23 @@ def earlier_run(folder):
     return _read_json(Path(folder) / "run.json")
 
 
+def kept_trajectories(folder, count):
+    """The trajectories that an earlier run kept, one for each of `count` prompts: of each, or all of its only one.
+
+    Raises SettingError where there are none, or as many others.
+    """
+    folders, remedy = earlier_run(folder).get("folders", ()), "give the directory of a run with --keep-trajectories"
+    try:
+        found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
+    except (ValueError, TypeError) as error:
+        raise SettingError("start_from", folder, f"does not serve: {error}; {remedy}") from None
+    if not found:
+        raise SettingError("start_from", folder, f"holds no run; {remedy}")
+    if len(found) not in (1, count):
+        raise SettingError("start_from", folder, f"has {len(found)} prompts; give a run of one, or of {count} as here")
+    return found * count if len(found) == 1 else found
+
+
 def check_resumable(folder, settings, texts):
     """The earlier run in a folder, empty if there is none. Raises SettingError unless it is one of the same.
 
@@ -189,7 +213,7 @@ def check_resumable(folder, settings, texts):
     free = NOT_COMPARED if now["fixed_batch"] else (*NOT_COMPARED, "max_batch", "compile")
     for key, value in now.items():
         # What a version before did not know, it did not do.
-        earlier_value = before.get(key, [] if isinstance(value, list) else None)
+        earlier_value = before.get(key, value and None)
         if key not in free and earlier_value != value:
             remedy = (
                 f"differs from the run to resume, which has {earlier_value!r}; give the same, or leave out --resume"

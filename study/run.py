@@ -17,14 +17,14 @@ from sampler import Sampler
 from settings import Failure, SettingError, in_one_line, out_of_memory
 from study.planning import describe_plan
 from study.processes import ProcessError, wait_until
-from study.record import Record, WriteError, check_resumable, earlier_run
+from study.record import Record, WriteError, check_resumable, earlier_run, kept_trajectories
 
 
 def run(command, processes):
     """Load, sample and write what a `main.Command` asks for. What can fail without being a bug ends in a Failure."""
     try:
         processes.check_alike(without_places(command))
-        sampler, about, resuming = load(command, processes)
+        sampler, about, resuming, starts = load(command, processes)
         record = Record(command.output_dir, about, command.texts)
         complete = record.entry if processes.first and resuming else lambda i: None
         left = processes.broadcast([i for i in range(len(command.texts)) if not complete(i)])
@@ -34,7 +34,7 @@ def run(command, processes):
             record.begin(resuming)  # not before it is known that the model runs, as this removes an earlier run
         if processes.parallel == "prompts":
             check_shared(record, processes)
-        sample_all(command, sampler, record, left)
+        sample_all(command, sampler, record, left, starts)
         processes.close()
     except Failure:
         raise
@@ -47,18 +47,26 @@ def run(command, processes):
 
 def without_places(command):
     """What all processes of a launch must have been given alike; folders may have other names on other machines."""
-    same = command.texts, command.ground_truth, command.resume, command.parallel
-    return [asdict(command.settings), asdict(command.loading), *same]
+    same = command.texts, command.ground_truth, command.resume, command.parallel, command.keep_trajectories
+    return [asdict(command.settings), asdict(command.loading), bool(command.start_from), *same]
 
 
 def load(command, processes):
-    """The command's sampler, what `run.json` says of the run as a whole, and whether there is a run to resume."""
+    """The command's sampler, what `run.json` says of the run, whether there is one to resume, and what to start from.
+
+    The last is a list of a `refinement.Trajectory`, or None, for each prompt.
+    """
     device = processes.own_device(choose_device(command.loading))
     processes.join(device.type == "cpu", command.parallel or default_parallel(command.texts, processes))
     with processes.in_turn():
         model = find_model(command.loading.model)
     settings, dtype = command.settings, str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
-    recorded = recorded_settings(command, settings.resolve(model), processes)
+    resolved, starts = settings.resolve(model), [None] * len(command.texts)
+    if command.start_from is not None:
+        starts = kept_trajectories(command.start_from, len(command.texts))
+        for start in starts:
+            start.check(model.family.shape(resolved.height, resolved.width), model.name)
+    recorded = recorded_settings(command, resolved, processes)
     earlier = {}
     if command.resume and processes.first:
         earlier = check_resumable(command.output_dir, {**recorded, "dtype": dtype}, command.texts)
@@ -92,7 +100,7 @@ def load(command, processes):
             "native_width": family.native_size[1],
         },
     }
-    return sampler, about | ({"plan": sampler.plan} if sampler.plan else {}), resuming
+    return sampler, about | ({"plan": sampler.plan} if sampler.plan else {}), resuming, starts
 
 
 def default_parallel(texts, processes):
@@ -108,6 +116,8 @@ def recorded_settings(command, settings, processes):
         "prompt": command.prompt,
         "output_dir": command.output_dir,
         "no_ground_truth": not command.ground_truth,
+        "keep_trajectories": command.keep_trajectories,
+        "start_from": command.start_from,
         "parallel": processes.parallel or command.parallel,
         **asdict(settings),
         **{key: list(value) if isinstance(value, tuple) else value for key, value in loading.items()},
@@ -137,14 +147,17 @@ def explain(command, error):
         return f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out"
 
 
-def sample_all(command, sampler, record, left):
-    """Sample the prompts that are left, by number, and write their files. A prompt that fails does not end the run."""
+def sample_all(command, sampler, record, left, starts):
+    """Sample the prompts that are left, by number, and write their files. A prompt that fails does not end the run.
+
+    starts: of each prompt, see `load`.
+    """
     texts, processes = command.texts, sampler.processes
     if len(left) < len(texts):
         print(f"{len(texts) - len(left)} of {len(texts)} prompts are complete")
     try:
         if processes.parallel == "lanes" and not processes.first:
-            return follow(sampler)
+            return follow(sampler, starts)
         if command.settings.negative_prompt:
             warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
@@ -153,7 +166,9 @@ def sample_all(command, sampler, record, left):
                 # Without prompts, only the noise can make samples differ.
                 seed = sampler.settings.seed if sampler.model.family.prompted else (sampler.settings.seed + i) % 2**64
                 try:
-                    record.add(i, *sample(sampler, texts[i], seed, command.ground_truth))
+                    result, refinement, *files = sample(sampler, texts[i], seed, command.ground_truth, starts[i], i)
+                    trajectory = sampler.trajectory(refinement.states, seed) if command.keep_trajectories else None
+                    record.add(i, result, *files, trajectory)
                 except (WriteError, ProcessError):
                     raise
                 except Exception as error:
@@ -179,18 +194,21 @@ def sample_all(command, sampler, record, left):
         raise Failure(message, status=130) from None
 
 
-def follow(sampler):
+def follow(sampler, starts):
     """Take part in the ticks of each prompt that the first process samples, until it says that there are no more."""
     while called := sampler.processes.broadcast():
-        text, seed = called
+        text, seed, i = called
         prompt = sampler.encode(text)
         sampler.processes.wait()
-        for _ in sampler.iterates(prompt, seed):
+        for _ in sampler.iterates(prompt, seed, start=starts[i]):
             pass
 
 
-def sample(sampler, text, seed, ground_truth=True):
-    """One prompt's entry in `run.json`, its images by file name, its trajectory errors (None without ground truth)."""
+def sample(sampler, text, seed, ground_truth, start, i):
+    """One prompt's entry in `run.json`, last refinement, images by file name, trajectory errors (None without truth).
+
+    start: a `refinement.Trajectory`, or None. i: the prompt's number.
+    """
     settings, processes = sampler.settings, sampler.processes
     prompt, images, truth, errors = sampler.encode(text), {}, None, None
     warn_if_cut(text, prompt.ignored)
@@ -200,12 +218,13 @@ def sample(sampler, text, seed, ground_truth=True):
         images["srds_ddim_gt"] = truth.image
         images["srds_ddim_course"] = sampler.sequential(prompt, seed, coarse=True).image
     if processes.parallel == "lanes":
-        processes.call([text, seed])  # they encode the prompt first: that is not the sampler's time
+        processes.call([text, seed, i])  # they encode the prompt first: that is not the sampler's time
 
     iterations = []
     most = None if settings.schedule == "sweep" else settings.fine_steps
-    with ticking(settings.method, most) as on_tick, contextlib.closing(sampler.refine(prompt, seed, on_tick)) as steps:
-        for refinement in steps:
+    with contextlib.ExitStack() as stack:
+        on_tick = stack.enter_context(ticking(settings.method, most))
+        for refinement in stack.enter_context(contextlib.closing(sampler.refine(prompt, seed, on_tick, start))):
             images["srds_initialized" if refinement.k == 0 else f"srds_iteration_{refinement.k - 1}"] = refinement.image
             iterations.append(iteration_entry(refinement, truth))
             if truth:
@@ -236,7 +255,7 @@ def sample(sampler, text, seed, ground_truth=True):
         "seconds": {"srds": refinement.seconds, "ground_truth": truth.seconds if truth else None},
         "iterations": iterations,
     }
-    return result, images, errors
+    return result, refinement, images, errors
 
 
 def iteration_entry(refinement, truth):

@@ -95,7 +95,8 @@ def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
         "prompts", "prompt", "output_dir", "no_ground_truth", "parallel", "model", "device", "dtype", "variant", "lora",
         "textual_inversion", "offload", "vae_tiling", "compile", "fine_steps", "coarse_steps", "solver", "eta",
         "tolerance", "schedule", "correction", "stop_rule", "max_iterations", "method", "nodes", "window",
-        "guidance_scale", "negative_prompt", "height", "width", "seed", "max_batch", "fixed_batch",
+        "guidance_scale", "negative_prompt", "height", "width", "seed", "max_batch", "fixed_batch", "keep_trajectories",
+        "start_from",
     }  # fmt: skip
 
 
@@ -219,6 +220,46 @@ def test_collocation_leaves_what_srds_leaves_and_is_resumed(run):
     assert run(*more, "--resume")[0] == 0 and run("--prompt", "a moon", "-fs", "20", "-tol", "0", "--resume")[0] == 2
 
 
+@pytest.mark.parametrize("method", ["srds", "collocation"])
+def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tiny, tmp_path):
+    earlier, kept = tmp_path / "earlier", "trajectory.safetensors"
+    both, more = ["--prompt", "a moon", "--prompt", "a sun"], ["--method", method, "-gs", "2", "--no-ground-truth"]
+    assert main.main(arguments(earlier, tiny, *both, *more, "--keep-trajectories", prompts=[])) == 0
+    assert [path.name for path in sorted(earlier.glob("*/*.safetensors"))] == [kept, kept]
+    assert main.main(arguments(earlier, tiny, *both, *more, "--keep-trajectories", "--resume", prompts=[])) == 0
+    ticks = [result["serial_evaluations"] for result in run_record(earlier)["prompts"]]
+
+    status, out, _ = run(*both, *more, "--start-from", str(earlier))
+    assert status == 0 and run_record(out)["settings"]["start_from"] == str(earlier)
+    assert all(now["serial_evaluations"] < was for now, was in zip(run_record(out)["prompts"], ticks))
+    assert not list(out.rglob(kept))
+
+    assert run("--prompt", "a moon", *more, "--keep-trajectories")[0] == 0 and (out / kept).is_file()
+    assert run(*both, *more, "--start-from", str(out))[0] == 0, "of one prompt, into its own directory"
+    assert not list(out.rglob(kept))
+
+
+def test_starts_that_do_not_fit_are_one_line_and_status_2(tiny, tmp_path, monkeypatch, capsys):
+    earlier, more = tmp_path / "earlier", ["--no-ground-truth", "--max-iterations", "1"]
+    assert main.main(arguments(earlier, tiny, *more, "--keep-trajectories", prompts=["a", "b"])) == 0
+    pipelines.pixels().save_pretrained(tmp_path / "pixels")
+    monkeypatch.setattr(study_run, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    for argv, words in (
+        (["--prompt", "a"], "has 2 prompts; give a run of one, or of 1 as here"),
+        (["--prompt", "a", "--prompt", "b", "--height", "128"], "(4, 8, 8) is of other states than (4, 16, 8)"),
+        (["--prompt", "a", "--prompt", "b", "--model", str(tmp_path / "pixels")], "is another model than"),
+    ):
+        assert main.main(arguments(tmp_path / "out", tiny, *argv, "--start-from", str(earlier), prompts=[])) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("main.py: error: argument --start-from: "), err
+        assert words in err
+    kept = next(earlier.glob("*/*.safetensors"))
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert main.main(arguments(tmp_path / "out", tiny, "--start-from", str(earlier), prompts=["a", "b"])) == 2
+    assert f"does not serve: {kept} holds no trajectory; give the directory of a run" in capsys.readouterr().err
+
+
 def test_collocation_that_does_not_settle_says_so(run):
     """Noise in every step makes the clean image too rough for few ticks."""
     noisy = ["--method", "collocation", "--solver", "ddpm", "--window", "1", "-tol", "0", "--no-ground-truth"]
@@ -312,6 +353,8 @@ BAD = [
     (["--prompt", "a", "--width", "100"], "--width: 100 is not a multiple"),
     (["--prompt", "a", "-s", "-1"], "--seed/-s: -1 is not usable"),
     (["--prompt", "a", "-s", str(2**64)], f"--seed/-s: {2**64} is not usable"),
+    (["--prompt", "a", "--start-from", "nowhere"], "--start-from: 'nowhere' holds no run; give the directory of a run"),
+    (["--prompt", "a", "--start-from", "out"], "--start-from: 'out' holds no run; give the directory of a run"),
     (["--prompt", "a", "--max-batch", "0"], "--max-batch: 0 is not usable"),
     (["--prompt", "a", "--max-iterations", "0"], "--max-iterations: 0 is not usable"),
     (["--prompt", "a", "--schedule", "fast"], "--schedule: 'fast' is not usable; give one of pipelined, sweep"),

@@ -192,6 +192,46 @@ def test_settings_left_open_are_those_of_the_method():
     assert seen == [("pipelined", "damped", None, None), (None, None, None, None)]
 
 
+@pytest.mark.parametrize("settings", [{}, {"solver": "ddpm"}, {"method": "collocation", "coarse_steps": 25}])
+def test_a_start_from_the_same_trajectory_saves_ticks_and_leads_to_it_again(settings, sampler):
+    varied = sampler.vary(fine_steps=25, tolerance=0.5, **settings)
+    before = varied("a red sun")
+    again = varied("a red sun", start=varied.trajectory(before.states))
+    assert again.serial_evaluations < before.serial_evaluations
+    assert difference(again.image, before.image) < 0.5
+    if "method" not in settings:
+        first = again.refinements[0]
+        assert (first.serial_evaluations, first.total_evaluations) == (1, 3), "all blocks begin at once"
+        torch.testing.assert_close(first.states, before.states, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["srds", "collocation"])
+def test_any_start_ends_at_the_sequential_sample(method, sampler):
+    """Of another prompt, number of steps, number of blocks, solver and seed."""
+    other = sampler.vary(fine_steps=14, coarse_steps=4, solver="dpmsolver++")
+    start = other.trajectory(other.sequential("a dog", seed=5).states, seed=5)
+    varied = sampler.vary(method=method, tolerance=0)
+    sample, truth = varied("a red sun", start=start), varied.sequential("a red sun")
+    assert sample.stop_reason == "exact" and difference(sample.image, truth.image) < 0.1
+
+
+def test_blocks_of_one_step_are_sequential_whatever_the_start(sampler):
+    varied = sampler.vary(coarse_steps=9)
+    start = varied.trajectory(torch.zeros_like(varied.sequential("a").states))
+    sample = varied("a", start=start)
+    assert sample.serial_evaluations == 9 and (sample.image == varied.sequential("a").image).all()
+
+
+def test_a_start_that_does_not_fit_is_refused(sampler):
+    start = sampler.trajectory(sampler.sequential("a").states)
+    for other, words in (
+        (sampler.vary(height=128), r"start_from: \(4, 8, 8\) is of other states than \(4, 16, 8\)"),
+        (Sampler(pixels(), Settings(9, 3)), "start_from: 'StableDiffusionPipeline' is another model than DDPMPipeline"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            next(other.refine("a", start=start))
+
+
 def test_the_schedule_reaches_the_engine(sampler):
     assert [iterate.ticks for iterate in sampler.vary(schedule="sweep").iterates("a")] == [3, 7, 10, 12]
 

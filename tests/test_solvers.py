@@ -9,6 +9,7 @@ import diffusion
 from conftest import Gaussian, Mixture
 from diffusion import boundaries
 from pipelines import SD
+from refinement import Trajectory
 from srds import SCHEDULES, srds
 
 KINDS = {
@@ -31,6 +32,21 @@ def test_order_of_convergence_within_a_block(kind, order, noise):
         errors.append((end - problem.solution(noise, N // 2)).abs().max().item())
     ratios = [before / after for before, after in zip(errors, errors[1:])]
     assert all(0.75 * 2**order < ratio < 1.3 * 2**order for ratio in ratios), (errors, ratios)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chain_leads_along_a_trajectory_by_what_each_block_held(kind, noise):
+    """Also where blocks are uneven, and from there to a chain of twice the steps, up to what its noise is."""
+    problem, n = Mixture(31, seed=3, restarts=range(31), **KINDS[kind]), [0, 4, 11, 12, 31]
+    states = problem.sequential(noise, keep=n)
+    start = Trajectory(problem.solver.held(states, n), n, "a model")
+    x, d = noise.flatten(1), start.clean.flatten(1)
+    led = problem.solver.unrolled(noise.shape[1:]).states(x, torch.tensor(n), d, start.held(31))
+    torch.testing.assert_close(led.reshape(states.shape), states, atol=1e-5, rtol=1e-4)
+    if not problem.solver.stochastic:
+        finer = Mixture(62, restarts=range(62), **KINDS[kind]).solver.unrolled(noise.shape[1:])
+        led = finer.states(x, 2 * torch.tensor(n), d, start.held(62))
+        torch.testing.assert_close(led[-1], states[-1].flatten(), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of a scheduler of diffusers
