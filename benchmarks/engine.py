@@ -1,9 +1,10 @@
 """What the engine costs beside the network, and how well the plan of --coarse-steps auto predicts a run.
 
-    python benchmarks/engine.py           # demo model, N = 100; writes benchmarks/results/engine.{csv,png}
+    python benchmarks/engine.py           # demo model; writes benchmarks/results/engine.{csv,png}
 
 "engine, %" is the share of a run's seconds that is spent neither in `denoise` nor in decoding. "predicted / real" are
-the plan's seconds for three refinements over those they take, the calls being measured just before.
+the plan's seconds for three refinements over those they take, the calls being measured just before. Of collocation, B
+are its nodes.
 """
 
 import time
@@ -14,16 +15,15 @@ from matplotlib.figure import Figure
 
 import common
 from settings import SCHEDULES
-from srds import srds
 from study.planning import measure_calls, predict_seconds
 
 N, BLOCKS, REFINEMENTS, REPEATS = 100, (7, 10, 14, 20), 3, 3
+NODES = ((100, 13), (100, 100), (1000, 1000))  # of so many steps, for collocation
 
 
 def measure(sampler):
-    """Seconds of a run of REFINEMENTS refinements, and those of them in the network and in decoding."""
-    denoiser, solver, inside = sampler.denoiser("a red sun over purple mountains at dusk"), sampler.solver, 0.0
-    how = solver.step, sampler.boundaries, sampler.settings.schedule, None, solver.damped
+    """Seconds of a run of REFINEMENTS refinements at most, and those of them in the network and in decoding."""
+    denoise, inside = type(sampler).denoiser(sampler, "a red sun over purple mountains at dusk"), 0.0
 
     def timed(call, *inputs):
         nonlocal inside
@@ -32,8 +32,9 @@ def measure(sampler):
         inside += time.perf_counter() - started
         return output
 
+    sampler.denoiser = lambda prompt: lambda x, n: timed(denoise, x, n)
     started = time.perf_counter()
-    for iterate in srds(sampler.noise(), lambda x, n: timed(denoiser, x, n), *how):
+    for iterate in sampler.iterates(""):
         timed(sampler.image, iterate.states)
         if iterate.k == REFINEMENTS:
             break
@@ -43,7 +44,7 @@ def measure(sampler):
 def plot(table, path):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, column, target in zip(figure.subplots(1, 2), ("engine, %", "predicted / real"), ([3], [0.85, 1.15])):
-        for schedule, part in table.groupby("schedule"):
+        for schedule, part in table[table.schedule.isin(SCHEDULES)].groupby("schedule"):
             median = part.groupby("B")[column].median()
             axes.plot(part.B, part[column], ".", color="0.7")
             axes.plot(median.index, median, marker="o", label=schedule)
@@ -65,6 +66,12 @@ if __name__ == "__main__":
                 seconds, inside = measure(varied)
                 rows.append({"N": N, "B": B, "schedule": schedule, "seconds": seconds})
                 rows[-1] |= {"engine, %": 100 * (1 - inside / seconds), "predicted / real": predicted / seconds}
+    for steps, nodes in NODES:
+        varied = sampler.vary(method="collocation", fine_steps=steps, nodes=nodes)
+        for _ in range(REPEATS):
+            seconds, inside = measure(varied)
+            rows.append({"N": steps, "B": nodes, "schedule": "collocation", "seconds": seconds})
+            rows[-1]["engine, %"] = 100 * (1 - inside / seconds)
     table = pd.DataFrame(rows)
     spread = table.groupby(["N", "B", "schedule"]).agg([np.min, np.median, np.max])
     spread.columns = [f"{name}, {statistic}" for name, statistic in spread.columns]
