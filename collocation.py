@@ -106,8 +106,9 @@ def collocation(
         yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
         if len(system.t) == N or ticks >= N or k == refinements:
             return
-        doubtful = not dense and k > 0 and 127.5 * float((states[-1] - last).norm() / states[-1].norm()) > DOUBTFUL
-        dense = agree(doubtful) or dense
+        change = 127.5 * float((states[-1] - last).norm() / states[-1].norm()) if k else 0.0
+        doubtful = agree(not dense and change > DOUBTFUL)
+        dense = dense or doubtful
         new = absent(first(N, DENSE), system.t) if doubtful else between(system.t)
         k, last = k + 1, states[-1]
         system, chosen = system.refined(new, chain.states(x, new, system.d, W), W[new].to(x) @ system.d)

@@ -1,6 +1,6 @@
 """Collocated refinement beside its peers on the demo model and on the model of real data.
 
-    python benchmarks/collocation.py          # writes benchmarks/results/collocation.csv
+    python benchmarks/collocation.py          # writes benchmarks/results/collocation.{csv,png}
 
 For each model, N and guidance, on the same prompts and noise: where collocation's defaults stop (the final rule at
 0.1), each of its refinements, all grid points as nodes at several windows, SRDS's refinements and where it stops,
@@ -15,6 +15,7 @@ import time
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 import common
 from refinement import difference
@@ -88,6 +89,38 @@ def runs(sampler, prompt, seed):
     return rows
 
 
+# Methods as the picture has them: label, which rows, their marker and colour, and whether a line joins them.
+SHOWN = (
+    ("ParaDiGMS", r"ParaDiGMS", "x", "0.45", False),
+    ("SRDS, its refinements", r"SRDS 10, k=", "s", "tab:orange", True),
+    ("collocation of 13 nodes, its refinements", r"collocation 13, k=", "o", "tab:green", True),
+    ("collocation of 100 nodes, by window", r"all nodes.*stopped", "v", "tab:blue", True),
+    ("collocation, default", r"collocation, stopped", "*", "tab:red", False),
+)
+
+
+def plot(table, path):
+    """Difference against either count, for N = 100 of each model."""
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for row, (model, guidance) in zip(figure.subplots(2, 2, sharey="row"), (("demo", 2.0), ("fashion", 0.0))):
+        cell = table[(table.model == model) & (table.N == 100) & (table.guidance == guidance)]
+        for axes, count in zip(row, ("serial", "total")):
+            for label, pattern, marker, colour, joined in SHOWN:
+                part = cell[cell.method.str.contains(pattern)].sort_values(count)
+                part = part[part.difference > 2e-4]
+                how = {"ms": 15, "zorder": 3} if marker == "*" else {}
+                line = "-" if joined else "none"
+                axes.plot(part[count], part.difference, linestyle=line, marker=marker, color=colour, label=label, **how)
+            axes.axvline(100, color="0.6", linestyle=":", label="sequential")
+            axes.set(xscale="log", yscale="log", xlabel=f"{count} evaluations", title=f"{model}, 100 steps")
+            ticks = [10, 20, 50, 100] if count == "serial" else [40, 100, 200, 400, 700]
+            axes.set_xticks(ticks, ticks)
+            axes.set_xticks([], minor=True)
+        row[0].set_ylabel("difference, grey levels")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["demo", "fashion"])
@@ -120,3 +153,4 @@ if __name__ == "__main__":
             common.RESULTS.mkdir(exist_ok=True)
             pd.concat([old[~same], table]).to_csv(path, index=False, float_format="%.5g")
             print(table.round(3).to_string(index=False), flush=True)
+    plot(pd.read_csv(path), common.RESULTS / "collocation.png")
