@@ -1,12 +1,14 @@
 """Collocated refinement beside its peers on the demo model and on the model of real data.
 
-    python benchmarks/collocation.py          # writes benchmarks/results/collocation.{csv,png}
+    python benchmarks/collocation.py            # hours; writes benchmarks/results/collocation.{csv,png}
+    python benchmarks/collocation.py --brief    # minutes, on a quiet machine; writes benchmarks/results/seconds.csv
 
 For each model, N and guidance, on the same prompts and noise: where collocation's defaults stop (the final rule at
 0.1), each of its refinements, all grid points as nodes at several windows, SRDS's refinements and where it stops,
 ParaDiGMS (Shih et al., NeurIPS 2023, algorithm 1) and DDIM of fewer steps. "serial" are network calls one after the
 other, "total" the states evaluated in them, "difference" is to the N-step sequential image in grey levels; means, and
-the worst. ParaDiGMS is a few lines of our own, after diffusers' pipeline, so that it runs on pixels too.
+the worst. "speedup" is the sequential run's seconds over the method's: median, least and most. ParaDiGMS is a few lines
+of our own, after diffusers' pipeline, so that it runs on pixels too.
 """
 
 import argparse
@@ -44,8 +46,8 @@ def paradigms(sampler, prompt, seed, window, tolerance):
     return states[-1:], serial, total
 
 
-def runs(sampler, prompt, seed):
-    """Rows of every method on one prompt."""
+def runs(sampler, prompt, seed, brief):
+    """Rows of every method on one prompt, or of each one's fastest way."""
     N = sampler.settings.fine_steps
     truth = sampler.sequential(prompt, seed)
 
@@ -67,22 +69,23 @@ def runs(sampler, prompt, seed):
         return [*(rows if each else []), {**rows[-1], "method": f"{name}, stopped"}]
 
     collocated = sampler.vary(method="collocation", coarse_steps=1)
-    rows = refined("collocation", collocated.refine(prompt, seed))
-    rows += refined("collocation 13", collocated.vary(nodes=min(13, N), max_iterations=3).refine(prompt, seed))
-    if N > 200:
-        rows += refined("collocation 100", collocated.vary(nodes=100, max_iterations=3).refine(prompt, seed))
-    for window in (None, 8, 16, 32):
-        if (window or 0) <= N <= 200:
-            every, shown = collocated.vary(nodes=N, window=window), f", window {window}" if window else ""
-            rows += refined(f"collocation, all nodes{shown}", every.refine(prompt, seed), each=False)
-    for B in (round(N**0.5), 2 * round(N**0.5)):
+    rows, root = refined("collocation", collocated.refine(prompt, seed)), round(N**0.5)
+    rows += refined("collocation 13", collocated.vary(nodes=13, max_iterations=3).refine(prompt, seed))
+    if not brief:
+        if N > 200:
+            rows += refined("collocation 100", collocated.vary(nodes=100, max_iterations=3).refine(prompt, seed))
+        for window in (None, 8, 16, 32):
+            if (window or 0) <= N <= 200:
+                every, shown = collocated.vary(nodes=N, window=window), f", window {window}" if window else ""
+                rows += refined(f"collocation, all nodes{shown}", every.refine(prompt, seed), each=False)
+    for B in (root,) if brief else (root, 2 * root):
         rows += refined(f"SRDS {B}", sampler.vary(coarse_steps=B, max_iterations=4).refine(prompt, seed))
-    for window in sorted({round(N**0.5), min(32, N), min(N, 200)}):
+    for window in (root,) if brief else sorted({root, min(32, N), min(N, 200)}):
         for tolerance in TOLERANCES:
             started = time.perf_counter()
             state, *counts = paradigms(sampler, prompt, seed, window, tolerance)
-            seconds = time.perf_counter() - started
-            rows.append(row(f"ParaDiGMS {window}, {tolerance:g}", *counts, sampler.image(state), seconds))
+            image = sampler.image(state)
+            rows.append(row(f"ParaDiGMS {window}, {tolerance:g}", *counts, image, time.perf_counter() - started))
     for steps in (10, 20):
         fewer = sampler.vary(fine_steps=steps, coarse_steps=1).sequential(prompt, seed)
         rows.append(row(f"DDIM {steps}", steps, steps, fewer.image, fewer.seconds))
@@ -129,20 +132,22 @@ if __name__ == "__main__":
         "--guidance", type=float, nargs="*", default=[1, 2, 4, 7.5, 12], help="of the demo (%(default)s)"
     )
     parser.add_argument("--samples", type=int, default=8, help="prompts, or seeds, a cell (%(default)s)")
+    parser.add_argument("--brief", action="store_true", help="each method's fastest way, for its seconds")
     args = parser.parse_args()
-    path = common.RESULTS / "collocation.csv"
+    path = common.RESULTS / ("seconds.csv" if args.brief else "collocation.csv")
     for model in args.models:
         loaded = common.load(model)
         guidances = args.guidance if loaded.model.family.guidance else [None]
         for N, guidance in ((N, guidance) for N in args.steps for guidance in guidances):
             sampler, rows = loaded.vary(fine_steps=N, coarse_steps=1, guidance_scale=guidance), []
             for text, seed in common.pairs(args.samples):
-                rows += runs(sampler, sampler.encode(text), seed)
+                rows += runs(sampler, sampler.encode(text), seed, args.brief)
             groups = pd.DataFrame(rows).groupby("method", sort=False)
             table = (
                 groups[["serial", "total", "difference"]]
                 .mean()
                 .assign(worst=groups.difference.max(), speedup=groups.speedup.median())
+                .assign(least=groups.speedup.min(), most=groups.speedup.max())
             )
             table = table.reset_index()
             table.insert(0, "guidance", guidance or 0.0)
@@ -153,4 +158,5 @@ if __name__ == "__main__":
             common.RESULTS.mkdir(exist_ok=True)
             pd.concat([old[~same], table]).to_csv(path, index=False, float_format="%.5g")
             print(table.round(3).to_string(index=False), flush=True)
-    plot(pd.read_csv(path), common.RESULTS / "collocation.png")
+    if not args.brief:
+        plot(pd.read_csv(path), common.RESULTS / "collocation.png")
