@@ -27,7 +27,7 @@ import torch
 from srds import Iterate
 
 MOVED = 1.0  # grey levels of the images' 255, shared by all nodes, that what they miss may change the sample by
-DENSELY_MOVED = 0.15  # where nodes are dense
+DENSELY_MOVED = 0.15  # where there are as many as DENSE, or all
 NODES = 13  # of the first solution
 DENSE = 100  # nodes, where interpolation between the first ones does not serve
 ROUGH = 5.0  # grey levels by which neighbours miss a first node's d, above which nodes are dense
@@ -47,13 +47,14 @@ def collocation(
     x, denoise, boundaries: as of `srds.srds`. The iterates' states are those at the boundaries.
     solver: has unrolled(shape), a `diffusion.Chain`; signal; gain; and clean(x, m, n), d of states and model outputs.
     nodes: M of k = 0, evenly spaced; N where more. None: 13, or where nodes are dense, 100; or N, up to twice as many.
-    window: most nodes in a tick, but for those that a refinement adds. None: see `usual_window`.
+    window: most nodes in a tick, but for those that a refinement adds, and for the first tick from a start. None: see
+        `usual_window`.
     refinements: the last refinement to yield; None: all, until each grid point is a node.
     dense: whether to begin with dense nodes, as where the sample depends on early states strongly, which it does in
-        pixels. Nodes become dense where d turns out, at the second tick, to be too rough for interpolation, and where a
+        pixels. Nodes become dense as well where the first ones show d to be too rough for interpolation, and where a
         refinement changes the sample by much.
-    start: what to take d for to begin with: d of B nodes, float32 (B, E), and W, float64 (N, B). The first tick then
-        evaluates all nodes.
+    start: what d is held at to begin with: float32 (B, E), and W, float64 (N, B). The first tick then evaluates all
+        nodes.
     agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
 
     Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
@@ -69,17 +70,17 @@ def collocation(
     t, kept = spread(N, nodes) if nodes else first(N, DENSE if dense else NODES), memory(N, x.numel())
     # What the steps between two nodes make of a change of d there that goes unseen, as d changes by 1 / (2 signal).
     effect = solver.gain / (2 * solver.signal[:-1].clamp(min=1e-3))
-    system, dense = System(t, chain.states(x, t), kept), dense or len(t) >= DENSE
-    may_be_rough = nodes is None and start is None and not dense
+    system, dense = System(t, chain.states(x, t), kept), dense or len(t) >= min(N, DENSE)
     chosen, last, ticks, lane_steps, k = [0], None, 0, 0, 0
-    if start is not None:
-        d, W = start
-        system.foretell(chain.states(x, t, d, W), W[t].to(x) @ d)
+    # Five nodes or more are known by then.
+    judged = 0 if nodes or dense else 2 if start is None else 1
+    if start:
+        system.X, system.d = chain.held(x, t, *start), start[1][t].to(x) @ start[0]
         chosen = list(range(len(t)))
     while True:
         M = len(system.t)
-        dense = dense or M == N
-        wide = window or usual_window(M, narrow=dense and k == 0 and start is None)
+        dense = dense or M >= min(N, DENSE)
+        wide = window or usual_window(M, narrow=dense and k == 0 and not start)
         matters = (DENSELY_MOVED if dense else MOVED) / N / effect[system.t] / 127.5
         W = interpolation(N, system.t)
         C, free, bound = (chain.K[system.t] @ W).to(x), chain.states(x, system.t), min(N, ticks + 2 * M + 8)
@@ -92,14 +93,14 @@ def collocation(
             system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
             system.solve(C, free, min(chosen), wide)
             chosen = system.moved(matters)[:wide]
-            rough = may_be_rough and ticks == 2 and agree(system.roughness(solver.signal) > ROUGH)
+            rough = ticks == judged and agree(system.roughness(solver.signal) > ROUGH)
             if rough:
                 break
         if rough:  # what is known at nodes far ahead would mislead: keep the first one, whose state is exact
-            t, known, dense, may_be_rough = first(N, DENSE), system.D[:1], True, False
-            system = System(t, chain.states(x, t, system.d, W), kept)
+            t, known, dense, judged = first(N, DENSE), system.D[:1], True, 0
+            system = System(t, chain.held(x, t, *start) if start else chain.states(x, t, system.d, W), kept)
             system.see([0], known, solver.signal[:1])
-            chosen = list(range(1, len(t)))[: window or usual_window(len(t), narrow=True)]
+            chosen = list(range(1, len(t)))[: None if start else window or usual_window(len(t), narrow=True)]
             continue
         exact = len(system.t) == N and not chosen
         states = chain.states(x, torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
@@ -109,7 +110,8 @@ def collocation(
         change = 127.5 * float((states[-1] - last).norm() / states[-1].norm()) if k else 0.0
         doubtful = agree(not dense and change > DOUBTFUL)
         dense = dense or doubtful
-        new = absent(first(N, DENSE), system.t) if doubtful else between(system.t)
+        new = first(N, DENSE) if doubtful else between(system.t)
+        new = new[~torch.isin(new, system.t)]
         k, last = k + 1, states[-1]
         system, chosen = system.refined(new, chain.states(x, new, system.d, W), W[new].to(x) @ system.d)
         if doubtful:
@@ -117,7 +119,7 @@ def collocation(
 
 
 def usual_window(nodes, narrow=False):
-    """Most of so many nodes in a tick, or of as many, all of them new, where nodes are dense: less work, more ticks."""
+    """Most in a tick, of so many nodes in all; `narrow` for the first solution on dense ones: less work, more ticks."""
     return max(3 if narrow else 8, math.ceil(nodes**0.5 / 2))
 
 
@@ -142,11 +144,6 @@ def between(t):
     return (t[left] + t[left + 1]) // 2
 
 
-def absent(points, t):
-    """Those of the grid points that are no nodes: int64."""
-    return points[~torch.isin(points, t)]
-
-
 def interpolation(N, t, points=4):
     """W, float64 (N, M): values at all grid points from those at the nodes t, by Lagrange's polynomial through the
     nearest four (Berrut and Trefethen, 2004, eq. 2.1)."""
@@ -166,20 +163,14 @@ class System:
 
     t: the nodes, int64 (M,). X: the states; d: what d is foretold to be there. X_seen, D: where it was last evaluated,
     and what it was there. S, Y: the last changes of both between evaluations, (M, memory, E). g: the gain. seen:
-    whether it was evaluated at all. foretold: whether X_seen and D stand for what it would be; else d is taken from the
-    last node of which they do.
+    whether it was evaluated at all; before that, d is taken from the last node that was.
     """
 
     def __init__(self, t, X, memory):
         self.t, self.X, self.X_seen, self.D, self.d = t, X, *X.new_zeros(3, *X.shape)
         self.S, self.Y = X.new_zeros(2, len(t), memory, X.shape[1])
         self.g = torch.zeros(len(t), dtype=torch.float64)
-        self.seen, self.foretold = torch.zeros(2, len(t)).bool()
-
-    def foretell(self, X, d):
-        """Take states and d, (M, E), for what they are to be."""
-        self.X, self.X_seen, self.D, self.d = X, X.clone(), d, d.clone()
-        self.foretold[:] = True
+        self.seen = torch.zeros(len(t)).bool()
 
     def see(self, chosen, d, signal):
         """Take in d, (L, E), as evaluated at the nodes `chosen`, where x = signal x0 + ... , float64 (L,)."""
@@ -192,17 +183,16 @@ class System:
         self.g[a] = torch.minimum(torch.maximum(gain, -3 * most), most)
         for values, last in ((self.S, s), (self.Y, y)):
             values[a] = torch.cat([last[:, None], values[a]], 1)[:, : values.shape[1]]
-        if len(a):  # the changes to come at nodes seen for the first time are like those before them
+        if len(a):  # the changes to come at nodes seen for the first time are like those seen with them
             for known in (self.S, self.Y, self.g):
                 known[chosen[~again]] = known[a[-1:]]
-        self.X_seen[chosen], self.D[chosen] = self.X[chosen], d
-        self.seen[chosen] = self.foretold[chosen] = True
+        self.X_seen[chosen], self.D[chosen], self.seen[chosen] = self.X[chosen], d, True
 
     def solve(self, C, free, first, window):
         """Move X to where X = free + C d(X), after an evaluation of nodes from number `first` on."""
         M = last = len(self.t)
-        if not self.foretold.all():
-            latest = int(self.foretold.nonzero()[-1])
+        if not self.seen.all():
+            latest = int(self.seen.nonzero()[-1])
             self.D[latest + 1 :] = self.d[latest + 1 :] = self.D[latest]
             last = min(M, latest + window + 1)
         # A cubic takes in the second node ahead.
@@ -264,7 +254,6 @@ class System:
         for name, values in {
             "X_seen": X, "D": d, "d": d, "S": self.S[before], "Y": self.Y[before],
             "g": (self.g[before] + self.g[before + 1]) / 2, "seen": torch.zeros(len(new)).bool(),
-            "foretold": torch.ones(len(new)).bool(),
         }.items():  # fmt: skip
             setattr(other, name, torch.cat([getattr(self, name), values])[order])
         return other, (order >= len(self.t)).nonzero()[:, 0].tolist()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+LEAST = 1e-12  # of a step's gain, which is 0 where the step does nothing
+
 # Time grid and solvers
 
 
@@ -76,6 +78,7 @@ class Chain(NamedTuple):
     P: torch.Tensor  # float64 (N + 1,)
     K: torch.Tensor  # float64 (N + 1, N)
     Z: torch.Tensor | None  # what the steps' noise has become at each point, float32 (N + 1, C, H, W); None for none
+    K_held: torch.Tensor  # K of steps that do not extrapolate, as where d is held
 
     def states(self, x, n, d=None, W=None):
         """States at grid points n, int64 (L,), from the first, x, and d = W d_nodes: float32 (L, E).
@@ -87,6 +90,10 @@ class Chain(NamedTuple):
         if self.Z is not None:
             states += self.Z[n].to(x).flatten(1)
         return states if d is None else states + (self.K[n] @ W).to(x) @ d
+
+    def held(self, x, n, d, W):
+        """As `states`, of d that stays what it is over many steps, and then is another, as in `Solver.held`."""
+        return self._replace(K=self.K_held).states(x, n, d, W)
 
 
 class Solver:
@@ -167,17 +174,17 @@ class Solver:
         carried = (self.gain[:, None] * self.carry[1:]).T.tril(-1)
         K = carried * (1 + self.extrapolation)
         K[:, :-1] -= carried[:, 1:] * self.extrapolation[1:]
-        return Chain(self.carry[0], K, self._forcing(shape))
+        return Chain(self.carry[0], K, self._forcing(shape), carried)
 
     def clean(self, x, m, n):
         """What the step from grid points n, int64 (L,), is linear in: x0, clipped as the solver does; (L, C, H, W)."""
-        columns = self.x0_of_state[n], self.x0_of_output[n], self.signal[n], self.signal[n + 1], self.carry[n, n + 1]
-        p, q, signal, signal_end, carry = self._on(x, *columns)
+        columns = self.x0_of_state[n], self.x0_of_output[n], self.signal[n + 1], self.gain[n].clamp(min=LEAST)
+        p, q, signal_end, gain = self._on(x, *columns)
         x0 = p * x + q * m
         at_end, at_start = self._clipped(x0)
         if at_end is at_start:
             return at_end
-        return x0 + signal_end * (at_end - x0) / (signal_end - carry * signal)
+        return x0 + signal_end * (at_end - x0) / gain
 
     def held(self, states, n):
         """The x0 that, held over a block, leads from its first state to its last: float32 (B, C, H, W).
@@ -185,13 +192,13 @@ class Solver:
         states: at the grid points n, a list; float32 (B + 1, C, H, W).
         """
         start, end = torch.tensor(n[:-1]), torch.tensor(n[1:])
-        columns = self.signal[start], self.signal[end], self.carry[start, end]
-        signal, signal_end, carry = self._on(states, *columns)
+        carry = self.carry[start, end]
+        carry, gain = self._on(states, carry, (self.signal[end] - carry * self.signal[start]).clamp(min=LEAST))
         added = states[1:] - carry * states[:-1]
         if self.stochastic:
             noises = [self._noise(*between, states.shape[1:]) for between in pairwise(n)]
             added = added - torch.stack(noises).to(states.device)
-        return added / (signal_end - carry * signal)
+        return added / gain
 
     def _forcing(self, shape):
         if not self.stochastic:

@@ -104,7 +104,7 @@ ARGUMENTS = {
         ("--seed -s", number, "SEED", "of the initial noise and of the noise in the steps (%(default)s)"),
         ("--resume", bool, None, "keep the prompts that an earlier run of the same settings has completed"),
         ("--start-from", str, "DIR",
-         "begin from the trajectories of an earlier run, of one prompt or of as many, in place of the coarse pass"),
+         "begin from the trajectories that an earlier run of one prompt, or of as many prompts as here, has kept"),
         ("--keep-trajectories", bool, None, "keep what --start-from of a later run takes, in trajectory.safetensors"),
         ("--no-ground-truth", bool, None, "skip the sequential run that images are compared with"),
     ],
@@ -157,6 +157,8 @@ def parse_arguments(parser, argv):
     choice(*defaults.PARALLELS, optional=True)("parallel", args.parallel)
     texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
     check_output_dir(args.output_dir)
+    if args.start_from is not None and Path(args.start_from).resolve() == Path(args.output_dir).resolve():
+        raise SettingError("start_from", args.start_from, "is the output directory, which is written anew; give two")
     return Command(
         settings, loading, texts, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
         ground_truth=not args.no_ground_truth, resume=args.resume, keep_trajectories=args.keep_trajectories,

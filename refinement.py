@@ -68,10 +68,13 @@ class Trajectory(NamedTuple):
         """Of a file, as `packed` makes it. Raises ValueError where it is none."""
         try:
             with safetensors.safe_open(path, "pt") as file:
-                model = file.metadata()["model"]
-                return cls(file.get_tensor("clean"), file.get_tensor("boundaries").tolist(), model)
+                clean, n, model = (*map(file.get_tensor, ("clean", "boundaries")), file.metadata()["model"])
         except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} holds no trajectory") from error
+        rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all()
+        if clean.ndim != 4 or not rising or not clean.isfinite().all():
+            raise ValueError(f"{path} holds no trajectory")
+        return cls(clean, n.tolist(), model)
 
     def packed(self):
         """The bytes of a safetensors file."""
@@ -81,7 +84,7 @@ class Trajectory(NamedTuple):
     def check(self, shape, model):
         """Raise SettingError unless it is of states of a shape, (C, H, W), and of a model."""
         own = tuple(self.clean.shape[1:])
-        if Path(self.model).name != Path(model).name:  # wherever it lies
+        if Path(self.model).absolute().name != Path(model).absolute().name:  # wherever it lies
             raise SettingError("start_from", self.model, f"is another model than {model}; start from a run of the same")
         if own != tuple(shape):
             raise SettingError("start_from", own, f"is of other states than {tuple(shape)}; start from the same size")

@@ -178,19 +178,20 @@ class Sampler:
         """The method alone, as `srds.srds` and `collocation.collocation` yield it: no images, no stop rule."""
         settings, solver, x = self.settings, self._solver(seed), self.noise(seed)
         denoise = self._counted(self.processes.split(self.denoiser(prompt)), on_tick)
+        held = None
         if start:
             start.check(self.shape, self.model.name)
-            start = start.clean.to(x).flatten(1), start.held(settings.fine_steps)
+            held = start.clean.to(x).flatten(1), start.held(settings.fine_steps)
         if settings.method == "srds":
             correct = {"damped": solver.damped, "paper": algorithm_1}[settings.correction]
-            if start:
-                states = solver.unrolled(self.shape).states(x.flatten(1), torch.tensor(self.boundaries[1:]), *start)
-                start = states.reshape(-1, *self.shape)
+            begun, points = None, torch.tensor(self.boundaries[1:])
+            if held:
+                begun = solver.unrolled(self.shape).held(x.flatten(1), points, *held).reshape(-1, *self.shape)
             how = settings.schedule, settings.max_iterations, correct
-            iterates = srds(x, denoise, solver.step, self.boundaries, *how, start)
+            iterates = srds(x, denoise, solver.step, self.boundaries, *how, begun)
         else:
             how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent
-            iterates = collocation(x, denoise, solver, self.boundaries, *how, start, self.processes.agree)
+            iterates = collocation(x, denoise, solver, self.boundaries, *how, held, self.processes.agree)
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:
@@ -246,7 +247,7 @@ class Sampler:
 
     @property
     def widest(self):
-        """Most lanes in one call of this process, but for the nodes that a refinement of collocation adds."""
+        """Most lanes in one call of this process, but for nodes that collocation adds or evaluates first of a start."""
         settings = self.settings
         lanes = settings.window or usual_window(settings.fine_steps)
         if settings.method == "srds":

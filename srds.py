@@ -51,7 +51,7 @@ def algorithm_1(dU, dG, start, end):
 
 
 @torch.no_grad()
-def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, correct=algorithm_1, start=None):
+def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, correct=algorithm_1, begun=None):
     """Yield the initialisation (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
     x: the initial noise, (C, H, W) or (1, C, H, W). A time is known here by its index in the grid, 0 to N.
@@ -66,7 +66,8 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     refinements: K, the last refinement to yield; min(K, B) where more are asked for, B where None.
     correct(dU, dG, start, end): what to add to F for the block from grid point `start` to `end`, from the changes since
         the last refinement of its first state, dU, and of G of that, dG, each (C, H, W).
-    start: U_1^0 ... U_B^0, (B, C, H, W), in place of the coarse initialisation; all blocks begin in the first tick.
+    begun: U_1^0 ... U_B^0, (B, C, H, W), in place of the coarse initialisation; all blocks begin in the first tick.
+        Not looked at where each block has one step.
 
     Nothing in here waits for the device, so that it always has the next tick's work.
 
@@ -87,8 +88,8 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     U = {0: [x]}  # U[k][i] of the iterates that are not complete yet, as far as it is known
     F, G = {}, {}  # F[i, k] = F_i(U_i^k) and G[i, k] = U_i^k, G_i(U_i^k), until refinement k + 1 has used them
     damping = {0: x.new_zeros(())}
-    if start is not None and not fine_is_coarse:
-        U[0].extend(start.float())
+    if begun is not None and not fine_is_coarse:
+        U[0].extend(begun.float())
     lanes = [Lane(i, 0, n[i], U[0][i], U[0][i]) for i in range(min(len(U[0]), B))]
     ticks = lane_steps = k = 0
 

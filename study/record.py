@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 import utils
-from refinement import Trajectory
 from settings import Failure, SettingError
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
@@ -173,23 +172,6 @@ class Record:
 def earlier_run(folder):
     """The `run.json` of an earlier run; empty where there is none."""
     return _read_json(Path(folder) / "run.json")
-
-
-def kept_trajectories(folder, count):
-    """The trajectories that an earlier run kept, one for each of `count` prompts: of each, or all of its only one.
-
-    Raises SettingError where there are none, or as many others.
-    """
-    folders, remedy = earlier_run(folder).get("folders", ()), "give the directory of a run with --keep-trajectories"
-    try:
-        found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
-    except (ValueError, TypeError) as error:
-        raise SettingError("start_from", folder, f"does not serve: {error}; {remedy}") from None
-    if not found:
-        raise SettingError("start_from", folder, f"holds no run; {remedy}")
-    if len(found) not in (1, count):
-        raise SettingError("start_from", folder, f"has {len(found)} prompts; give a run of one, or of {count} as here")
-    return found * count if len(found) == 1 else found
 
 
 def check_resumable(folder, settings, texts):

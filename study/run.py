@@ -1,10 +1,12 @@
 """One run of the command: the model, the prompts that are left, each prompt's files."""
 
 import contextlib
+import hashlib
 import sys
 import time
 from dataclasses import asdict, replace
 from datetime import datetime
+from pathlib import Path
 
 import diffusers
 import torch
@@ -12,12 +14,12 @@ from tqdm import tqdm
 
 import utils
 from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline
-from refinement import difference
+from refinement import Trajectory, difference
 from sampler import Sampler
 from settings import Failure, SettingError, in_one_line, out_of_memory
 from study.planning import describe_plan
 from study.processes import ProcessError, wait_until
-from study.record import Record, WriteError, check_resumable, earlier_run, kept_trajectories
+from study.record import KEPT, Record, WriteError, check_resumable, earlier_run
 
 
 def run(command, processes):
@@ -66,6 +68,10 @@ def load(command, processes):
         starts = kept_trajectories(command.start_from, len(command.texts))
         for start in starts:
             start.check(model.family.shape(resolved.height, resolved.width), model.name)
+        digests = [hashlib.sha256(start.packed()).hexdigest() for start in starts]
+        if processes.broadcast(digests) != digests:
+            remedy = "holds other trajectories than the first process finds; give one directory that all share"
+            raise SettingError("start_from", command.start_from, remedy)
     recorded = recorded_settings(command, resolved, processes)
     earlier = {}
     if command.resume and processes.first:
@@ -101,6 +107,23 @@ def load(command, processes):
         },
     }
     return sampler, about | ({"plan": sampler.plan} if sampler.plan else {}), resuming, starts
+
+
+def kept_trajectories(folder, count):
+    """The trajectories that an earlier run kept, one for each of `count` prompts: of each, or all of its only one.
+
+    Raises SettingError where there are none, or as many others.
+    """
+    folders, remedy = earlier_run(folder).get("folders", ()), "give the directory of a run with --keep-trajectories"
+    try:
+        found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
+    except (ValueError, TypeError) as error:
+        raise SettingError("start_from", folder, f"does not serve: {error}; {remedy}") from None
+    if not found:
+        raise SettingError("start_from", folder, f"holds no run; {remedy}")
+    if len(found) not in (1, count):
+        raise SettingError("start_from", folder, f"has {len(found)} prompts; give a run of one, or of {count} as here")
+    return found * count if len(found) == 1 else found
 
 
 def default_parallel(texts, processes):

@@ -234,9 +234,12 @@ def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tiny,
     assert all(now["serial_evaluations"] < was for now, was in zip(run_record(out)["prompts"], ticks))
     assert not list(out.rglob(kept))
 
+    again = ["--start-from", str(earlier), "--resume"]
+    assert run(*both, *more, *again)[0] == 0 and run(*both, *more, "--resume")[0] == 2, "it is another run"
+
     assert run("--prompt", "a moon", *more, "--keep-trajectories")[0] == 0 and (out / kept).is_file()
-    assert run(*both, *more, "--start-from", str(out))[0] == 0, "of one prompt, into its own directory"
-    assert not list(out.rglob(kept))
+    assert main.main(arguments(earlier, tiny, *both, *more, "--start-from", str(out), prompts=[])) == 0, "of one prompt"
+    assert not list(earlier.rglob(kept)), "an earlier run's are removed"
 
 
 def test_starts_that_do_not_fit_are_one_line_and_status_2(tiny, tmp_path, monkeypatch, capsys):
@@ -255,9 +258,16 @@ def test_starts_that_do_not_fit_are_one_line_and_status_2(tiny, tmp_path, monkey
         assert out == "" and err.count("\n") == 1 and err.startswith("main.py: error: argument --start-from: "), err
         assert words in err
     kept = next(earlier.glob("*/*.safetensors"))
-    kept.write_bytes(kept.read_bytes()[:50])
-    assert main.main(arguments(tmp_path / "out", tiny, "--start-from", str(earlier), prompts=["a", "b"])) == 2
-    assert f"does not serve: {kept} holds no trajectory; give the directory of a run" in capsys.readouterr().err
+    whole, tensors = kept.read_bytes(), safetensors.torch.load_file(kept)
+    for broken in (
+        whole[:50],
+        safetensors.torch.save(tensors),
+        safetensors.torch.save({**tensors, "boundaries": torch.tensor([0, 9])}, {"model": "tiny"}),
+        safetensors.torch.save({**tensors, "clean": tensors["clean"] * torch.nan}, {"model": "tiny"}),
+    ):
+        kept.write_bytes(broken)
+        assert main.main(arguments(tmp_path / "out", tiny, "--start-from", str(earlier), prompts=["a", "b"])) == 2
+        assert f"does not serve: {kept} holds no trajectory; give the directory of a run" in capsys.readouterr().err
 
 
 def test_collocation_that_does_not_settle_says_so(run):
@@ -354,7 +364,10 @@ BAD = [
     (["--prompt", "a", "-s", "-1"], "--seed/-s: -1 is not usable"),
     (["--prompt", "a", "-s", str(2**64)], f"--seed/-s: {2**64} is not usable"),
     (["--prompt", "a", "--start-from", "nowhere"], "--start-from: 'nowhere' holds no run; give the directory of a run"),
-    (["--prompt", "a", "--start-from", "out"], "--start-from: 'out' holds no run; give the directory of a run"),
+    (
+        ["--prompt", "a", "--start-from", "./out"],
+        "--start-from: './out' is the output directory, which is written anew",
+    ),
     (["--prompt", "a", "--max-batch", "0"], "--max-batch: 0 is not usable"),
     (["--prompt", "a", "--max-iterations", "0"], "--max-iterations: 0 is not usable"),
     (["--prompt", "a", "--schedule", "fast"], "--schedule: 'fast' is not usable; give one of pipelined, sweep"),

@@ -25,7 +25,7 @@ STUDY = {
 }
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": set(),
-    "refinement": set(), "models.families": set(),
+    "refinement": {"settings"}, "models.families": set(),
     "models.adapters": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.record": {"settings", "utils"}, "study.run": STUDY,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -99,6 +100,23 @@ def test_collocation_of_several_processes_equals_that_of_one(tiny, tmp_path):
     argv = arguments(tmp_path / "out", tiny, *more, "--parallel", "lanes")
     assert finish(start(3, *argv))[::2] == (0, [])
     assert_equal_runs(tmp_path / "alone", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_processes_that_share_lanes_start_from_the_same(tiny, tmp_path):
+    more = ["--no-ground-truth", "--start-from"]
+    for prompts, folder in ((PROMPTS, "earlier"), (PROMPTS[::-1], "other")):
+        assert main.main(arguments(tmp_path / folder, tiny, "--keep-trajectories", prompts=prompts)) == 0
+    assert main.main(arguments(tmp_path / "alone", tiny, *more, str(tmp_path / "earlier"))) == 0
+    argv = arguments(tmp_path / "out", tiny, "--parallel", "lanes", *more)
+    assert finish(start(2, *argv, str(tmp_path / "earlier")))[::2] == (0, [])
+    assert_equal_runs(tmp_path / "alone", tmp_path / "out")
+    for rank, folder in enumerate(("earlier", "other")):  # as of a folder that is another on each machine
+        (tmp_path / f"start{rank}").symlink_to(folder)
+    each = f"{shlex.join([sys.executable, 'main.py', *argv])} {tmp_path}/start$RANK"
+    launch = popen(*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "bash", "-c", each)
+    status, _, errors = finish(launch)
+    assert status != 0 and len(errors) == 1 and "--start-from" in errors[0] and "than the first process" in errors[0]
 
 
 @pytest.mark.slow

@@ -37,15 +37,16 @@ def test_order_of_convergence_within_a_block(kind, order, noise):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_chain_leads_along_a_trajectory_by_what_each_block_held(kind, noise):
     """Also where blocks are uneven, and from there to a chain of twice the steps, up to what its noise is."""
-    problem, n = Mixture(31, seed=3, restarts=range(31), **KINDS[kind]), [0, 4, 11, 12, 31]
+    n = [0, 4, 11, 12, 31]
+    problem = Mixture(31, seed=3, restarts=n, **KINDS[kind])
     states = problem.sequential(noise, keep=n)
     start = Trajectory(problem.solver.held(states, n), n, "a model")
     x, d = noise.flatten(1), start.clean.flatten(1)
-    led = problem.solver.unrolled(noise.shape[1:]).states(x, torch.tensor(n), d, start.held(31))
+    led = problem.solver.unrolled(noise.shape[1:]).held(x, torch.tensor(n), d, start.held(31))
     torch.testing.assert_close(led.reshape(states.shape), states, atol=1e-5, rtol=1e-4)
     if not problem.solver.stochastic:
-        finer = Mixture(62, restarts=range(62), **KINDS[kind]).solver.unrolled(noise.shape[1:])
-        led = finer.states(x, 2 * torch.tensor(n), d, start.held(62))
+        finer = Mixture(62, **KINDS[kind]).solver.unrolled(noise.shape[1:])
+        led = finer.held(x, 2 * torch.tensor(n), d, start.held(62))
         torch.testing.assert_close(led[-1], states[-1].flatten(), atol=0.1, rtol=0.1)
 
 
@@ -179,3 +180,13 @@ def test_noise_is_of_the_seed_and_the_step_alone(noise):
     assert all((draws[i] - draws[j]).abs().mean() > 0.5 for i, j in ((0, 1), (0, 3), (1, 3)))
     assert (diffusion.initial_noise((4, 8, 8), 1)[0] - draws[0]).abs().mean() > 0.5
     torch.testing.assert_close(diffusion.step_noise(0, 0, (100000,)).var(), torch.tensor(1.0), atol=0.02, rtol=0)
+
+
+def test_a_last_step_that_does_nothing_leaves_numbers(noise):
+    """As of Stable Diffusion, which ends at the noise of timestep 0, where N is so large that it is reached."""
+    scheduler = DDIMScheduler(**SD, set_alpha_to_one=False)
+    solver = diffusion.Solver(diffusion.diffusion_grid(scheduler, 700)._replace(clip=1.0))
+    assert solver.gain[-1] == 0
+    states = noise.expand(3, -1, -1, -1)
+    assert solver.held(states, [698, 699, 700]).isfinite().all()
+    assert solver.clean(2 * noise, noise, torch.tensor([699])).isfinite().all()
