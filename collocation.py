@@ -163,7 +163,8 @@ class System:
 
     t: the nodes, int64 (M,). X: the states; d: what d is foretold to be there. X_seen, D: where it was last evaluated,
     and what it was there. S, Y: the last changes of both between evaluations, (M, memory, E). g: the gain. seen:
-    whether it was evaluated at all; before that, d is taken from the last node that was.
+    whether it was evaluated at all; before that, d is taken from the last node that was. With memory for two changes,
+    a node takes the room of eight states.
     """
 
     def __init__(self, t, X, memory):
