@@ -18,7 +18,8 @@ class Refinement(NamedTuple):
     image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, C, H, W), on the model's device.
     serial_evaluations: network calls one after the other (ticks). total_evaluations: of one state each, a guided one
         counting once (lane-steps).
-    exact: whether it is the sequential sample, up to the network's rounding, or of collocation to 0.15 grey levels.
+    exact: whether it is the sequential sample, up to the network's rounding, or of collocation up to what a
+        threshold leaves unseen.
     damping: what was withheld of a correction, 127.5 times its norm over the state's, at the boundary with most.
     image_change: mean absolute difference to the last refinement's 8-bit image, 0 to 255; None for k = 0.
     trajectory_change: see `trajectory_change`; None for k = 0. predicted_change: the next refinement's image_change, if
