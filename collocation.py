@@ -70,10 +70,8 @@ def collocation(
     t, kept = spread(N, nodes) if nodes else first(N, DENSE if dense else NODES), memory(N, x.numel())
     # What the steps between two nodes make of a change of d there that goes unseen, as d changes by 1 / (2 signal).
     effect = solver.gain / (2 * solver.signal[:-1].clamp(min=1e-3))
-    system, dense = System(t, chain.states(x, t), kept), dense or len(t) >= min(N, DENSE)
-    chosen, last, ticks, lane_steps, k = [0], None, 0, 0, 0
-    # Five nodes or more are known by then.
-    judged = 0 if nodes or dense else 2 if start is None else 1
+    system, chosen, at_once = System(t, chain.states(x, t), kept), [0], start is not None
+    last, ticks, lane_steps, k = None, 0, 0, 0
     if start:
         system.X, system.d = chain.held(x, t, *start), start[1][t].to(x) @ start[0]
         chosen = list(range(len(t)))
@@ -81,6 +79,7 @@ def collocation(
         M = len(system.t)
         dense = dense or M >= min(N, DENSE)
         wide = window or usual_window(M, narrow=dense and k == 0 and not start)
+        chosen = chosen if at_once else chosen[:wide]
         matters = (DENSELY_MOVED if dense else MOVED) / N / effect[system.t] / 127.5
         W = interpolation(N, system.t)
         C, free, bound = (chain.K[system.t] @ W).to(x), chain.states(x, system.t), min(N, ticks + 2 * M + 8)
@@ -93,29 +92,29 @@ def collocation(
             system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
             system.solve(C, free, min(chosen), wide)
             chosen = system.moved(matters)[:wide]
-            rough = ticks == judged and agree(system.roughness(solver.signal) > ROUGH)
+            # By then five nodes or more are known.
+            first_look = not (nodes or dense) and ticks == (1 if start else 2)
+            rough = first_look and agree(system.roughness(solver.signal) > ROUGH)
             if rough:
                 break
         if rough:  # what is known at nodes far ahead would mislead: keep the first one, whose state is exact
-            t, known, dense, judged = first(N, DENSE), system.D[:1], True, 0
+            t, known, dense = first(N, DENSE), system.D[:1], True
             system = System(t, chain.held(x, t, *start) if start else chain.states(x, t, system.d, W), kept)
             system.see([0], known, solver.signal[:1])
-            chosen = list(range(1, len(t)))[: None if start else window or usual_window(len(t), narrow=True)]
+            chosen = list(range(1, len(t)))
             continue
-        exact = len(system.t) == N and not chosen
+        exact = M == N and not chosen
         states = chain.states(x, torch.tensor(boundaries), system.d, W).reshape(-1, *shape)
         yield Iterate(k, states, ticks, lane_steps, exact, x.new_zeros(()), settled=not chosen)
-        if len(system.t) == N or ticks >= N or k == refinements:
+        if M == N or ticks >= N or k == refinements:
             return
         change = 127.5 * float((states[-1] - last).norm() / states[-1].norm()) if k else 0.0
         doubtful = agree(not dense and change > DOUBTFUL)
-        dense = dense or doubtful
+        dense, at_once = dense or doubtful, not doubtful
         new = first(N, DENSE) if doubtful else between(system.t)
         new = new[~torch.isin(new, system.t)]
         k, last = k + 1, states[-1]
         system, chosen = system.refined(new, chain.states(x, new, system.d, W), W[new].to(x) @ system.d)
-        if doubtful:
-            chosen = chosen[: window or usual_window(len(system.t))]
 
 
 def usual_window(nodes, narrow=False):
@@ -170,8 +169,7 @@ class System:
     def __init__(self, t, X, memory):
         self.t, self.X, self.X_seen, self.D, self.d = t, X, *X.new_zeros(3, *X.shape)
         self.S, self.Y = X.new_zeros(2, len(t), memory, X.shape[1])
-        self.g = torch.zeros(len(t), dtype=torch.float64)
-        self.seen = torch.zeros(len(t)).bool()
+        self.g, self.seen = torch.zeros(len(t), dtype=torch.float64), torch.zeros(len(t)).bool()
 
     def see(self, chosen, d, signal):
         """Take in d, (L, E), as evaluated at the nodes `chosen`, where x = signal x0 + ... , float64 (L,)."""

@@ -90,7 +90,7 @@ class Trajectory(NamedTuple):
         if own != tuple(shape):
             raise SettingError("start_from", own, f"is of other states than {tuple(shape)}; start from the same size")
 
-    def held(self, N):
+    def weights(self, N):
         """W, float64 (N, B), by which each of N grid points has the x0 of the block that it lies in."""
         ends = torch.tensor(self.boundaries[1:]) * N
         block = torch.searchsorted(ends, torch.arange(N) * self.boundaries[-1], right=True)

@@ -178,15 +178,15 @@ class Sampler:
         """The method alone, as `srds.srds` and `collocation.collocation` yield it: no images, no stop rule."""
         settings, solver, x = self.settings, self._solver(seed), self.noise(seed)
         denoise = self._counted(self.processes.split(self.denoiser(prompt)), on_tick)
-        held = None
+        held = begun = None
         if start:
             start.check(self.shape, self.model.name)
-            held = start.clean.to(x).flatten(1), start.held(settings.fine_steps)
+            held = start.clean.to(x).flatten(1), start.weights(settings.fine_steps)
         if settings.method == "srds":
             correct = {"damped": solver.damped, "paper": algorithm_1}[settings.correction]
-            begun, points = None, torch.tensor(self.boundaries[1:])
             if held:
-                begun = solver.unrolled(self.shape).held(x.flatten(1), points, *held).reshape(-1, *self.shape)
+                chain, n = solver.unrolled(self.shape), torch.tensor(self.boundaries[1:])
+                begun = chain.held(x.flatten(1), n, *held).reshape(-1, *self.shape)
             how = settings.schedule, settings.max_iterations, correct
             iterates = srds(x, denoise, solver.step, self.boundaries, *how, begun)
         else:
@@ -249,9 +249,8 @@ class Sampler:
     def widest(self):
         """Most lanes in one call of this process, but for nodes that collocation adds or evaluates first of a start."""
         settings = self.settings
-        lanes = settings.window or usual_window(settings.fine_steps)
-        if settings.method == "srds":
-            lanes = settings.coarse_steps
+        collocated = settings.window or usual_window(settings.fine_steps)
+        lanes = settings.coarse_steps if settings.method == "srds" else collocated
         return -(-lanes // self.processes.sharing)
 
     def noise(self, seed=None):

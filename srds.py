@@ -90,7 +90,8 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     damping = {0: x.new_zeros(())}
     if begun is not None and not fine_is_coarse:
         U[0].extend(begun.float())
-    lanes = [Lane(i, 0, n[i], U[0][i], U[0][i]) for i in range(min(len(U[0]), B))]
+    # Every state that is known starts a lane: U_0^0 alone, where nothing is begun.
+    lanes = [Lane(i, 0, n[i], state, state) for i, state in enumerate(U[0][:B])]
     ticks = lane_steps = k = 0
 
     while k <= K:

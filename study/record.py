@@ -70,7 +70,8 @@ class Record:
         errors: L2 norms of the difference to the ground truth, (refinements + 1, B); None without ground truth.
         trajectory: a `refinement.Trajectory` to keep, or None.
         """
-        folder, kept = self.folders[i], [_path(self.folders[i], KEPT)] if trajectory else []
+        folder = self.folders[i]
+        kept = [_path(folder, KEPT)] if trajectory else []
         entry = {"complete": False, "files": [], "result": {**result, "folder": folder}, "errors": errors}
 
         def announce(files):
@@ -79,8 +80,8 @@ class Record:
             self._write(_path(folder, "result.json"), entry)
 
         self._save_set(folder, [entry], lambda entry: images.__getitem__, announce)
-        for name in kept:
-            write(self.folder / name, trajectory.packed())
+        if trajectory:
+            write(self.folder / folder / KEPT, trajectory.packed())
         self._write(_path(folder, "result.json"), {**entry, "complete": True})
 
     def fail(self, i, seed, error):

@@ -65,13 +65,9 @@ def load(command, processes):
     settings, dtype = command.settings, str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
     resolved, starts = settings.resolve(model), [None] * len(command.texts)
     if command.start_from is not None:
-        starts = kept_trajectories(command.start_from, len(command.texts))
+        starts = kept_trajectories(command.start_from, len(command.texts), processes)
         for start in starts:
             start.check(model.family.shape(resolved.height, resolved.width), model.name)
-        digests = [hashlib.sha256(start.packed()).hexdigest() for start in starts]
-        if processes.broadcast(digests) != digests:
-            remedy = "holds other trajectories than the first process finds; give one directory that all share"
-            raise SettingError("start_from", command.start_from, remedy)
     recorded = recorded_settings(command, resolved, processes)
     earlier = {}
     if command.resume and processes.first:
@@ -109,10 +105,10 @@ def load(command, processes):
     return sampler, about | ({"plan": sampler.plan} if sampler.plan else {}), resuming, starts
 
 
-def kept_trajectories(folder, count):
+def kept_trajectories(folder, count, processes):
     """The trajectories that an earlier run kept, one for each of `count` prompts: of each, or all of its only one.
 
-    Raises SettingError where there are none, or as many others.
+    Raises SettingError where there are none, or as many others, or others than the first process finds.
     """
     folders, remedy = earlier_run(folder).get("folders", ()), "give the directory of a run with --keep-trajectories"
     try:
@@ -123,6 +119,11 @@ def kept_trajectories(folder, count):
         raise SettingError("start_from", folder, f"holds no run; {remedy}")
     if len(found) not in (1, count):
         raise SettingError("start_from", folder, f"has {len(found)} prompts; give a run of one, or of {count} as here")
+    if processes.size > 1:
+        digests = [hashlib.sha256(start.packed()).hexdigest() for start in found]
+        if processes.broadcast(digests) != digests:
+            remedy = "holds other trajectories than the first process finds; give one directory that all share"
+            raise SettingError("start_from", folder, remedy)
     return found * count if len(found) == 1 else found
 
 

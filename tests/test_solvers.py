@@ -42,11 +42,11 @@ def test_the_chain_leads_along_a_trajectory_by_what_each_block_held(kind, noise)
     states = problem.sequential(noise, keep=n)
     start = Trajectory(problem.solver.held(states, n), n, "a model")
     x, d = noise.flatten(1), start.clean.flatten(1)
-    led = problem.solver.unrolled(noise.shape[1:]).held(x, torch.tensor(n), d, start.held(31))
+    led = problem.solver.unrolled(noise.shape[1:]).held(x, torch.tensor(n), d, start.weights(31))
     torch.testing.assert_close(led.reshape(states.shape), states, atol=1e-5, rtol=1e-4)
     if not problem.solver.stochastic:
         finer = Mixture(62, **KINDS[kind]).solver.unrolled(noise.shape[1:])
-        led = finer.held(x, 2 * torch.tensor(n), d, start.held(62))
+        led = finer.held(x, 2 * torch.tensor(n), d, start.weights(62))
         torch.testing.assert_close(led[-1], states[-1].flatten(), atol=0.1, rtol=0.1)
 
 
