@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-CELL = 192  # width of a filmstrip's picture, in pixels
+CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
 
 
 def stage(name, result):
-    """The image that stands for `name` in an overview: a prompt that stopped earlier keeps its last one."""
+    """The image that stands for `name` in an overview: from a prompt's last iteration on, its final one."""
     iteration = re.fullmatch(r"srds_iteration_([0-9]+)", name)
-    return "srds_final" if iteration and int(iteration[1]) >= len(result["iterations"]) - 1 else name
+    return "srds_final" if iteration and int(iteration[1]) >= len(result["iterations"]) - 2 else name
 
 
 def png(image, text):
@@ -30,16 +30,18 @@ def png(image, text):
 
 
 def mosaic(images):
-    """Images of one size side by side in rows, about as many rows as columns; the last row is filled with white."""
+    """Images of one size side by side in rows, on white, about as many rows as columns; one alone as it is."""
     columns = int(np.ceil(np.sqrt(len(images))))
     rest = [np.full_like(images[0], 255)] * (-len(images) % columns)
-    cells = np.stack([*images, *rest]).reshape(-1, columns, *images[0].shape)
-    return cells.transpose(0, 2, 1, 3, 4).reshape(-1, columns * images[0].shape[1], 3)
+    cells = np.pad(np.stack([*images, *rest]), [(0, 0), (0, GAP), (0, GAP), (0, 0)], constant_values=255)
+    height, width = cells.shape[1:3]
+    rows = cells.reshape(-1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(-1, columns * width, 3)[:-GAP, :-GAP]
 
 
 def filmstrip(results, images, names, steps):
     """How each prompt's image converges: a row a prompt, captioned columns from the initialisation to the truth."""
-    names = [name for name in names if name != "srds_ddim_course"]
+    names = [name for name in names if name not in ("srds_ddim_course", "srds_final")]  # the last iteration is final
     height, width = images(names[0])[0].shape[:2]
     size = (CELL, round(CELL * height / width))
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
@@ -61,21 +63,24 @@ def filmstrip(results, images, names, steps):
 
 def _caption(name, result, steps):
     if name == "srds_ddim_gt":
-        return ["ground truth", f"{steps} serial evaluations"]
-    last = result["iterations"][-1]
-    if name == "srds_initialized":
-        title, entry = "initialised", result["iterations"][0]
-    elif stage(name, result) == "srds_final":
-        title, entry = f"final (iteration {last['iteration']})" if last["iteration"] >= 0 else "final", last
-    else:
-        entry = result["iterations"][1 + int(name.rpartition("_")[2])]
-        title = f"iteration {entry['iteration']}"
-    error = entry["image_error"]
+        return ["ground truth", evaluations(steps)]
+    i = -1 if name == "srds_initialized" else int(name.rpartition("_")[2])
+    entry = result["iterations"][min(1 + i, len(result["iterations"]) - 1)]
+    title, error = _stage_name(entry["iteration"]), entry["image_error"]
     return [
-        title,
-        f"{entry['serial_evaluations']} serial evaluations",
-        *([] if error is None else [f"difference {error:.2f}"]),
+        f"final ({title})" if stage(name, result) == "srds_final" else title,
+        evaluations(entry["serial_evaluations"]),
+        *([] if error is None else [f"difference {error:.3f}"]),
     ]
+
+
+def _stage_name(iteration):
+    return f"iteration {iteration}" if iteration >= 0 else "initialised"
+
+
+def evaluations(count):
+    """Serial evaluations, in words."""
+    return f"{count} serial evaluation{'' if count == 1 else 's'}"
 
 
 def combine_errors(errors):
@@ -102,9 +107,9 @@ def error_plot(errors, results, steps):
     labelled = set(np.linspace(0, count - 1, min(count, 9)).round().astype(int))
     floor = _zero_line(left, errors)
     for k, row in enumerate(errors):
-        name = "initialised" if k == 0 else f"iteration {k - 1}"
         color = colormaps["viridis"](0.9 * k / max(count - 1, 1))
-        _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9], name if k in labelled else None)
+        _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9],
+              _stage_name(k - 1) if k in labelled else None)  # fmt: skip
     left.set(xlabel="boundary", ylabel="L2 error of the latents", title="Trajectory against the truth")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
@@ -112,14 +117,13 @@ def error_plot(errors, results, steps):
     shown = [
         [(entry["serial_evaluations"], entry["image_error"]) for entry in result["iterations"]] for result in results
     ]
-    longest = max(map(len, shown))
-    ticks = [np.mean([points[k][0] for points in shown if k < len(points)]) for k in range(longest)]
-    mean = [np.mean([points[min(k, len(points) - 1)][1] for points in shown]) for k in range(longest)]
-    floor = _zero_line(right, mean + [error for points in shown for _, error in points])
+    longest = max(map(len, shown))  # a prompt that stopped earlier keeps its last point
+    ticks, mean = np.mean([points + points[-1:] * (longest - len(points)) for points in shown], 0).T
+    floor = _zero_line(right, [*mean, *(error for points in shown for _, error in points)])
     if len(shown) > 1:
-        for points in shown:
-            _line(right, *zip(*points), floor, "0.65", "o", None)
-    label = "refinements" if len(shown) == 1 else f"refinements, mean of {len(shown)} prompts"
+        for i, points in enumerate(shown):
+            _line(right, *zip(*points), floor, "0.65", "o", None if i else "a prompt's refinements")
+    label = "refinements" if len(shown) == 1 else f"mean of {len(shown)} prompts"
     _line(right, ticks, mean, floor, "black", "s", label)
     right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
     right.set(xlabel="serial evaluations", ylabel="mean difference, 0-255", title="Image against the truth")
@@ -156,11 +160,11 @@ def _line(axes, x, y, floor, color, marker, label):
 
 def report(entry, state):
     """One refinement in one line."""
-    name = f"iteration {entry['iteration']}" if entry["iteration"] >= 0 else "initialised"
     keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "difference"}
     measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
     measured += [f"damping {entry['damping']:.2f}"] if entry["damping"] >= 0.005 else []
-    return f"  {name}: " + ", ".join([f"{entry['serial_evaluations']} serial evaluations", *measured, state])
+    measured = [evaluations(entry["serial_evaluations"]), *measured, state]
+    return f"  {_stage_name(entry['iteration'])}: {', '.join(measured)}"
 
 
 def summary(results, steps):
@@ -182,7 +186,7 @@ def summary(results, steps):
             f"{result['seconds']['srds']:.2f}",
             "-" if truth is None else f"{truth:.2f}",
             "-" if error is None else f"{error:.3f}",
-            f"{result['damping']:.2f}",
+            f"{result['damping']:.2f}" if result["damping"] else "-",
             f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -112,7 +112,8 @@ def test_overviews_of_many_prompts_stay_readable(tmp_path):
         add(record, i, grey=i, errors=(1.0,), truth=False)
     assert len(record.finish()) == 70
     final = np.asarray(Image.open(tmp_path / "out" / "srds_final.png"))
-    assert final.shape == (128, 128, 3) and final[-1, -1, 0] == 63
+    side = 8 * 16 + 7 * utils.GAP
+    assert final.shape == (side, side, 3) and final[-1, -1, 0] == 63
     assert Image.open(tmp_path / "out" / "srds_filmstrip.png").height < 16 * 300
 
 
@@ -138,7 +139,7 @@ def test_a_filmstrip_has_a_column_for_each_image(tmp_path):
     record.begin()
     add(record, 0, grey=100, errors=(3.0, 1.0, 0.2, 0.0))
     strip = Image.open(tmp_path / "srds_filmstrip.png")
-    assert strip.width == 8 + 6 * (utils.CELL + 8)  # initialised, three iterations, final, ground truth
+    assert strip.width == 8 + 5 * (utils.CELL + 8)  # initialised, three iterations, the last final, ground truth
     assert (np.asarray(strip) < 255).any(axis=(0, 2)).mean() > 0.8
 
 
@@ -149,6 +150,7 @@ def test_a_plot_shows_every_point_and_exact_zeros_apart(monkeypatch):
     errors = np.array([[3.0, 4.0, 5.0], [0.0, 1.0, 2.0], [0.0, 0.0, 1e-4], [0.0, 0.0, 0.0]])
     results = [{"iterations": [entry(k - 1, error) for k, error in enumerate((3.0, 1.0, 0.2, 0.0))]}]
     results[0]["iterations"][-1]["serial_evaluations"] = 12  # more than N, as sweep may take
+    results.append({"iterations": results[0]["iterations"][:1]})
     utils.error_plot(errors, results, 8)
     left, right = figures[0].axes
     names = ["initialised", *(f"iteration {i}" for i in range(3))]
@@ -158,3 +160,8 @@ def test_a_plot_shows_every_point_and_exact_zeros_apart(monkeypatch):
         lines = [line for line in axes.lines if line.get_marker() != "None" and len(line.get_ydata())]
         assert min(line.get_ydata().min() for line in lines) == axes.texts[0].xy[1] > axes.get_ylim()[0]
     assert right.get_xlim()[1] > 12
+    first = results[0]["iterations"][0]["serial_evaluations"]
+    names = [text.get_text() for text in right.get_legend().texts]
+    assert names == ["a prompt's refinements", "mean of 2 prompts", "sequential: N = 8"]
+    ends = [line.get_xydata()[-1, 0] for line in right.lines if line.get_label() == "mean of 2 prompts"]
+    assert ends == [(12 + first) / 2], "evaluations and differences are means over the same prompts"
