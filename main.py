@@ -1,4 +1,4 @@
-"""Sample images with Self-Refining Diffusion Samplers and show how they converge.
+"""Sample images by refining all of a diffusion trajectory at once (SRDS, or collocation); show how they converge.
 
     python main.py --prompts prompts.txt --output-dir output/my_experiment
 
@@ -65,14 +65,17 @@ def one_of(names):
 # Flags, type, how the value is called, help. Defaults are in `settings`, under the flag's name.
 ARGUMENTS = {
     "required: an output directory, and prompts from a file or one by one": [
-        ("--prompts -p", str, "FILE", "text file with one prompt a line, UTF-8"),
+        ("--prompts -p", str, "FILE",
+         "text file with one prompt a line, UTF-8; of models that read none, a seed a line"),
         ("--prompt", list, "TEXT", "a prompt; may be repeated"),
         ("--output-dir -o", str, "DIR", "where images and analysis go"),
     ],
     "algorithm": [
-        ("--method", str, one_of(defaults.METHODS), "how the steps are made parallel (%(default)s)"),
+        ("--method", str, one_of(defaults.METHODS),
+         "srds refines blocks of steps, collocation a few points in time (%(default)s)"),
         ("--coarse-steps -cs", number, "B",
-         "blocks, at most N; auto: as many as take the least time on this device (%(default)s)"),
+         "blocks, at most N; auto: as many as take the least time on this device; of collocation, only where errors "
+         "are told (%(default)s)"),
         ("--fine-steps -fs", number, "N",
          "steps of the sequential sampler that is reproduced; at most the model's own (%(default)s)"),
         ("--solver", str, one_of(defaults.SOLVERS), "solver of each step (ddim; for flow matching, euler)"),
@@ -83,8 +86,11 @@ ARGUMENTS = {
          "what a call works on: blocks of all refinements, or of one (pipelined; with auto blocks, the faster)"),
         ("--correction", str, one_of(defaults.CORRECTIONS),
          "the paper's, or damped where the coarse step overshoots (damped)"),
-        ("--nodes", number, "M", "of collocation: points in time of its first solution (13; of pixels, 100)"),
-        ("--window", number, "W", "of collocation: most nodes in a network call, but for a refinement's new ones (8)"),
+        ("--nodes", number, "M",
+         "of collocation: points in time of its first solution (13; 100 of pixels, and where the model proves rough)"),
+        ("--window", number, "W",
+         "of collocation: most nodes in a network call, but for a refinement's new ones (8; half the root of 100 nodes "
+         "or more)"),
         ("--stop-rule", str, one_of(defaults.STOP_RULES),
          "what must be below the tolerance: the image's last change, that of every boundary's state too, or the "
          "predicted next change of the image (%(default)s)"),

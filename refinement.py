@@ -57,30 +57,34 @@ class Trajectory(NamedTuple):
 
     clean: float32 (B, C, H, W), x0 that, held over a block, leads from its first state to its last.
     boundaries: the grid points between which the blocks lie, 0 to N, a list of B + 1.
-    model: the model's name.
+    model: the model's name. seed: of its noise; from other noise, a start costs more than it saves.
     """
 
     clean: torch.Tensor
     boundaries: list[int]
     model: str
+    seed: int
 
     @classmethod
     def read(cls, path):
         """Of a file, as `packed` makes it. Raises ValueError where it is none."""
         try:
             with safetensors.safe_open(path, "pt") as file:
-                clean, n, model = (*map(file.get_tensor, ("clean", "boundaries")), file.metadata()["model"])
-        except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                clean, n = map(file.get_tensor, ("clean", "boundaries"))
+                model, seed = file.metadata()["model"], int(file.metadata()["seed"])
+        except FileNotFoundError as error:
+            raise ValueError(f"there is no {path}") from error
+        except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} holds no trajectory") from error
         rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all()
         if clean.ndim != 4 or not rising or not clean.isfinite().all():
             raise ValueError(f"{path} holds no trajectory")
-        return cls(clean, n.tolist(), model)
+        return cls(clean, n.tolist(), model, seed)
 
     def packed(self):
         """The bytes of a safetensors file."""
         tensors = {"clean": self.clean.cpu().contiguous(), "boundaries": torch.tensor(self.boundaries)}
-        return safetensors.torch.save(tensors, {"model": self.model})
+        return safetensors.torch.save(tensors, {"model": self.model, "seed": str(self.seed)})
 
     def check(self, shape, model):
         """Raise SettingError unless it is of states of a shape, (C, H, W), and of a model."""

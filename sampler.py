@@ -18,7 +18,7 @@ import diffusion
 from collocation import collocation, usual_window
 from models.loading import find_model, inspect, is_compiled, load_pipeline
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
-from settings import Loading, Settings, text
+from settings import Loading, SettingError, Settings, text
 from srds import Iterate, algorithm_1, srds
 from study.planning import make_plan
 
@@ -171,15 +171,24 @@ class Sampler:
         return Sequential(states, self.image(states), time.perf_counter() - started)
 
     def trajectory(self, states, seed=None) -> Trajectory:
-        """What `refine` can start from, of a sample's or a ground truth's states, and of the seed that they have."""
-        return Trajectory(self._solver(seed).held(states, self.boundaries), self.boundaries, self.model.name)
+        """What `refine` can start from, of a sample's or a ground truth's states, and of the seed that they have.
+
+        Raises SettingError for states that are not (B + 1, C, H, W), as this sampler's are.
+        """
+        given, wanted = tuple(getattr(states, "shape", ())), (len(self.boundaries), *self.shape)
+        if given != wanted:
+            raise SettingError("states", given, f"is not the shape of this sampler's, {wanted}; give `Sample.states`")
+        clean = self._solver(seed).held(states, self.boundaries)
+        return Trajectory(clean, self.boundaries, self.model.name, self._seed(seed))
 
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
         """The method alone, as `srds.srds` and `collocation.collocation` yield it: no images, no stop rule."""
         settings, solver, x = self.settings, self._solver(seed), self.noise(seed)
         denoise = self._counted(self.processes.split(self.denoiser(prompt)), on_tick)
         held = begun = None
-        if start:
+        if start is not None:
+            if not isinstance(start, Trajectory):
+                raise SettingError("start", type(start).__name__, "is no trajectory; give what `trajectory` returns")
             start.check(self.shape, self.model.name)
             held = start.clean.to(x).flatten(1), start.weights(settings.fine_steps)
         if settings.method == "srds":

@@ -5,10 +5,10 @@
 
 For each model, N and guidance, on the same prompts and noise: where collocation's defaults stop (the final rule at
 0.1), each of its refinements, all grid points as nodes at several windows, SRDS's refinements and where it stops,
-ParaDiGMS (Shih et al., NeurIPS 2023, algorithm 1) and DDIM of fewer steps. "serial" are network calls one after the
-other, "total" the states evaluated in them, "difference" is to the N-step sequential image in grey levels; means, and
-the worst. "speedup" is the sequential run's seconds over the method's: median, least and most. ParaDiGMS is a few lines
-of our own, after diffusers' pipeline, so that it runs on pixels too.
+ParaDiGMS (Shih et al., NeurIPS 2023, algorithm 1), DDIM and DPM-Solver++ of fewer steps. "serial" are network calls
+one after the other, "total" the states evaluated in them, "difference" is to the N-step sequential image in grey
+levels; means, and the worst. "speedup" is the sequential run's seconds over the method's: median, least and most.
+ParaDiGMS is a few lines of our own, after diffusers' pipeline, so that it runs on pixels too.
 """
 
 import argparse
@@ -87,8 +87,9 @@ def runs(sampler, prompt, seed, brief):
             image = sampler.image(state)
             rows.append(row(f"ParaDiGMS {window}, {tolerance:g}", *counts, image, time.perf_counter() - started))
     for steps in (10, 20):
-        fewer = sampler.vary(fine_steps=steps, coarse_steps=1).sequential(prompt, seed)
-        rows.append(row(f"DDIM {steps}", steps, steps, fewer.image, fewer.seconds))
+        for name, solver in (("DDIM", "ddim"), ("DPM-Solver++", "dpmsolver++")):
+            fewer = sampler.vary(fine_steps=steps, coarse_steps=1, solver=solver).sequential(prompt, seed)
+            rows.append(row(f"{name} {steps}", steps, steps, fewer.image, fewer.seconds))
     return rows
 
 
@@ -114,6 +115,11 @@ def plot(table, path):
                 how = {"ms": 15, "zorder": 3} if marker == "*" else {}
                 line = "-" if joined else "none"
                 axes.plot(part[count], part.difference, linestyle=line, marker=marker, color=colour, label=label, **how)
+                for window, *point in zip(part.method.str.extract("window ([0-9]+)")[0], part[count], part.difference):
+                    if isinstance(window, str):
+                        axes.annotate(
+                            window, point, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour
+                        )
             axes.axvline(100, color="0.6", linestyle=":", label="sequential")
             axes.set(xscale="log", yscale="log", xlabel=f"{count} evaluations", title=f"{model}, 100 steps")
             ticks = [10, 20, 50, 100] if count == "serial" else [40, 100, 200, 400, 700]

@@ -1,14 +1,16 @@
-"""SRDS beside what else a user would pick, on the same prompts and the same noise, in one process.
+"""SRDS and collocation beside what else a user would pick, on the same prompts and the same noise, in one process.
 
     python benchmarks/peers.py          # about an hour on 2 cores; writes benchmarks/results/peers.{csv,png}
 
-DDIM in sequence, ParaDiGMS, DDIM of fewer steps and DPM-Solver++ are diffusers' own pipelines and schedulers. "serial"
+DDIM in sequence, ParaDiGMS, DDIM of fewer steps and DPM-Solver++ are diffusers' own pipelines and schedulers, which has
+ParaDiGMS for Stable Diffusion alone: `benchmarks/collocation.py` compares on pixels, and more settings. "serial"
 are network calls one after the other, "total" the guided evaluations in them, "widest" the network samples in the
 largest, all means over prompts. "own" is the image difference, in grey levels, to the method's own sequential limit,
 "to N" to N-step DDIM. "speedup" is the seconds of the sequential run over those of the method, prompt by prompt.
 """
 
 import argparse
+import contextlib
 import time
 
 import numpy as np
@@ -43,20 +45,29 @@ def with_scheduler(pipeline, scheduler, kind=StableDiffusionPipeline):
     return kind(**parts, scheduler=scheduler, requires_safety_checker=False)
 
 
+@contextlib.contextmanager
+def watched(network):
+    """The network samples of each call, a list that grows."""
+    calls = []
+    hook = network.register_forward_pre_hook(lambda network, inputs: calls.append(len(inputs[0])))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
 def diffusers_run(pipeline, steps, sampler, text, seed, **settings):
     """Image, seconds and the network samples of each call of one of diffusers' own pipelines."""
-    calls, size = [], {"height": sampler.settings.height, "width": sampler.settings.width}
+    size = {"height": sampler.settings.height, "width": sampler.settings.width}
     pipeline.set_progress_bar_config(disable=True)
-    hook = pipeline.unet.register_forward_pre_hook(lambda unet, inputs: calls.append(len(inputs[0])))
-    started = time.perf_counter()
-    latents = pipeline(
-        text, num_inference_steps=steps, latents=sampler.noise(seed), guidance_scale=sampler.settings.guidance_scale,
-        output_type="latent", **size, **settings,
-    ).images  # fmt: skip
-    image = sampler.image(latents)
-    seconds = time.perf_counter() - started
-    hook.remove()
-    return image, seconds, calls
+    with watched(pipeline.unet) as calls:
+        started = time.perf_counter()
+        latents = pipeline(
+            text, num_inference_steps=steps, latents=sampler.noise(seed),
+            guidance_scale=sampler.settings.guidance_scale, output_type="latent", **size, **settings,
+        ).images  # fmt: skip
+        image = sampler.image(latents)
+        return image, time.perf_counter() - started, calls
 
 
 def row(sampler, name, truth, own, image, seconds, serial, total, widest):
@@ -75,23 +86,22 @@ def encode(sampler, text):
     return prompt, time.perf_counter() - started
 
 
-def srds_rows(sampler, text, seed, truth, name):
+def refined_rows(sampler, text, seed, truth, name):
     """An entry for each refinement, and for where each stop rule leaves the run."""
     settings, rows, stops, earlier = sampler.settings, [], {}, None
     prompt, encoding = encode(sampler, text)
-    pair = sampler.denoiser(prompt).rows
-    for refinement in sampler.vary(tolerance=0).refine(prompt, seed):
-        k, image, seconds = refinement.k, refinement.image, encoding + refinement.seconds
-        width = pair * (1 if k == 0 and settings.schedule == "sweep" else settings.coarse_steps)
-        counts = refinement.serial_evaluations, refinement.total_evaluations, width
-        rows.append(row(sampler, f"{name}, k={k}", truth, truth[0], image, seconds, *counts))
-        last = refinement.exact or k == settings.max_iterations
-        for rule in STOP_RULES:
-            if rule not in stops and (last or judge(refinement, earlier, rule, settings.tolerance) == "converged"):
-                stops[rule] = {**rows[-1], "method": f"{name}, {rule} rule"}
-        if k >= MOST and len(stops) == len(STOP_RULES):
-            break
-        earlier = refinement
+    with watched(sampler.network) as calls:
+        for refinement in sampler.vary(tolerance=0).refine(prompt, seed):
+            k, image, seconds = refinement.k, refinement.image, encoding + refinement.seconds
+            counts = refinement.serial_evaluations, refinement.total_evaluations, max(calls)
+            rows.append(row(sampler, f"{name}, k={k}", truth, truth[0], image, seconds, *counts))
+            last = refinement.exact or k == settings.max_iterations
+            for rule in STOP_RULES:
+                if rule not in stops and (last or judge(refinement, earlier, rule, settings.tolerance) == "converged"):
+                    stops[rule] = {**rows[-1], "method": f"{name}, {rule} rule"}
+            if k >= MOST and len(stops) == len(STOP_RULES):
+                break
+            earlier = refinement
     return rows + [stops[rule] for rule in STOP_RULES]
 
 
@@ -111,10 +121,11 @@ def prompt_rows(sampler, blocks, text, seed, peers):
     rows = [row(sampler, "sequential DDIM", truth, image, *truth, N, N, pair)]
     for B, schedule in blocks:
         varied = sampler.vary(coarse_steps=B, schedule=schedule)
-        rows += srds_rows(varied, text, seed, truth, f"SRDS {schedule} B={B}")
+        rows += refined_rows(varied, text, seed, truth, f"SRDS {schedule} B={B}")
     B, schedule = blocks[0]
     varied = sampler.vary(coarse_steps=B, schedule=schedule, max_iterations=1)
-    rows.append({**srds_rows(varied, text, seed, truth, "")[1], "method": f"SRDS {schedule} B={B}, bound to 1"})
+    rows.append({**refined_rows(varied, text, seed, truth, "")[1], "method": f"SRDS {schedule} B={B}, bound to 1"})
+    rows += refined_rows(sampler.vary(method="collocation", coarse_steps=1), text, seed, truth, "collocation")
     if not peers:
         return rows
     for window in sorted({round(N**0.5), min(N, 64 if N == 1000 else N)}):

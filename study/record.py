@@ -198,9 +198,8 @@ def check_resumable(folder, settings, texts):
         # What a version before did not know, it did not do.
         earlier_value = before.get(key, value and None)
         if key not in free and earlier_value != value:
-            remedy = (
-                f"differs from the run to resume, which has {earlier_value!r}; give the same, or leave out --resume"
-            )
+            has = "none" if earlier_value is None else repr(earlier_value)
+            remedy = f"differs from the run to resume, which has {has}; give the same, or leave out --resume"
             raise SettingError(key, value, remedy)
     if earlier_texts != texts:
         remedy = "finds other prompts in the earlier run; give the same, or leave out --resume"

@@ -110,7 +110,7 @@ def kept_trajectories(folder, count, processes):
 
     Raises SettingError where there are none, or as many others, or others than the first process finds.
     """
-    folders, remedy = earlier_run(folder).get("folders", ()), "give the directory of a run with --keep-trajectories"
+    folders, remedy = earlier_run(folder).get("folders", ()), "give the output directory of a --keep-trajectories run"
     try:
         found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
     except (ValueError, TypeError) as error:
@@ -182,6 +182,8 @@ def sample_all(command, sampler, record, left, starts):
     try:
         if processes.parallel == "lanes" and not processes.first:
             return follow(sampler, starts)
+        if not sampler.model.family.prompted and len(texts) > 1:
+            print(f"{sampler.model.name} reads no prompts: seeds rise from {sampler.settings.seed}, one a line")
         if command.settings.negative_prompt:
             warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
@@ -236,6 +238,10 @@ def sample(sampler, text, seed, ground_truth, start, i):
     settings, processes = sampler.settings, sampler.processes
     prompt, images, truth, errors = sampler.encode(text), {}, None, None
     warn_if_cut(text, prompt.ignored)
+    if start and start.seed != seed:
+        tqdm.write(
+            f"  note: what it starts from has seed {start.seed}, not {seed}; other noise costs more than it saves"
+        )
     if ground_truth:
         with ticking("ground truth", settings.fine_steps) as on_tick:
             truth, errors = sampler.sequential(prompt, seed, on_tick=on_tick), []

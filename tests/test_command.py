@@ -153,9 +153,9 @@ def test_several_prompts_have_a_folder_each_and_an_overview(run, tmp_path):
 
     cells = [pixels(out / folder / "srds_iteration_1.png") for folder in folders]
     overview = pixels(out / "srds_iteration_1.png")
-    assert overview.shape == (128, 128, 3)
-    assert (overview[:64, :64] == cells[0]).all() and (overview[:64, 64:] == cells[1]).all()
-    assert (overview[64:, :64] == cells[2]).all() and (overview[64:, 64:] == 255).all()
+    assert overview.shape == (132, 132, 3) and (overview[64:68] == 255).all() and (overview[:, 64:68] == 255).all()
+    assert (overview[:64, :64] == cells[0]).all() and (overview[:64, 68:] == cells[1]).all()
+    assert (overview[68:, :64] == cells[2]).all() and (overview[68:, 68:] == 255).all()
 
     tables = [pd.read_csv(out / folder / "trajectory_errors_table.csv", index_col=0) for folder in ["", *folders]]
     np.testing.assert_allclose(tables[0].values, np.sqrt(sum(table.values**2 for table in tables[1:])), rtol=1e-6)
@@ -221,7 +221,7 @@ def test_collocation_leaves_what_srds_leaves_and_is_resumed(run):
 
 
 @pytest.mark.parametrize("method", ["srds", "collocation"])
-def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tiny, tmp_path):
+def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tiny, tmp_path, capsys):
     earlier, kept = tmp_path / "earlier", "trajectory.safetensors"
     both, more = ["--prompt", "a moon", "--prompt", "a sun"], ["--method", method, "-gs", "2", "--no-ground-truth"]
     assert main.main(arguments(earlier, tiny, *both, *more, "--keep-trajectories", prompts=[])) == 0
@@ -240,6 +240,10 @@ def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tiny,
     assert run("--prompt", "a moon", *more, "--keep-trajectories")[0] == 0 and (out / kept).is_file()
     assert main.main(arguments(earlier, tiny, *both, *more, "--start-from", str(out), prompts=[])) == 0, "of one prompt"
     assert not list(earlier.rglob(kept)), "an earlier run's are removed"
+    note = "note: what it starts from has seed 42, not 43; other noise costs more than it saves"
+    capsys.readouterr()
+    assert main.main(arguments(earlier, tiny, *more, "--start-from", str(out), "--seed", "43")) == 0
+    assert note in capsys.readouterr().out
 
 
 def test_starts_that_do_not_fit_are_one_line_and_status_2(tiny, tmp_path, monkeypatch, capsys):
@@ -262,12 +266,16 @@ def test_starts_that_do_not_fit_are_one_line_and_status_2(tiny, tmp_path, monkey
     for broken in (
         whole[:50],
         safetensors.torch.save(tensors),
-        safetensors.torch.save({**tensors, "boundaries": torch.tensor([0, 9])}, {"model": "tiny"}),
-        safetensors.torch.save({**tensors, "clean": tensors["clean"] * torch.nan}, {"model": "tiny"}),
+        safetensors.torch.save(tensors, {"model": "tiny", "seed": "some"}),
+        safetensors.torch.save({**tensors, "boundaries": torch.tensor([0, 9])}, {"model": "tiny", "seed": "42"}),
+        safetensors.torch.save({**tensors, "clean": tensors["clean"] * torch.nan}, {"model": "tiny", "seed": "42"}),
     ):
         kept.write_bytes(broken)
         assert main.main(arguments(tmp_path / "out", tiny, "--start-from", str(earlier), prompts=["a", "b"])) == 2
-        assert f"does not serve: {kept} holds no trajectory; give the directory of a run" in capsys.readouterr().err
+        assert f"does not serve: {kept} holds no trajectory; give the output directory" in capsys.readouterr().err
+    kept.unlink()
+    assert main.main(arguments(tmp_path / "out", tiny, "--start-from", str(earlier), prompts=["a", "b"])) == 2
+    assert f"does not serve: there is no {kept}; give the output directory" in capsys.readouterr().err
 
 
 def test_collocation_that_does_not_settle_says_so(run):
@@ -277,6 +285,14 @@ def test_collocation_that_does_not_settle_says_so(run):
     (result,) = run_record(out)["prompts"]
     assert result["serial_evaluations"] == 12 and not result["converged"] and "growing" in printed
     assert "note: it did not settle within 12 serial evaluations, which is what the sequential sampler takes" in printed
+
+
+def test_a_model_that_reads_no_prompts_says_that_each_line_is_a_seed(tmp_path, capsys):
+    pipelines.pixels().save_pretrained(tmp_path / "model")
+    argv = ["--no-ground-truth", "--max-iterations", "1", "--keep-trajectories", "--seed", "7"]
+    assert main.main(arguments(tmp_path / "out", tmp_path / "model", *argv, prompts=["a", "b"])) == 0
+    assert "model reads no prompts: seeds rise from 7, one a line" in capsys.readouterr().out
+    assert [result["seed"] for result in run_record(tmp_path / "out")["prompts"]] == [7, 8]
 
 
 def test_unsettled_trajectories_are_noted(run):
@@ -363,7 +379,10 @@ BAD = [
     (["--prompt", "a", "--width", "100"], "--width: 100 is not a multiple"),
     (["--prompt", "a", "-s", "-1"], "--seed/-s: -1 is not usable"),
     (["--prompt", "a", "-s", str(2**64)], f"--seed/-s: {2**64} is not usable"),
-    (["--prompt", "a", "--start-from", "nowhere"], "--start-from: 'nowhere' holds no run; give the directory of a run"),
+    (
+        ["--prompt", "a", "--start-from", "nowhere"],
+        "--start-from: 'nowhere' holds no run; give the output directory of a",
+    ),
     (
         ["--prompt", "a", "--start-from", "./out"],
         "--start-from: './out' is the output directory, which is written anew",

@@ -230,6 +230,13 @@ def test_a_start_that_does_not_fit_is_refused(sampler):
     ):
         with pytest.raises(SettingError, match=words):
             next(other.refine("a", start=start))
+    sample = sampler("a")
+    for given in (sample, sample.states):
+        with pytest.raises(SettingError, match=r"start: '(Sample|Tensor)' is no trajectory; give what `trajectory`"):
+            next(sampler.refine("a", start=given))
+    for states in (sample.states[1:], sample):
+        with pytest.raises(SettingError, match=r"states: .* is not the shape of this sampler's, \(4, 4, 8, 8\)"):
+            sampler.trajectory(states)
 
 
 def test_the_schedule_reaches_the_engine(sampler):
