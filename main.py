@@ -24,8 +24,9 @@ class Command:
     """What the command is to do: `settings` for the sampler, `loading` for the model, `texts` to sample.
 
     prompts, prompt: where the texts come from, a file or the command line. ground_truth: whether to sample step by step
-    as well. keep_trajectories: whether to write them. start_from: the directory of a run that did, or None. parallel:
-    what several processes share, "lanes", "prompts", or None to choose.
+    as well. resume: whether to keep what an earlier run has completed. overwrite: whether to remove an earlier run of
+    other results, in place of setting it aside. keep_trajectories: whether to write them. start_from: the directory of
+    a run that did, or None. parallel: what several processes share, "lanes", "prompts", or None to choose.
     """
 
     settings: Settings
@@ -36,6 +37,7 @@ class Command:
     output_dir: str
     ground_truth: bool
     resume: bool
+    overwrite: bool
     keep_trajectories: bool
     start_from: str | None
     parallel: str | None
@@ -109,6 +111,7 @@ ARGUMENTS = {
         ("--width", number, "PX", "(likewise)"),
         ("--seed -s", number, "SEED", "of the initial noise and of the noise in the steps (%(default)s)"),
         ("--resume", bool, None, "keep the prompts that an earlier run of the same settings has completed"),
+        ("--overwrite", bool, None, "remove an earlier run of other results; else it is moved into earlier/"),
         ("--start-from", str, "DIR",
          "begin from the trajectories that an earlier run of one prompt, or of as many prompts as here, has kept"),
         ("--keep-trajectories", bool, None, "keep what --start-from of a later run takes, in trajectory.safetensors"),
@@ -163,12 +166,14 @@ def parse_arguments(parser, argv):
     choice(*defaults.PARALLELS, optional=True)("parallel", args.parallel)
     texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
     check_output_dir(args.output_dir)
+    if args.resume and args.overwrite:
+        raise SettingError("overwrite", True, "removes what --resume keeps; give one of them")
     if args.start_from is not None and Path(args.start_from).resolve() == Path(args.output_dir).resolve():
         raise SettingError("start_from", args.start_from, "is the output directory, which is written anew; give two")
     return Command(
         settings, loading, texts, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
-        ground_truth=not args.no_ground_truth, resume=args.resume, keep_trajectories=args.keep_trajectories,
-        start_from=args.start_from, parallel=args.parallel,
+        ground_truth=not args.no_ground_truth, resume=args.resume, overwrite=args.overwrite,
+        keep_trajectories=args.keep_trajectories, start_from=args.start_from, parallel=args.parallel,
     )  # fmt: skip
 
 

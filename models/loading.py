@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -31,7 +31,7 @@ class Model:
 
     name: what from_pretrained takes, a hub id or a folder; of a pipeline made in memory, its class. kind: its class in
     diffusers. scheduler: one of our own, DDIM or Euler's of flow matching, with the noise schedule of the pipeline's.
-    guidance_scale: the usual one, None where there is no guidance.
+    guidance_scale: the usual one, None where there is no guidance. folder: where its configs are, None in memory.
     """
 
     name: str
@@ -39,10 +39,17 @@ class Model:
     family: Family
     scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
     guidance_scale: float | None
+    folder: Path | None = None
 
     @property
     def training_steps(self):
         return self.scheduler.config.num_train_timesteps
+
+    @property
+    def commit(self):
+        """Of a model from the hub, as it was downloaded; None for others."""
+        downloaded = self.folder is not None and not os.path.isdir(self.name)
+        return self.folder.name if downloaded else None
 
 
 def find_model(name):
@@ -123,7 +130,7 @@ def _read_configs(name):
 
     kind = str(config("model_index.json").get("_class_name"))  # a list where it is code of the model's own
     scheduler = config("scheduler/scheduler_config.json") if kind in FAMILIES else {}
-    return _model(name, kind, lambda part: config(f"{part}/config.json"), scheduler)
+    return replace(_model(name, kind, lambda part: config(f"{part}/config.json"), scheduler), folder=folder)
 
 
 def _download_configs(name):

@@ -50,15 +50,15 @@ class Processes:
     the whole run. parallel: what they share, "lanes" or "prompts". broken: whether something failed on this process in
     the middle of a tick, in which the others now wait.
 
-    All but `count`, `take` and `end` must be called by all processes, in the same order. Raises ProcessError, at any
-    call, where another process cannot be reached.
+    All but `count`, `take`, `tell`, `told` and `end` must be called by all processes, in the same order. Raises
+    ProcessError, at any call, where another process cannot be reached.
     """
 
     def __init__(self):
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched() else (0, 1, 0)
         self.first, self.parallel, self.broken = self.rank == 0, None, False
-        self.broadcasts, self.waits, self.counters = 0, 0, Counter()
+        self.broadcasts, self.waits, self.counters, self.values = 0, 0, Counter(), {}
         if self.size > 1:
             # Python's handlers wait until the main thread is back from a collective; this wakes the watch at once.
             self.signals, self.wake = socket.socketpair()
@@ -183,6 +183,21 @@ class Processes:
             return self.counters[name]
         with _reaching():
             return self.store.add(name, by)
+
+    def tell(self, name, value):
+        """Leave a value, anything that JSON can write, under a name for whichever process asks."""
+        if self.size == 1:
+            self.values[name] = value
+            return
+        with _reaching():
+            self.store.set(f"told/{name}", json.dumps(value))
+
+    def told(self, name):
+        """What was left under a name; None where nothing was."""
+        if self.size == 1:
+            return self.values.get(name)
+        with _reaching():
+            return json.loads(self.store.get(f"told/{name}")) if self.store.check([f"told/{name}"]) else None
 
     def split(self, denoise):
         """`denoise` with the lanes of a call dealt out evenly, if they are shared; all get the outputs of all."""

@@ -1,8 +1,6 @@
-"""The record of a run: which files are whole, and what a later run may keep.
+"""The record of a run: which sets of files are whole, what made them, and what becomes of an earlier run's."""
 
-Every file is whole or not there.
-"""
-
+import contextlib
 import json
 import os
 import re
@@ -13,150 +11,252 @@ import numpy as np
 from PIL import Image
 
 import utils
-from settings import Failure, SettingError
+from settings import SettingError
+from study.directory import Earlier, WriteError, checksum, name_of, pack, read, reporting, stage, write
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
-# What Record writes, beside run.json.
-OURS = re.compile(
-    r"([0-9]{3,}-[a-z0-9-]+/)?((srds|trajectory)_[a-z0-9_]+\.(png|csv)|result\.json|trajectory\.safetensors)"
-)
 KEPT = "trajectory.safetensors"
-# Settings that may differ in a run that resumes another: results depend on them by rounding at most.
-NOT_COMPARED = ("output_dir", "prompts", "prompt", "parallel", "device", "offload")
+OTHER_PROMPTS = ["prompts", "these", "others"]
 
 
-class WriteError(Failure):
-    """A file that could not be written, in one line."""
+def compare(folder, texts, made_by, resume):
+    """What there is of an earlier run in a directory, and whether it is of this one; nothing is touched.
+
+    texts: the prompts. made_by: for each, all that its result depends on. resume: whether that run is to be resumed.
+
+    Returns the names of its files; the first thing that its results had otherwise (a list of its name and what it is
+    now and was then), or None; and the numbers of the prompts that are complete, where they may be kept.
+
+    Raises SettingError where what is not ours is in the way, and where another run is to be resumed.
+    """
+    folder, folders = Path(folder), folder_names(texts)
+    earlier, difference = Earlier.find(folder), None
+    earlier.check(dict.fromkeys(["", *folders]))
+    own = dict(zip(folders, made_by))
+    for name, entry in earlier.entries.items():
+        now = own.get(name, {})
+        differing = [key for key, value in now.items() if entry["made_by"].get(key) != value]
+        if not now or "text" in differing:
+            difference = difference or OTHER_PROMPTS
+        elif differing:
+            difference = difference or [differing[0], now[differing[0]], entry["made_by"].get(differing[0])]
+    if resume and difference:
+        name, now, before = difference
+        if difference == OTHER_PROMPTS:
+            raise SettingError("resume", True, "finds other prompts in the earlier run; give the same, or leave it out")
+        if " " in name:  # no setting
+            raise SettingError(
+                "resume", True, f"finds another {name} ({now}) than the earlier run had ({before}); leave it out"
+            )
+        has = "none" if before is None else repr(before)
+        remedy = f"differs from the run to resume, which has {has}; give the same, or leave out --resume"
+        raise SettingError(name, now, remedy)
+    whole = [i for i, name in enumerate(folders) if resume and is_whole(folder, name, earlier.entries.get(name), True)]
+    return earlier.files, difference, whole
+
+
+def is_whole(folder, name, entry, to_the_bit=False):
+    """Whether the set that an entry, as `result.json` has it, tells of is complete, and its files as they were."""
+    if not entry or not entry["complete"]:
+        return False
+    try:
+        for file, (size, digest) in entry["files"].items():
+            path = folder / name / file
+            if path.stat().st_size != size or (to_the_bit and checksum(path.read_bytes()) != digest):
+                return False
+    except OSError:
+        return False
+    return True
 
 
 class Record:
-    """The output directory.
+    """The output directory, as this run writes it.
 
-    A prompt's set of files ends with its `result.json`, which lists them and alone says that the set is complete.
-    `run.json` describes the run, repeats the results at its end, and tells a later run what to remove.
+    A prompt's set of files ends with its `result.json`, which has their sizes and checksums and what they were made by,
+    and alone says that the set is complete. `run.json` describes the run, and repeats the results at its end.
 
-    folder: the directory, made if it is not there.
-    about: what `run.json` says of the run: when it was "begun", "settings", "environment", "model", and "plan".
-    texts: the prompts. Several have a folder each, and an overview at the top.
+    folder: the directory, which is there. about: what `run.json` says of the run: its "run", an id, when it was
+    "begun", "settings", "environment", "model", and "plan". texts: the prompts. Several have a folder each, and an
+    overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
+    overwrite: to remove an earlier run of other results in place of setting it aside. takes_over: whether this process
+    is the one to do so; another one returns False when it is done.
     """
 
-    def __init__(self, folder, about, texts):
-        self.folder, self.about, self.texts = Path(folder), about, texts
-        self.folders = [""] if len(texts) == 1 else [folder_name(i, text) for i, text in enumerate(texts)]
+    def __init__(
+        self, folder, about, texts, made_by, earlier=(), difference=None, overwrite=False, takes_over=lambda: True
+    ):  # fmt: skip
+        self.folder, self.about, self.texts, self.made_by, self.earlier = Path(folder), about, texts, made_by, earlier
+        self.difference, self.overwrite, self.takes_over = difference, overwrite, takes_over
+        self.folders, self.failures = folder_names(texts), {}
 
-    def begin(self, resume=False):
-        """Make the directory, and remove what an earlier run wrote there unless told to `resume` that one."""
-        if not resume:
-            _remove_earlier(self.folder)
-        try:
-            for folder, entry in zip(self.folders, self._entries()):
-                if entry and (not resume or _failed(entry)):  # it is to be sampled again
-                    (self.folder / folder / "result.json").unlink()
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WriteError(f"{self.folder} cannot be written: {error.strerror}") from error
-        self.save()
+    @property
+    def begun(self):
+        """Whether `run.json` is of this run, on whichever process."""
+        return read(self.folder / "run.json").get("run") == self.about["run"]
+
+    def begin(self):
+        """Write `run.json`, in place of an earlier one of the same results."""
+        self._write(read(self.folder / "run.json").get("overview", {}))
 
     def entry(self, i):
-        """The `result.json` of prompt i, None where its set is not complete."""
-        found = _read_json(self.folder / self.folders[i] / "result.json")
-        return found if self._is_whole(found) else None
+        """What `result.json` says of prompt i, None where its set is not complete or not of this run."""
+        found = read(self.folder / self.folders[i] / "result.json")
+        mine = found.get("made_by") == self.made_by[i]
+        return found if mine and is_whole(self.folder, self.folders[i], found) else None
 
     def add(self, i, result, images, errors=None, trajectory=None):
-        """Write the set of prompt i.
+        """Write the set of prompt i, all of it or nothing; the first one begins the run.
 
-        result: its entry in `run.json`; "folder" is added here.
-        images: uint8 (height, width, 3) by file name without ".png".
-        errors: L2 norms of the difference to the ground truth, (refinements + 1, B); None without ground truth.
+        result: its entry in `run.json`; "folder" is added here. images: uint8 (height, width, 3) by file name without
+        ".png". errors: L2 norms of the difference to the ground truth, (refinements + 1, B); None without ground truth.
         trajectory: a `refinement.Trajectory` to keep, or None.
+
+        Returns what became of an earlier run of other results, a line, where that was the first; else None.
         """
         folder = self.folders[i]
-        kept = [_path(folder, KEPT)] if trajectory else []
-        entry = {"complete": False, "files": [], "result": {**result, "folder": folder}, "errors": errors}
+        entry = {"result": {**result, "folder": folder}, "errors": errors, "made_by": self.made_by[i]}
+        entry |= {"run": self.about["run"], "begun": self.about["begun"]}
 
-        def announce(files):
-            # Named before they are written: a run that is cut short leaves nothing that the next one does not know.
-            entry["files"] = [*files, *kept, _path(folder, "result.json")]
-            self._write(_path(folder, "result.json"), entry)
+        def announce(files, complete=False):
+            content = pack({"complete": complete, "files": files, **entry})
+            write(self.folder / folder / "result.json", content, self.about["run"])
 
-        self._save_set(folder, [entry], lambda entry: images.__getitem__, announce)
-        if trajectory:
-            write(self.folder / folder / KEPT, trajectory.packed())
-        self._write(_path(folder, "result.json"), {**entry, "complete": True})
+        with self._staged(folder) as stage_one:
+            self._render(stage_one, [entry], lambda entry: images.__getitem__)
+            if trajectory:
+                stage_one(KEPT, trajectory.packed())
+            said = self._take_over()
+            files = self._publish(folder, stage_one.parts, announce)
+            announce(files, complete=True)
+        return said
 
     def fail(self, i, seed, error):
         """Note that prompt i failed, and why."""
-        result = {"prompt": self.texts[i], "seed": seed, "error": error, "folder": self.folders[i]}
-        name = _path(self.folders[i], "result.json")
-        self._write(name, {"complete": False, "files": [name], "result": result, "errors": None})
+        self.failures[i] = {"prompt": self.texts[i], "seed": seed, "error": error, "folder": self.folders[i]}
 
     def finish(self):
         """Write the overview of several prompts, and `run.json` with all results; returns the results."""
-        entries, overview = list(filter(None, map(self.entry, range(len(self.texts))))), []
-
-        def announce(files):
-            overview.extend(files)
-            self.save(overview)
-
-        if len(self.texts) > 1 and entries:
-            try:
-                self._save_set("", entries, self._saved_images, announce)
-            except FileNotFoundError as error:
-                raise WriteError(f"{error.filename} is gone") from error
+        entries = [self.entry(i) for i in range(len(self.texts))]
+        for i, entry in enumerate(entries):
+            if not entry and i not in self.failures:
+                self.fail(i, self.made_by[i]["seed"], "its files are gone")
+        entries = [entry for i, entry in enumerate(entries) if entry and i not in self.failures]
+        if not self.begun or not entries or len(self.texts) == 1:
+            return self.save()
+        with self._staged("") as stage_one:
+            self._render(stage_one, entries, self._saved_images)
+            overview = self._publish("", stage_one.parts, self.save)
         return self.save(overview)
 
-    def save(self, files=()):
-        """Write `run.json` with the results so far and what is in the directory; returns the results."""
-        entries = self._entries()
-        results = self.results(entries)
-        files = [*files, *(name for entry in entries for name in entry.get("files", ()))]
-        self._write("run.json", {**self.about, "folders": self.folders, "prompts": results, "files": files})
-        return results
+    def save(self, overview=None):
+        """Write `run.json` with the results so far, once the run has begun; returns them.
 
-    def results(self, entries=None):
-        """What there is of each prompt that is complete or failed, in their order; of `entries`, if they are known."""
-        entries = self._entries() if entries is None else entries
-        return [entry["result"] for entry in entries if self._is_whole(entry) or _failed(entry)]
+        overview: sizes and checksums of the files that show all prompts, by name; None: as it has them.
+        """
+        if self.begun:
+            self._write(read(self.folder / "run.json")["overview"] if overview is None else overview)
+        return self.results()
 
-    def _is_whole(self, entry):
-        return entry.get("complete") and all((self.folder / name).is_file() for name in entry["files"])
+    def _write(self, overview):
+        found = {name: read(self.folder / name / "result.json").get("files", {}) for name in self.folders}
+        files = [name_of(name, file) for name, own in found.items() if own for file in (*own, "result.json")]
+        files = [*overview, *files, *(name for name in self.earlier if name != "run.json")]
+        files = [name for name in dict.fromkeys(files) if name in overview or os.path.lexists(self.folder / name)]
+        record = {"folders": self.folders, "prompts": self.results(), "overview": overview, "files": files}
+        content = pack({**self.about, **record})
+        write(self.folder / "run.json", content, self.about["run"])
 
-    def _entries(self):
-        return [_read_json(self.folder / folder / "result.json") for folder in self.folders]
+    def results(self):
+        """What there is of each prompt that is complete or failed, in their order."""
+        entries = {i: self.entry(i) for i in range(len(self.texts)) if i not in self.failures}
+        found = {i: entry["result"] for i, entry in entries.items() if entry} | self.failures
+        return [found[i] for i in sorted(found)]
 
-    def _write(self, name, content):
-        write(self.folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    def _take_over(self):
+        """Begin the run, unless it has begun; see `add`."""
+        said = None
+        if not self.begun and self.takes_over():
+            earlier = Earlier.find(self.folder)
+            if self.difference and self.overwrite:
+                earlier.remove()
+            elif self.difference and earlier.files:
+                name, now, before = self.difference
+                had = "other prompts" if self.difference == OTHER_PROMPTS else f"{name} {before!r}, not {now!r},"
+                place = self.folder / earlier.set_aside(self.about["run"])
+                said = f"the earlier run of {self.folder} had {had} and is now in {place}"
+            self.begin()
+        return said
+
+    @contextlib.contextmanager
+    def _staged(self, folder):
+        """A function that stages a file for a folder, by its name and bytes; what is left staged is removed."""
+
+        def stage_one(name, data):
+            part = stage(self.folder / folder / name, data, self.about["run"])
+            stage_one.parts[name] = part, [len(data), checksum(data)]
+
+        stage_one.parts = {}
+        try:
+            yield stage_one
+        finally:
+            for part, _ in stage_one.parts.values():
+                part.unlink(missing_ok=True)
+            if folder:
+                with contextlib.suppress(OSError):
+                    (self.folder / folder).rmdir()  # where nothing came into it
+
+    def _publish(self, folder, parts, announce):
+        """Give staged files their names, in place of a set before; returns their sizes and checksums by name.
+
+        announce: is called with the names of both sets before any is touched, so that whoever comes after a kill knows
+        them.
+        """
+        files = {name: facts for name, (_, facts) in parts.items()}
+        known = [Path(name) for name in self.earlier if Path(name).parent == Path(folder)]
+        before = {path.name: None for path in known if path.suffix != ".json" and os.path.lexists(self.folder / path)}
+        if folder or len(self.texts) == 1:
+            before |= read(self.folder / folder / "result.json").get("files", {})
+        else:
+            before |= read(self.folder / "run.json").get("overview", {})
+        announce({**before, **files})
+        for name in before.keys() - files.keys():
+            with reporting(self.folder / folder / name, "of an earlier run, cannot be removed"):
+                (self.folder / folder / name).unlink(missing_ok=True)
+        for name, (part, _) in parts.items():
+            path = self.folder / folder / name
+            if name not in before and os.path.lexists(path):
+                raise WriteError(f"{path} cannot be written: it is there, and is not of this run")
+            with reporting(path):
+                os.replace(part, path)
+        return files
 
     def _saved_images(self, entry):
         folder = self.folder / entry["result"]["folder"]
         return lambda name: np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
 
-    def _save_set(self, folder, entries, images_of, announce):
-        """Write the pictures, table and plot of `entries`, with one cell a prompt, into one folder.
+    def _render(self, stage_one, entries, images_of):
+        """Stage the pictures, table and plot of `entries`, with one cell a prompt.
 
-        images_of(entry) gives a function from a file's name to its image; announce(files) is called before any is
-        written.
+        images_of(entry) gives a function from a file's name to its image.
         """
         results, errors = [entry["result"] for entry in entries], [entry["errors"] for entry in entries]
         longest = max(len(result["iterations"]) for result in results) - 1
         truth = errors[0] is not None
         names = ["srds_initialized", *(f"srds_iteration_{i}" for i in range(longest)), "srds_final"]
         names += ["srds_ddim_gt", "srds_ddim_course"] if truth else []
-        table = ["trajectory_errors_table.csv", "trajectory_errors_plot.png"] if truth else []
-        announce([_path(folder, name) for name in [*(f"{name}.png" for name in names), "srds_filmstrip.png", *table]])
 
         def images(name, most=SHOWN):
             return [images_of(entry)(utils.stage(name, entry["result"])) for entry in entries[:most]]
 
-        path, text = self.folder / folder, self._png_text(results[:SHOWN])
+        text = self._png_text(results[:SHOWN])
         strip = utils.filmstrip(results[:ROWS], lambda name: images(name, ROWS), names, self._steps)
-        write(path / "srds_filmstrip.png", utils.png(strip, text))
+        stage_one("srds_filmstrip.png", utils.png(strip, text))
         for name in names:
-            write(path / f"{name}.png", utils.png(utils.mosaic(images(name)), text))
+            stage_one(f"{name}.png", utils.png(utils.mosaic(images(name)), text))
         if truth:
             together = utils.combine_errors([np.asarray(error) for error in errors])
-            write(path / table[0], utils.error_table(together).encode())
-            write(path / table[1], utils.error_plot(together, results, self._steps))
+            stage_one("trajectory_errors_table.csv", utils.error_table(together).encode())
+            stage_one("trajectory_errors_plot.png", utils.error_plot(together, results, self._steps))
 
     @property
     def _steps(self):
@@ -170,78 +270,9 @@ class Record:
         }
 
 
-def earlier_run(folder):
-    """The `run.json` of an earlier run; empty where there is none."""
-    return _read_json(Path(folder) / "run.json")
-
-
-def check_resumable(folder, settings, texts):
-    """The earlier run in a folder, empty if there is none. Raises SettingError unless it is one of the same.
-
-    settings: as `run.json` will have them, but for "dtype", resolved here. Where they are planned ("auto"), the earlier
-    run's plan stands for them.
-    """
-    earlier = earlier_run(folder)
-    if not earlier:
-        return {}
-    try:
-        before, plan = {**earlier["settings"], "dtype": earlier["environment"]["dtype"]}, earlier.get("plan")
-        before.setdefault("method", "srds")
-        now = dict(settings)
-        if plan and now["coarse_steps"] == "auto":
-            now |= {"coarse_steps": plan["blocks"], "schedule": plan["schedule"]}
-        earlier_texts = earlier["texts"]
-    except (KeyError, TypeError):
-        raise SettingError("resume", True, f"finds no run that can be resumed in {folder}/run.json") from None
-    free = NOT_COMPARED if now["fixed_batch"] else (*NOT_COMPARED, "max_batch", "compile")
-    for key, value in now.items():
-        # What a version before did not know, it did not do.
-        earlier_value = before.get(key, value and None)
-        if key not in free and earlier_value != value:
-            has = "none" if earlier_value is None else repr(earlier_value)
-            remedy = f"differs from the run to resume, which has {has}; give the same, or leave out --resume"
-            raise SettingError(key, value, remedy)
-    if earlier_texts != texts:
-        remedy = "finds other prompts in the earlier run; give the same, or leave out --resume"
-        raise SettingError("resume", True, remedy)
-    return earlier
-
-
-def _read_json(path):
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # not there, or not ours
-    return found if isinstance(found, dict) else {}
-
-
-def _failed(entry):
-    return "error" in entry.get("result", ())
-
-
-def _path(folder, name):
-    return Path(folder, name).as_posix()
-
-
-def _remove_earlier(folder):
-    record = earlier_run(folder)
-    try:
-        entries = [_read_json(folder / name / "result.json") for name in record.get("folders", ())]
-        named = [name for entry in [record, *entries] for name in entry.get("files", ())]
-        files = [name for name in dict.fromkeys(named) if OURS.fullmatch(name)]
-    except TypeError:
-        return  # a run.json that is not ours
-    for name in files:
-        try:
-            (folder / name).unlink(missing_ok=True)
-            _part(folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise WriteError(f"{folder / name}, of an earlier run, cannot be removed: {error.strerror}") from error
-    for name in {Path(name).parent for name in files if "/" in name}:
-        try:
-            (folder / name).rmdir()
-        except OSError:
-            pass  # it holds something that is not ours, or is gone already
+def folder_names(texts):
+    """The folder of each prompt; a single one has none of its own."""
+    return [""] if len(texts) == 1 else [folder_name(i, text) for i, text in enumerate(texts)]
 
 
 def folder_name(index, prompt):
@@ -249,24 +280,3 @@ def folder_name(index, prompt):
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     words = re.findall(r"[a-z0-9]+", plain)[:8] or ["prompt"]
     return f"{index:03d}-{'-'.join(words)}"[:80].rstrip("-")
-
-
-def write(path, data):
-    """Write bytes to `path`, whole or not at all, making its folder in one that is there. Raises WriteError."""
-    part = _part(path)
-    try:
-        path.parent.mkdir(exist_ok=True)  # not its parents: an output directory removed in mid-run stays removed
-        try:
-            part.write_bytes(data)
-            with part.open("r+b") as file:
-                os.fsync(file.fileno())  # or a machine that crashes may keep the name and lose what is in it
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _part(path):
-    """Where a file is written before it has its name."""
-    return path.with_name(f".{path.name}.part")

@@ -1,7 +1,8 @@
 """One run of the command: the model, the prompts that are left, each prompt's files."""
 
 import contextlib
-import hashlib
+import functools
+import secrets
 import sys
 import time
 from dataclasses import asdict, replace
@@ -16,27 +17,27 @@ import utils
 from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline
 from refinement import Trajectory, difference
 from sampler import Sampler
-from settings import Failure, SettingError, in_one_line, out_of_memory
+from settings import Failure, SettingError, in_one_line, out_of_memory, split_scale
+from study.directory import Lock, WriteError, is_locked_by, read
+from study.fingerprint import made_by
 from study.planning import describe_plan
 from study.processes import ProcessError, wait_until
-from study.record import KEPT, Record, WriteError, check_resumable, earlier_run
+from study.record import KEPT, Record, compare
 
 
 def run(command, processes):
     """Load, sample and write what a `main.Command` asks for. What can fail without being a bug ends in a Failure."""
     try:
         processes.check_alike(without_places(command))
-        sampler, about, resuming, starts = load(command, processes)
-        record = Record(command.output_dir, about, command.texts)
-        complete = record.entry if processes.first and resuming else lambda i: None
-        left = processes.broadcast([i for i in range(len(command.texts)) if not complete(i)])
-        if left:
-            sampler.warm_up()
-        if processes.first:
-            record.begin(resuming)  # not before it is known that the model runs, as this removes an earlier run
-        if processes.parallel == "prompts":
-            check_shared(record, processes)
-        sample_all(command, sampler, record, left, starts)
+        with contextlib.ExitStack() as stack:
+            sampler, record, left, starts, pending = load(command, processes, stack)
+            if left:
+                sampler.warm_up()
+            if processes.first and not pending:
+                record.begin()
+            if processes.parallel == "prompts":
+                check_shared(command, record, processes)
+            sample_all(command, sampler, record, left, starts)
         processes.close()
     except Failure:
         raise
@@ -50,59 +51,95 @@ def run(command, processes):
 def without_places(command):
     """What all processes of a launch must have been given alike; folders may have other names on other machines."""
     same = command.texts, command.ground_truth, command.resume, command.parallel, command.keep_trajectories
-    return [asdict(command.settings), asdict(command.loading), bool(command.start_from), *same]
+    return [asdict(command.settings), asdict(command.loading), bool(command.start_from), command.overwrite, *same]
 
 
-def load(command, processes):
-    """The command's sampler, what `run.json` says of the run, whether there is one to resume, and what to start from.
+def load(command, processes, stack):
+    """The command's sampler, record, and numbers of the prompts that are left; what each prompt starts from; and
+    whether another run's results are there until this one has some.
 
-    The last is a list of a `refinement.Trajectory`, or None, for each prompt.
+    What a prompt starts from is a `refinement.Trajectory`, or None. `stack` lets go of the output directory.
     """
-    device = processes.own_device(choose_device(command.loading))
+    device, folder = processes.own_device(choose_device(command.loading)), Path(command.output_dir)
     processes.join(device.type == "cpu", command.parallel or default_parallel(command.texts, processes))
     with processes.in_turn():
         model = find_model(command.loading.model)
-    settings, dtype = command.settings, str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
-    resolved, starts = settings.resolve(model), [None] * len(command.texts)
+    dtype = str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
+    resolved, starts = command.settings.resolve(model), [None] * len(command.texts)
     if command.start_from is not None:
         starts = kept_trajectories(command.start_from, len(command.texts), processes)
         for start in starts:
             start.check(model.family.shape(resolved.height, resolved.width), model.name)
-    recorded = recorded_settings(command, resolved, processes)
-    earlier = {}
-    if command.resume and processes.first:
-        earlier = check_resumable(command.output_dir, {**recorded, "dtype": dtype}, command.texts)
-    plan, resuming = processes.broadcast([earlier.get("plan"), bool(earlier)])
+    run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
+    if processes.first:
+        stack.callback(Lock(folder, run).release)
+    plan = processes.broadcast(read(folder / "run.json").get("plan") if command.resume else None)
+    if plan and resolved.coarse_steps == "auto":
+        resolved = replace(resolved, coarse_steps=plan["blocks"], schedule=plan["schedule"])
+
+    def earlier(settings):
+        """What each result depends on, and what the directory holds of an earlier run."""
+        if not processes.first:
+            return processes.broadcast()
+        recorded = {**recorded_settings(command, settings, processes), "dtype": dtype}
+        each = command.texts, [seed_of(i, settings, model) for i in range(len(command.texts))], starts
+        adapters = [*(split_scale(lora)[0] for lora in command.loading.lora), *command.loading.textual_inversion]
+        made = made_by(recorded, model, adapters, *each)
+        return processes.broadcast([made, *compare(folder, command.texts, made, command.resume)])
+
+    found = None if resolved.coarse_steps == "auto" else earlier(resolved)
     with processes.in_turn():
         pipeline = load_pipeline(model, replace(command.loading, device=str(device)))
-    sampler = Sampler(pipeline, settings, processes=processes, plan=plan)
+    sampler = Sampler(pipeline, command.settings, processes=processes, plan=plan)
+    made, files, difference, whole = found or earlier(sampler.settings)
     name = sampler.model.name
     if name == MIRRORS.get(command.loading.model):
         print(f"{command.loading.model} was withdrawn from the hub by its owner; using its mirror {name}")
     if sampler.plan:
         print(describe_plan(sampler.plan))
-    family = sampler.model.family
-    about = {
-        "begun": datetime.now().astimezone().isoformat(),
-        "settings": recorded_settings(command, sampler.settings, processes),
-        "texts": command.texts,
+    settings = recorded_settings(command, sampler.settings, processes)
+    about = {"run": run, "begun": begun, "settings": settings, "texts": command.texts}
+    about |= surroundings(sampler, device, dtype) | ({"plan": sampler.plan} if sampler.plan else {})
+    takes_over = functools.partial(is_to_take_over, folder, run, processes)
+    record = Record(folder, about, command.texts, made, files, difference, command.overwrite, takes_over)
+    left = [i for i in range(len(command.texts)) if i not in whole]
+    return sampler, record, left, starts, files and not command.resume
+
+
+def surroundings(sampler, device, dtype):
+    """What `run.json` says of the machine and the model."""
+    model = sampler.model
+    return {
         "environment": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "device": str(device),
             "dtype": dtype,
-            "processes": processes.size,
+            "processes": sampler.processes.size,
         },
         "model": {
-            "name": name,
-            "family": type(family).__name__,
+            "name": model.name,
+            "family": type(model.family).__name__,
             "prediction_type": sampler.grid.prediction_type,
-            "native_height": family.native_size[0],
-            "native_width": family.native_size[1],
+            "native_height": model.family.native_size[0],
+            "native_width": model.family.native_size[1],
         },
     }
-    return sampler, about | ({"plan": sampler.plan} if sampler.plan else {}), resuming, starts
+
+
+def seed_of(i, settings, model):
+    """The seed of prompt i. Without prompts, only the noise can make samples differ."""
+    return settings.seed if model.family.prompted else (settings.seed + i) % 2**64
+
+
+def is_to_take_over(folder, run, processes):
+    """Whether this process is the first to have a set; else returns once that one has begun the run."""
+    if processes.count("whole") == 1:
+        return True
+    if not wait_until(lambda: read(folder / "run.json").get("run") == run):
+        raise WriteError(f"{folder} cannot be written: another process has not begun the run there")
+    return False
 
 
 def kept_trajectories(folder, count, processes):
@@ -110,7 +147,10 @@ def kept_trajectories(folder, count, processes):
 
     Raises SettingError where there are none, or as many others, or others than the first process finds.
     """
-    folders, remedy = earlier_run(folder).get("folders", ()), "give the output directory of a --keep-trajectories run"
+    folders, remedy = (
+        read(Path(folder, "run.json")).get("folders", ()),
+        "give the output directory of a --keep-trajectories run",
+    )
     try:
         found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
     except (ValueError, TypeError) as error:
@@ -120,7 +160,7 @@ def kept_trajectories(folder, count, processes):
     if len(found) not in (1, count):
         raise SettingError("start_from", folder, f"has {len(found)} prompts; give a run of one, or of {count} as here")
     if processes.size > 1:
-        digests = [hashlib.sha256(start.packed()).hexdigest() for start in found]
+        digests = [start.digest for start in found]
         if processes.broadcast(digests) != digests:
             remedy = "holds other trajectories than the first process finds; give one directory that all share"
             raise SettingError("start_from", folder, remedy)
@@ -148,12 +188,11 @@ def recorded_settings(command, settings, processes):
     }
 
 
-def check_shared(record, processes):
-    """Raise SettingError unless all processes see the output directory that the first one has begun."""
-    begun = processes.broadcast(record.about["begun"])
-    if not wait_until(lambda: earlier_run(record.folder).get("begun") == begun):
+def check_shared(command, record, processes):
+    """Raise SettingError unless all processes see the output directory that the first one has locked."""
+    if not wait_until(lambda: is_locked_by(Path(command.output_dir), record.about["run"])):
         remedy = "is not one directory for all machines; give one that they share, or --parallel lanes"
-        raise SettingError("output_dir", str(record.folder), remedy)
+        raise SettingError("output_dir", command.output_dir, remedy)
 
 
 def explain(command, error):
@@ -189,19 +228,20 @@ def sample_all(command, sampler, record, left, starts):
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
             for i in processes.take(left):
                 tqdm.write(f"prompt {i + 1} of {len(texts)}: {' '.join(texts[i].split())}")
-                # Without prompts, only the noise can make samples differ.
-                seed = sampler.settings.seed if sampler.model.family.prompted else (sampler.settings.seed + i) % 2**64
+                seed = seed_of(i, sampler.settings, sampler.model)
                 try:
                     result, refinement, *files = sample(sampler, texts[i], seed, command.ground_truth, starts[i], i)
                     trajectory = sampler.trajectory(refinement.states, seed) if command.keep_trajectories else None
-                    record.add(i, result, *files, trajectory)
+                    said = record.add(i, result, *files, trajectory)
+                    if said:
+                        tqdm.write(said)
                 except (WriteError, ProcessError):
                     raise
                 except Exception as error:
                     message = explain(command, error)
                     if not message or processes.broken:
                         raise
-                    record.fail(i, seed, message)
+                    processes.tell(f"failed/{i}", [seed, message])
                     tqdm.write(f"  failed: {message}")
                 bar.n = processes.count("sampled")
                 bar.refresh()
@@ -212,7 +252,7 @@ def sample_all(command, sampler, record, left, starts):
         if processes.parallel == "lanes":
             processes.broadcast(None)
         if processes.first:
-            sum_up(command, record, processes)
+            sum_up(command, record, left, processes)
     except KeyboardInterrupt:
         results = record.save() if processes.first else record.results()
         complete = sum("error" not in result for result in results)
@@ -315,13 +355,19 @@ def ticking(name, most):
         yield bar.update
 
 
-def sum_up(command, record, processes):
+def sum_up(command, record, left, processes):
     """Write the overview and print the closing table; raises Failure where a prompt failed."""
-    texts = command.texts
-    if processes.size > 1 and not wait_until(lambda: len(record.results()) == len(texts)):
-        raise Failure(f"results of other processes do not show up in {command.output_dir}")
+
+    def gather():
+        for i in left:
+            if told := processes.told(f"failed/{i}"):
+                record.fail(i, *told)
+        return len(record.results()) == len(command.texts)
+
+    if not gather() and processes.size > 1:
+        wait_until(gather)  # until what others have written shows up here
     results = record.finish()
     print(utils.summary(results, command.settings.fine_steps))
     failures = [result["error"] for result in results if "error" in result]
     if failures:
-        raise Failure(f"{len(failures)} of {len(texts)} prompts failed; the first: {failures[0]}")
+        raise Failure(f"{len(failures)} of {len(command.texts)} prompts failed; the first: {failures[0]}")

@@ -27,6 +27,7 @@ from pipelines import stable_diffusion
 from sampler import Sampler
 from settings import Settings
 from study import run as study_run
+from study.directory import pack
 
 ROOT = Path(main.__file__).parent
 RECORDS = {"run.json", "result.json"}
@@ -81,8 +82,12 @@ def test_a_result_has_what_each_refinement_took(exact_run):
 
 def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
     record = run_record(exact_run)
-    assert list(record) == ["begun", "settings", "texts", "environment", "model", "folders", "prompts", "files"]
-    assert list(json.loads((exact_run / "result.json").read_text())) == ["complete", "files", "result", "errors"]
+    assert list(record) == [
+        "run", "begun", "settings", "texts", "environment", "model", "folders", "prompts", "overview", "files",
+        "checksum",
+    ]  # fmt: skip
+    result = json.loads((exact_run / "result.json").read_text())
+    assert list(result) == ["complete", "files", "result", "errors", "made_by", "run", "begun", "checksum"]
     assert list(record["prompts"][0]) == [
         "prompt", "ignored", "seed", "converged", "stop_reason", "serial_evaluations", "total_evaluations",
         "image_error", "trajectory_change", "damping", "seconds", "iterations", "folder",
@@ -239,7 +244,7 @@ def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tiny,
 
     assert run("--prompt", "a moon", *more, "--keep-trajectories")[0] == 0 and (out / kept).is_file()
     assert main.main(arguments(earlier, tiny, *both, *more, "--start-from", str(out), prompts=[])) == 0, "of one prompt"
-    assert not list(earlier.rglob(kept)), "an earlier run's are removed"
+    assert not list(earlier.glob(f"0*/{kept}")) and list(earlier.glob(f"earlier/*/*/{kept}")), "set aside"
     note = "note: what it starts from has seed 42, not 43; other noise costs more than it saves"
     capsys.readouterr()
     assert main.main(arguments(earlier, tiny, *more, "--start-from", str(out), "--seed", "43")) == 0
@@ -417,7 +422,7 @@ def workplace(tmp_path, monkeypatch):
         Path(f"{name}.txt").write_bytes(data)
     Path("dangling").symlink_to("nowhere/at-all")
     Path("out").mkdir()
-    Path("out/run.json").write_text('{"files": ["srds_final.png"]}')
+    Path("out/run.json").write_bytes(pack({"files": ["srds_final.png"]}))
     Path("out/srds_final.png").write_text("an image")
     return tmp_path
 
@@ -521,17 +526,20 @@ def test_a_compiler_that_fails_is_one_line_and_status_1(tiny, tmp_path, monkeypa
 
 
 def test_a_full_disk_is_one_line_and_status_1_and_leaves_no_half_file(tiny, monkeypatch, capsys, tmp_path):
-    whole = Path.write_bytes
+    out, whole = tmp_path / "out", []
 
-    def full(path, data):
-        if "filmstrip" in path.name:
-            whole(path, data[:10])
+    def full(file):
+        if "filmstrip" in os.readlink(f"/proc/self/fd/{file}"):
             raise OSError(28, "No space left on device")
-        return whole(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    fails_with_one_line(arguments(tmp_path / "out", tiny, prompts=["a"]), "No space left", capsys)
-    assert files(tmp_path / "out") == RECORDS
+    for seed in ("1", "2"):  # in a new directory, and where there is an earlier study
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            argv = arguments(out, tiny, "--seed", seed, prompts=["a"])
+            fails_with_one_line(argv, "srds_filmstrip.png cannot be written: No space left on device", capsys)
+        assert {path: path.read_bytes() for path in out.iterdir()} == whole if whole else files(out) == {"run.json"}
+        assert main.main(argv) == 0
+        whole = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
 # As a process

@@ -22,13 +22,16 @@ STUDY = {
     "study.planning",
     "study.processes",
     "study.record",
+    "study.directory",
+    "study.fingerprint",
 }
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": set(),
     "refinement": {"settings"}, "models.families": set(),
     "models.adapters": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
-    "study.record": {"settings", "utils"}, "study.run": STUDY,
+    "study.directory": {"settings"}, "study.fingerprint": set(),
+    "study.record": {"settings", "utils", "study.directory"}, "study.run": STUDY,
     "main": {"settings", "study.quiet", "study.processes", "study.run"},
 }  # fmt: skip
 

@@ -1,15 +1,22 @@
 """The record of a run, and the pictures in it."""
 
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, strategies
 from PIL import Image
 
 import utils
 from conftest import files, run_record
-from study.record import Record, folder_name
+from settings import SettingError
+from study import directory
+from study.directory import LOCK, Lock, WriteError, pack, read, write
+from study.record import Record, compare, folder_name
 
 NAMES = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
 
@@ -25,58 +32,149 @@ def add(record, i, grey=0, errors=(2.0, 0.5), truth=True):
     images |= {f"srds_iteration_{k}": images["srds_final"] for k in range(len(errors) - 1)}
     iterations = [entry(k - 1, error if truth else None) for k, error in enumerate(errors)]
     result = {"prompt": record.texts[i], "seed": 0, "iterations": iterations}
-    record.add(i, result, images, [[error, error / 2] for error in errors] if truth else None)
+    return record.add(i, result, images, [[error, error / 2] for error in errors] if truth else None)
 
 
-def make(folder, texts, **about):
-    return Record(folder, {"begun": "now", "settings": {"fine_steps": 8}, **about}, texts)
+def make(folder, texts, seed=0, **how):
+    """A record whose results depend on a seed, of a directory that is there."""
+    folder.mkdir(exist_ok=True)
+    about = {
+        "run": f"{len(list(folder.rglob('*'))):016x}",
+        "begun": "2026-01-02T03:04:05",
+        "settings": {"fine_steps": 8},
+    }
+    made = [{"seed": seed, "text": text} for text in texts]
+    earlier, difference, _ = compare(folder, texts, made, resume=False)
+    return Record(folder, about, texts, made, earlier, difference, **how)
 
 
-def test_a_set_is_complete_once_all_its_files_are_there(tmp_path):
-    record = make(tmp_path / "out", ["a"])
+def test_a_set_is_complete_once_all_its_files_are_there_and_as_they_were(tmp_path):
+    record, out = make(tmp_path / "out", ["a"]), tmp_path / "out"
     record.begin()
     assert record.entry(0) is None and record.results() == []
     add(record, 0)
-    assert record.entry(0)["complete"] and set(record.entry(0)["files"]) == files(tmp_path / "out") - {"run.json"}
-    assert record.finish() == [record.entry(0)["result"]] == run_record(tmp_path / "out")["prompts"]
-    (tmp_path / "out" / "srds_final.png").unlink()
-    assert record.entry(0) is None and record.results() == []
+    assert record.entry(0)["complete"] and set(record.entry(0)["files"]) == files(out) - {"run.json", "result.json"}
+    assert record.finish() == [record.entry(0)["result"]] == run_record(out)["prompts"]
+    whole = lambda: compare(out, ["a"], record.made_by, resume=True)[2] == [0]
+    final = out / "srds_final.png"
+    data = final.read_bytes()
+    for damaged in (b"", data[:-1], data[:-1] + bytes([data[-1] ^ 1])):
+        final.write_bytes(damaged)
+        assert not whole()
+    final.write_bytes(data)
+    assert whole()
+    final.unlink()
+    assert not whole() and record.entry(0) is None and record.results() == []
 
 
-def test_files_are_named_before_they_are_written(tmp_path, monkeypatch):
-    """So that a run that is cut short leaves nothing that the next one does not know."""
-    record = make(tmp_path / "out", ["a", "b"])
+@pytest.mark.parametrize("stopped", ["rendering", "naming"])
+def test_a_set_that_is_cut_short_leaves_nothing_that_the_next_run_does_not_know(stopped, tmp_path, monkeypatch):
+    record, out = make(tmp_path / "out", ["a", "b"]), tmp_path / "out"
     record.begin()
 
     def stop(*args):
-        raise KeyboardInterrupt
+        if stopped == "rendering" or str(args[1]).endswith("srds_final.png"):
+            raise KeyboardInterrupt
+        return replace(*args)
 
-    monkeypatch.setattr(utils, "error_plot", stop)
+    replace = os.replace
+    monkeypatch.setattr(*((utils, "error_plot") if stopped == "rendering" else (os, "replace")), stop)
     with pytest.raises(KeyboardInterrupt):
         add(record, 1)
-    named = json.loads((tmp_path / "out" / "001-b" / "result.json").read_text())
-    assert not named["complete"] and files(tmp_path / "out") - {"run.json"} < set(named["files"])
-    make(tmp_path / "out", ["c"]).begin()
-    assert files(tmp_path / "out") == {"run.json"}
+    monkeypatch.undo()
+    if stopped == "rendering":
+        assert files(out) == {"run.json"}
+    assert compare(out, record.texts, record.made_by, resume=True)[1:] == (None, [])
+    other = make(out, ["c"], overwrite=True)
+    add(other, 0)
+    assert files(out) == {"run.json", "result.json", *other.entry(0)["files"]}
 
 
-def test_a_run_removes_what_the_earlier_one_wrote_and_nothing_else(tmp_path):
-    out, texts = tmp_path / "out", ["a sea", "a moon"]
-    record = make(out, texts)
+def study(out, seed=0):
+    """A run of two prompts in a directory, with notes of somebody's; returns those and the run's files."""
+    record = make(out, ["a sea", "a moon"], seed)
     record.begin()
     for i in range(2):
-        add(record, i)
+        add(record, i, grey=seed)
     record.finish()
-    mine = {"notes.txt", "000-a-sea/notes.txt", "srds_mine.png"}
-    for name in mine:
+    notes = {"notes.txt", "000-a-sea/notes.txt", "srds.png"}
+    for name in notes:
         (out / name).write_text("keep")
-    earlier = run_record(out)
-    earlier["files"] += ["../outside.png", "notes.txt", "000-a-sea/notes.txt", "/etc/srds_x.png"]
-    (out / "run.json").write_text(json.dumps(earlier))
-    (tmp_path / "outside.png").write_text("keep")
-    make(out, ["a hill"]).begin()
-    assert files(out) == mine | {"run.json"}
-    assert (tmp_path / "outside.png").exists() and not (out / "001-a-moon").exists()
+    return notes, {name: (out / name).read_bytes() for name in files(out) - notes}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_run_sets_an_earlier_one_aside_once_it_has_a_set_and_touches_nothing_else(overwrite, tmp_path):
+    out = tmp_path / "out"
+    notes, before = study(out)
+    record = make(out, ["a sea", "a hill"], seed=1, overwrite=overwrite)
+    record.fail(0, 1, "out of memory")
+    record.save()
+    assert {name: (out / name).read_bytes() for name in before} == before, "there is nothing in its place yet"
+    said, aside = add(record, 1, grey=9), "earlier/2026-01-02T03-04-05"
+    if overwrite:
+        assert said is None and not (out / "earlier").exists()
+    else:
+        assert said == f"the earlier run of {out} had seed 0, not 1, and is now in {out / aside}"
+        assert {name: (out / aside / name).read_bytes() for name in before} == before
+        assert compare(
+            out / aside, ["a sea", "a moon"], [{"seed": 0, "text": "a sea"}, {"seed": 0, "text": "a moon"}], True
+        )[2] == [0, 1]
+    assert not (out / "001-a-moon").exists() and notes < files(out)
+    assert record.finish()[1] == record.entry(1)["result"]
+    left = {name for name in files(out) if not name.startswith("earlier")} - notes
+    assert left == {"run.json", *run_record(out)["files"]}
+
+
+def test_an_earlier_run_that_cannot_be_moved_stays_whole(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", os.rename
+    _, before = study(out)
+    record = make(out, ["a hill"])
+
+    def fail(path, target):
+        if path.name == "srds_final.png" and "earlier" in str(target):
+            raise PermissionError(13, "Permission denied")
+        rename(path, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(WriteError, match="srds_final.png of an earlier run, cannot be moved: Permission denied"):
+        add(record, 0)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert not [name for name in files(out) if ".part" in name or name.startswith("earlier/")]
+
+
+def test_a_move_that_was_killed_is_finished_by_the_next_run(tmp_path, monkeypatch):
+    out, rename, moved = tmp_path / "out", os.rename, []
+    _, before = study(out)
+    lock, record = Lock(out, "a" * 16), make(out, ["a hill"])
+
+    def kill(*paths):
+        moved.append(rename(*paths))
+        if len(moved) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", kill)
+    with pytest.raises(KeyboardInterrupt):
+        add(record, 0)
+    monkeypatch.undo()
+    os.close(lock.file)  # as the end of a process does, but for the file
+    Lock(out, "b" * 16).release()
+    (aside,) = (out / "earlier").iterdir()
+    assert {name: (aside / name).read_bytes() for name in before} == before
+    assert not {name for name in before if (out / name).exists()}
+
+
+def test_the_same_run_again_replaces_one_set_after_the_other(tmp_path):
+    out = tmp_path / "out"
+    notes, before = study(out)
+    record = make(out, ["a sea", "a moon"])
+    record.save()
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert add(record, 0, grey=5, errors=(2.0,)) is None
+    assert files(out) - notes == before.keys() - {"000-a-sea/srds_iteration_0.png"}, (
+        "no stale file stands beside new ones"
+    )
+    assert (out / "001-a-moon/srds_final.png").read_bytes() == before["001-a-moon/srds_final.png"]
 
 
 def test_a_failed_prompt_is_noted_and_is_not_complete(tmp_path):
@@ -85,8 +183,104 @@ def test_a_failed_prompt_is_noted_and_is_not_complete(tmp_path):
     record.fail(1, 7, "out of memory")
     assert record.results() == [{"prompt": "b", "seed": 7, "error": "out of memory", "folder": "001-b"}]
     assert record.entry(1) is None
-    make(tmp_path, ["a", "b"]).begin(resume=True)
-    assert record.results() == []
+
+
+def test_a_finished_prompt_whose_folder_vanishes_has_failed(tmp_path):
+    record = make(tmp_path, ["a", "b"])
+    record.begin()
+    for i in range(2):
+        add(record, i)
+    shutil.rmtree(tmp_path / "001-b")
+    assert record.finish()[1] == {"prompt": "b", "seed": 0, "error": "its files are gone", "folder": "001-b"}
+    assert run_record(tmp_path)["prompts"][1]["error"] == "its files are gone"
+
+
+def test_what_is_not_ours_is_in_the_way_and_is_told(tmp_path):
+    refused = lambda words: pytest.raises(SettingError, match=words)
+    (tmp_path / "srds_final.png").write_text("mine")
+    with refused("holds srds_final.png, which no whole record here tells of; move it elsewhere"):
+        make(tmp_path, ["a"])
+    (tmp_path / "srds_final.png").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "001-b").symlink_to("elsewhere")
+    with refused("has a link in place of 001-b"):
+        make(tmp_path, ["a", "b"])
+    record = make(tmp_path, ["a"])
+    (tmp_path / "srds_final.png").write_text("mine, and late")
+    with pytest.raises(WriteError, match="srds_final.png cannot be written: it is there, and is not of this run"):
+        add(record, 0)
+    assert (tmp_path / "srds_final.png").read_text() == "mine, and late"
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "out.json"
+    victim.write_text("keep")
+    (tmp_path / f".out.json.{'a' * 16}.part").symlink_to(victim)
+    with pytest.raises(WriteError):
+        write(path, b"x", "a" * 16)
+    path.symlink_to(victim)
+    write(path, b"x", "b" * 16)
+    assert victim.read_text() == "keep" and path.read_bytes() == b"x" and not path.is_symlink()
+
+
+def test_one_run_at_a_time(tmp_path):
+    out = tmp_path / "new" / "out"
+    lock = Lock(out, "a" * 16)
+    with pytest.raises(SettingError, match="is being written by another run; wait until that ends"):
+        Lock(out, "b" * 16)
+    lock.release()
+    assert not (tmp_path / "new").exists(), "what was made for nothing is removed"
+    out.mkdir(parents=True)
+    parts = [out / f".srds_final.png.{run * 16}.part" for run in "ac"]
+    (out / LOCK).write_text("a" * 16)  # of a run that was killed
+    for part in parts:
+        part.write_text("half")
+    Lock(out, "b" * 16).release()
+    assert [part.exists() for part in parts] == [False, True] and not (out / LOCK).exists()
+
+
+@pytest.mark.parametrize("there", ["link", "pipe", "text"])
+def test_a_lock_that_is_none_is_refused(there, tmp_path):
+    path = tmp_path / LOCK
+    {
+        "link": lambda: path.symlink_to("victim"),
+        "pipe": lambda: os.mkfifo(path),
+        "text": lambda: path.write_text("mine"),
+    }[there]()
+    with pytest.raises(SettingError, match=f"has a {LOCK} that is"):
+        Lock(tmp_path, "a" * 16)
+    assert os.path.lexists(path) and not (tmp_path / "victim").exists()
+
+
+def test_a_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(directory.fcntl, "flock", fail)
+    Lock(tmp_path / "out", "a" * 16).release()
+    assert "cannot be locked (No locks available); this run cannot know whether another" in capsys.readouterr().err
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda values: strategies.lists(values) | strategies.dictionaries(strategies.text(), values),
+)
+
+
+@given(JSON, strategies.binary(max_size=200))
+def test_a_record_is_read_as_it_was_packed_and_nothing_else_is_one(tmp_path_factory, value, data):
+    path = tmp_path_factory.getbasetemp() / "record.json"
+    for found in (
+        json.dumps(value).encode(),
+        data,
+        b"[" * 100_000,
+        b'{"complete": true}',
+        json.dumps({"checksum": value}).encode(),
+    ):
+        path.write_bytes(found)
+        assert read(path) == {}
+    path.write_bytes(pack({"value": value}))
+    assert json.dumps(read(path)) == json.dumps({"value": value})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Runs that never lose work: failures, kills and --resume."""
 
-import json
 import random
 import shutil
 import signal
@@ -10,13 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import main
 import sampler as door
-from conftest import PROMPTS, arguments, contents, run_record
+from conftest import PROMPTS, arguments, contents, files, run_record
 from models.families import StableDiffusion
+from pipelines import stable_diffusion
 from sampler import Sampler
+from study import fingerprint
+from study.directory import LOCK, Lock
 from study.record import Record
 
 ROOT = Path(main.__file__).parent
@@ -78,7 +81,7 @@ def test_resume_keeps_what_is_complete_and_runs_the_rest(whole, tiny, tmp_path, 
         (["--seed", "7"], "--seed/-s: 7 differs from the run to resume, which has 42"),
         (["--seed", "7", "--eta", "0.5", "-gs", "3", "-tol", "1"], "--eta: 0.5 differs"),  # the first of several
         (["--schedule", "sweep"], "--schedule: 'sweep' differs from the run to resume, which has 'pipelined'"),
-        (["--prompt", "another"], "--resume: finds other prompts in the earlier run"),
+        (["--dtype", "bfloat16"], "--dtype: 'bfloat16' differs from the run to resume, which has 'float32'"),
     ],
 )
 def test_settings_that_differ_are_one_line_and_nothing_is_touched(more, words, tiny, tmp_path, capsys):
@@ -92,6 +95,69 @@ def test_settings_that_differ_are_one_line_and_nothing_is_touched(more, words, t
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
+def test_prompts_may_be_added_and_others_are_told(tiny, tmp_path, capsys):
+    out, three = tmp_path / "out", [*PROMPTS[:2], "a hill"]
+    assert main.main(arguments(out, tiny, *SHORT, prompts=PROMPTS[:2])) == 0
+    before = (out / "001-a-moon" / "result.json").read_bytes()
+    assert main.main(arguments(out, tiny, *SHORT, "--resume", prompts=three)) == 0
+    assert "2 of 3 prompts are complete" in capsys.readouterr().out
+    assert (out / "001-a-moon" / "result.json").read_bytes() == before and len(run_record(out)["prompts"]) == 3
+    for prompts in (PROMPTS[:2], ["a red sun", "a moon!", "a hill"], ["a hill"]):
+        assert main.main(arguments(out, tiny, *SHORT, "--resume", prompts=prompts)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--resume: finds other prompts in the earlier run" in error
+
+
+@pytest.mark.parametrize("changed", ["weights", "config", "torch", "code", "start"])
+def test_results_of_another_model_version_code_or_start_are_not_mixed_in(changed, tmp_path, monkeypatch, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    stable_diffusion().save_pretrained(model)
+    start = ["--start-from", str(tmp_path / "start")] if changed == "start" else []
+    keep = lambda seed: main.main(
+        arguments(
+            tmp_path / "start", model, *SHORT, "--keep-trajectories", "--overwrite", "--seed", seed, prompts=["a"]
+        )
+    )
+    assert not start or keep("1") == 0
+    argv = arguments(out, model, *SHORT, *start, "--resume", prompts=PROMPTS[:2])
+    assert main.main(argv) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    if changed == "weights":
+        path = model / "unet" / "diffusion_pytorch_model.safetensors"
+        weights = safetensors.torch.load_file(path)
+        weights["conv_out.bias"] += 1e-3
+        safetensors.torch.save_file(weights, path, {"format": "pt"})
+    elif changed == "config":
+        path = model / "scheduler" / "scheduler_config.json"
+        path.write_text(path.read_text().replace("0.012", "0.013"))
+    elif changed == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.99.0")
+    elif changed == "code":
+        code = tmp_path / "code"
+        code.write_text("another engine")
+        monkeypatch.setattr(fingerprint, "CODE", [code])
+    else:
+        assert keep("2") == 0
+    words = {"weights": "model's files", "config": "model's files", "torch": "version of torch (2.99.0)",
+             "code": "version of this program", "start": "earlier trajectory"}[changed]  # fmt: skip
+    capsys.readouterr()
+    assert main.main(argv) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1 and f"--resume: finds another {words}" in error and "than the earlier run had" in error
+    )
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_a_model_counts_by_what_is_in_it_not_by_where_it_lies(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny, *SHORT, prompts=PROMPTS[:1])) == 0
+    shutil.copytree(tiny, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    assert main.main(arguments(out, "copy", *SHORT, "--resume", prompts=PROMPTS[:1])) == 0
+    assert "1 of 1 prompts are complete" in capsys.readouterr().out
+
+
 def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
     argv = arguments(out, tiny, "-cs", "auto", *SHORT, prompts=PROMPTS[:1])
@@ -102,27 +168,32 @@ def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
         assert run_record(out)["plan"]
 
 
-def test_a_directory_of_the_version_before_is_resumed(tiny, tmp_path):
-    """Its record has neither adapters nor methods among its settings."""
-    out = tmp_path / "out"
-    argv = arguments(out, tiny, *SHORT, prompts=PROMPTS[:2])
-    assert main.main(argv) == 0
-    record = run_record(out)
-    for key in ("lora", "textual_inversion", "method", "nodes", "window"):
-        del record["settings"][key]
-    (out / "run.json").write_text(json.dumps(record))
-    kept = (out / record["folders"][0] / "result.json").stat().st_mtime_ns
-    assert main.main([*argv, "--resume"]) == 0
-    assert (out / record["folders"][0] / "result.json").stat().st_mtime_ns == kept
-
-
-@pytest.mark.parametrize("record", ['{"settings": 3}', '{"settings": {}, "environment": {}}', '{"texts": []}'])
-def test_a_record_that_is_not_of_a_run_is_refused_in_one_line(record, tiny, tmp_path, capsys):
-    (tmp_path / "run.json").write_text(record)
-    assert main.main(arguments(tmp_path, tiny, "--resume")) == 2
+@pytest.mark.parametrize("record", ['{"settings": 3}', '{"complete": true}', "[" * 100_000, ""])
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_record_that_is_none_of_ours_is_refused_in_one_line(more, name, record, tiny, tmp_path, capsys):
+    (tmp_path / name).write_text(record)
+    assert main.main(arguments(tmp_path, tiny, *more, prompts=["a"])) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--resume: finds no run that can be resumed" in error
-    assert (tmp_path / "run.json").read_text() == record
+    assert error.count("\n") == 1 and f"holds {name}, which no whole record here tells of" in error
+    assert (tmp_path / name).read_text() == record and files(tmp_path) == {name}
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_run_without_its_record_is_resumed_by_what_each_set_tells(damage, whole, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = arguments(out, tiny, "--no-ground-truth")
+    assert main.main(argv) == 0
+    path = out / "run.json"
+    path.unlink() if damage == "missing" else path.write_text(path.read_text()[:1000])
+    capsys.readouterr()
+    assert main.main([*argv, "--resume", "-gs", "3"]) == 2 and "--guidance-scale" in capsys.readouterr().err
+    assert main.main([*argv, "--resume"]) == 0
+    assert "4 of 4 prompts are complete" in capsys.readouterr().out and contents(out) == whole
+    path.unlink()
+    assert main.main([*argv, "--seed", "7"]) == 0
+    (aside,) = (out / "earlier").iterdir()
+    assert files(aside) == whole[0].keys() - {"run.json"}, "set aside as it was"
 
 
 def test_a_run_that_cannot_begin_leaves_the_earlier_one(tiny, tmp_path, monkeypatch):
@@ -138,12 +209,37 @@ def test_a_run_that_cannot_begin_leaves_the_earlier_one(tiny, tmp_path, monkeypa
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
-def test_a_run_without_resume_keeps_nothing_whatever_became_of_the_record(tiny, tmp_path, capsys):
+def test_a_study_that_was_set_aside_can_be_resumed(tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    for seed, more in (("1", []), ("2", []), ("3", ["--resume"])):  # of which run.json could tell
-        assert main.main(arguments(out, tiny, "--seed", seed, *SHORT, *more, prompts=PROMPTS[:2])) == 0
-        assert "prompt 2 of 2" in capsys.readouterr().out and run_record(out)["settings"]["seed"] == int(seed)
-        (out / "run.json").unlink()
+    for seed in ("1", "2"):
+        assert main.main(arguments(out, tiny, "--seed", seed, *SHORT, prompts=PROMPTS[:2])) == 0
+    assert "had seed 1, not 2, and is now in" in capsys.readouterr().out
+    (aside,) = (out / "earlier").iterdir()
+    (aside / "001-a-moon" / "srds_final.png").write_bytes(b"")
+    assert main.main(arguments(aside, tiny, "--seed", "1", *SHORT, "--resume", prompts=PROMPTS[:2])) == 0
+    assert "1 of 2 prompts are complete" in capsys.readouterr().out
+    assert {result["seed"] for result in run_record(aside)["prompts"]} == {1} and run_record(out)["prompts"][0][
+        "seed"
+    ] == 2
+
+
+def test_a_second_run_into_a_directory_is_refused(tiny, tmp_path, capsys):
+    lock = Lock(tmp_path / "out", "a" * 16)
+    assert main.main(arguments(tmp_path / "out", tiny, *SHORT, prompts=PROMPTS[:1])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is being written by another run" in error
+    lock.release()
+    assert main.main(arguments(tmp_path / "out", tiny, *SHORT, prompts=PROMPTS[:1])) == 0
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_run_that_fails_on_all_prompts_leaves_the_earlier_study(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny, *SHORT, prompts=PROMPTS[:2])) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    assert main.main(arguments(out, tiny, *SHORT, "-gs", "1e30", prompts=PROMPTS[:2])) == 1
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+    assert main.main(arguments(tmp_path / "new", tiny, *SHORT, "-gs", "1e30", prompts=PROMPTS[:2])) == 1
 
 
 def test_a_run_may_be_resumed_with_what_its_failure_asks_for_but_not_in_other_numbers(tiny, tmp_path, capsys):
@@ -187,9 +283,10 @@ def test_an_output_directory_removed_in_mid_run_is_one_line(tiny, tmp_path, monk
     out, add = tmp_path / "out", Record.add
 
     def remove(self, i, *rest):
-        add(self, i, *rest)
+        said = add(self, i, *rest)
         if i == 1:
             shutil.rmtree(out)
+        return said
 
     monkeypatch.setattr(Record, "add", remove)
     assert main.main(arguments(out, tiny, "--no-ground-truth")) == 1

@@ -1,0 +1,59 @@
+"""What a result depends on, so that a later run can tell whether it would be the same."""
+
+import hashlib
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+# The code that images come from.
+CODE = ["srds.py", "collocation.py", "diffusion.py", "refinement.py", "sampler.py", "models/families.py"]
+CODE += ["models/loading.py", "models/adapters.py"]
+READ = {".json", ".txt", ".model", ".safetensors", ".bin"}  # what a model consists of
+# Settings that may differ in a run that resumes another: results depend on them by rounding at most. Of a model, what
+# is in it counts, not where it lies.
+NOT_COMPARED = {"output_dir", "prompts", "prompt", "parallel", "device", "offload", "model"}
+SAMPLE, SAMPLES = 2**16, 64  # bytes and number of what is read of a large file
+
+
+def made_by(settings, model, adapters, texts, seeds, starts):
+    """For each prompt, what its result depends on, as JSON reads it back.
+
+    settings: as `run.json` has them, resolved. model: a `models.loading.Model`. adapters: paths or hub ids. texts,
+    seeds, starts: of the prompts; a start is a `refinement.Trajectory`, or None.
+    """
+    free = NOT_COMPARED if settings["fixed_batch"] else NOT_COMPARED | {"max_batch", "compile"}
+    common = {key: value for key, value in settings.items() if key not in free}
+    others = {
+        "model's files": model.commit or digest(model.folder),
+        "adapters' files": [digest(Path(path)) for path in adapters if Path(path).exists()],
+        "version of torch": torch.__version__,
+        "version of diffusers": diffusers.__version__,
+        "version of transformers": transformers.__version__,
+        "version of this program": digest(*(ROOT / name for name in CODE)),
+    }
+    each = zip(texts, seeds, starts)
+    return [
+        {**common, "text": text, "seed": seed, **others, "earlier trajectory": start and start.digest}
+        for text, seed, start in each
+    ]
+
+
+def digest(*paths):
+    """Of files, or of all that a model consists of in folders: their names, sizes and contents, in samples if large."""
+    found = hashlib.sha256()
+    for path in paths:
+        inside = sorted(file for file in path.rglob("*") if file.suffix in READ) if path.is_dir() else [path]
+        for file in inside:
+            size = file.stat().st_size
+            found.update(f"{file.relative_to(path) if path.is_dir() else file.name} {size}\n".encode())
+            with file.open("rb") as content:
+                if size <= 2 * SAMPLE * SAMPLES:
+                    found.update(content.read())
+                    continue
+                for i in range(SAMPLES):  # the first is the header of safetensors, the last the end
+                    content.seek(i * (size - SAMPLE) // (SAMPLES - 1))
+                    found.update(content.read(SAMPLE))
+    return found.hexdigest()[:32]
