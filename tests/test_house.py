@@ -11,7 +11,7 @@ import settings
 import srds
 
 ROOT = Path(__file__).resolve().parent.parent
-LOADING = {"settings", "models.families", "models.adapters"}
+LOADING = {"settings", "models.families", "models.adapters", "models.checks"}
 SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
 STUDY = {
     "settings",
@@ -28,7 +28,7 @@ STUDY = {
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": set(),
     "refinement": {"settings"}, "models.families": set(),
-    "models.adapters": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
+    "models.adapters": {"settings"}, "models.checks": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.directory": {"settings"}, "study.fingerprint": set(),
     "study.record": {"settings", "utils", "study.directory"}, "study.run": STUDY,

@@ -1,16 +1,20 @@
 """From a hub id or a folder to a model: what is refused, and what is loaded."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import diffusers
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from models import loading
+from models.checks import check_tokenizers
 from models.loading import ModelError, find_model, inspect, load_pipeline
-from pipelines import SD, pixels, stable_diffusion
+from pipelines import SD, flux, pixels, stable_diffusion
 from settings import Loading, SettingError
 
 CPU = Loading(device="cpu")
@@ -82,6 +86,114 @@ def test_weights_without_safetensors_are_refused(tmp_path):
     stable_diffusion().save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(ModelError, match="safetensors"):
         load_pipeline(find_model(str(tmp_path)), CPU)
+
+
+def edit(path, change):
+    """Change what is in a safetensors or JSON file, a dictionary."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        tensors = safetensors.torch.load_file(path)
+        change(tensors)
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+WEIGHTS = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae", "transformer")}
+WEIGHTS |= {part: f"{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2")}
+FIRST = lambda tensors: sorted(tensors)[0]
+
+
+@pytest.mark.parametrize(
+    "make, part", [(stable_diffusion, "text_encoder"), (stable_diffusion, "unet"), (stable_diffusion, "vae"),
+                   (flux, "text_encoder_2"), (flux, "transformer"), (pixels, "unet")],
+)  # fmt: skip
+def test_weights_that_are_not_whole_are_refused(make, part, tmp_path):
+    """Not sampled with random ones, as the libraries would."""
+    make().save_pretrained(tmp_path / "whole")
+    for change, words in (
+        (lambda tensors: tensors.pop(FIRST(tensors)), f"the weights of its {part} lack "),
+        (lambda tensors: [tensors.pop(name) for name in sorted(tensors)[:5]], "and 2 more"),
+        (lambda tensors: tensors.update({"of.another": torch.zeros(2)}), f"its {part} have, beyond it, of.another"),
+        (lambda tensors: tensors.update({FIRST(tensors): torch.zeros(1)}), "cannot be loaded"),
+        (lambda tensors: tensors.update({FIRST(tensors): tensors[FIRST(tensors)].to(torch.int8)}), "in whole numbers"),
+    ):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "model")
+        edit(tmp_path / "model" / WEIGHTS[part], change)
+        with pytest.raises(ModelError, match=words) as error:
+            load_pipeline(find_model(str(tmp_path / "model")), CPU)
+        assert "\n" not in str(error.value)
+    if part == "text_encoder":
+        position_ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # which the library no longer has
+        edit(tmp_path / "whole" / WEIGHTS[part], lambda tensors: tensors.update(position_ids))
+        load_pipeline(find_model(str(tmp_path / "whole")), CPU)
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+        ("scheduler/scheduler_config.json", {"beta_start": -0.1}),
+        ("scheduler/scheduler_config.json", {"beta_end": 1.5}),
+        ("scheduler/scheduler_config.json", {"beta_end": None}),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}),
+        ("scheduler/scheduler_config.json", {"trained_betas": [2.0] * 1000}),
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("vae/config.json", {"scaling_factor": None}),
+        ("vae/config.json", {"scaling_factor": "0.18"}),
+        ("vae/config.json", {"shift_factor": True}),
+        ("vae/config.json", {"block_out_channels": []}),
+        ("unet/config.json", {"sample_size": -8}),
+        ("unet/config.json", {"sample_size": [8, 8, 8]}),
+        ("unet/config.json", {"in_channels": 4.0}),
+        ("unet/config.json", {"in_channels": True}),
+    ],
+)
+def test_values_that_cannot_be_are_refused_before_weights_are_read(file, values, tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    edit(tmp_path / file, lambda config: config.update(values))
+    with pytest.raises(ModelError, match=next(iter(values))) as error:
+        find_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file, change, words",
+    [
+        ("model_index.json", lambda index: index.update(vae=["diffusers", "UNet2DModel"]), "vae is a UNet2DModel"),
+        ("model_index.json", lambda index: index.update(unet=["diffusers", "DDIMScheduler"]), "unet is a DDIMSch"),
+        ("model_index.json", lambda index: index.update(text_encoder=["transformers", "T5EncoderModel"]), "is a T5Enc"),
+        ("tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=5000), "max_length 5000"),
+        ("tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=0), "model_max_length 0"),
+        ("text_encoder/config.json", lambda config: config.update(vocab_size=9), ""),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(file, change, words, tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    edit(tmp_path / file, change)
+    with pytest.raises(ModelError, match=words) as error:
+        load_pipeline(find_model(str(tmp_path)), CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_must_know_words_and_the_encoder_its_ids():
+    pipeline, known = stable_diffusion(), SimpleNamespace(model_max_length=77, all_special_tokens=["<a>", "<b>"])
+    together = SimpleNamespace(components={"tokenizer": known}, text_encoder=pipeline.text_encoder)
+    for ids, words in ((range(2), "has no vocabulary"), (range(9**6), "has ids to 531440, beyond its text encoder's")):
+        known.get_vocab = lambda ids=ids: {str(i): i for i in ids}
+        with pytest.raises(ModelError, match=words):
+            check_tokenizers("a model", together)
+
+
+@pytest.mark.parametrize("length", [10**30, None])
+def test_a_tokenizer_that_knows_no_length_gets_the_encoders(length, tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer" / "tokenizer_config.json", lambda config: config.update(model_max_length=length))
+    pipeline = load_pipeline(find_model(str(tmp_path)), CPU)
+    assert pipeline.tokenizer.model_max_length == pipeline.text_encoder.config.max_position_embeddings
 
 
 def test_a_saved_pipeline_loads_as_diffusers_loads_it(tiny):

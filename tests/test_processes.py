@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,8 +22,9 @@ from pipelines import pixels as pixel_pipeline
 from pipelines import stable_diffusion
 from settings import SCHEDULES, Failure, SettingError
 from study import processes as study_processes
+from study.directory import Lock
 from study.processes import Processes
-from study.record import Record, folder_name
+from study.record import folder_name
 from study.run import check_shared
 
 ROOT = Path(main.__file__).parent
@@ -210,6 +212,19 @@ def test_a_killed_process_ends_the_run_and_the_others_work_is_kept(rank, paralle
 
 
 @pytest.mark.slow
+def test_several_processes_set_an_earlier_study_aside_once(alone, tiny, tmp_path):
+    out = tmp_path / "out"
+    assert main.main(arguments(out, tiny, *UNEVEN, "--seed", "7", prompts=PROMPTS[:3])) == 0
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    status, printed, errors = finish(start(3, *arguments(out, tiny, *UNEVEN, "--parallel", "prompts")))
+    assert (status, errors) == (0, [])
+    (aside,) = (out / "earlier").iterdir()
+    assert {name: (aside / name).read_bytes() for name in files(aside)} == before
+    shutil.rmtree(out / "earlier")
+    assert_equal_runs(alone / "pipelined", out)
+
+
+@pytest.mark.slow
 def test_what_fails_on_any_process_is_told_once_by_the_first(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / folder_name(1, PROMPTS[1])).write_text("in the way")
@@ -259,12 +274,13 @@ def test_what_fails_between_a_call_and_its_first_tick_ends_the_run(monkeypatch):
 
 def test_an_output_directory_that_machines_do_not_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("study.run.wait_until", lambda seen: seen())
-    record = Record(tmp_path / "out", {"begun": "now", "settings": {}}, ["a"])
-    record.begin()
-    check_shared(record, SimpleNamespace(broadcast=lambda begun: begun))
-    with pytest.raises(Failure, match="is not one directory for all machines") as raised:
-        check_shared(record, SimpleNamespace(broadcast=lambda begun: "of the first machine's directory"))
-    assert raised.value.status == 2
+    lock = Lock(tmp_path / "out", "a" * 16)
+    check_shared(tmp_path / "out", "a" * 16)
+    for folder, run in (("out", "b"), ("other", "a")):
+        with pytest.raises(Failure, match="is not one directory for all machines") as raised:
+            check_shared(tmp_path / folder, run * 16)
+        assert raised.value.status == 2
+    lock.release()
 
 
 def launched(monkeypatch, rank, size, local_rank):

@@ -1,0 +1,149 @@
+"""Whether a model is whole: the values in its configs that this program uses, its weights, its tokenizers."""
+
+import importlib
+import math
+import numbers
+import typing
+
+import diffusers
+import torch
+from safetensors import safe_open
+
+from settings import Failure
+
+HIGHEST = 10**9  # what a tokenizer without a length has for one is far above
+
+
+class ModelError(Failure):
+    """A model that cannot be had or is not for this program, in one line."""
+
+
+def _number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**7
+
+
+def _share(value):
+    return _number(value) and 0 < value < 1
+
+
+def _list_of(each):
+    return lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(each, value))
+
+
+def _none_or(check):
+    return lambda value: value is None or check(value)
+
+
+def _side(value):
+    return _whole(value) or (_list_of(_whole)(value) and len(value) == 2)
+
+
+def _above_zero(value):
+    return _number(value) and value > 0
+
+
+# What this program itself reads of a config, by part and name: whether a value will do, and what it must be. All else
+# is for the libraries, which say what they cannot take.
+VALUES = {
+    "scheduler": {
+        "num_train_timesteps": (_whole, "a whole number from 1 up"),
+        "beta_start": (_share, "a number between 0 and 1"),
+        "beta_end": (_share, "a number between 0 and 1"),
+        "trained_betas": (_none_or(_list_of(_share)), "null, or numbers between 0 and 1"),
+        "shift": (_above_zero, "a number above 0"),
+    },
+    "network": {
+        "in_channels": (_whole, "a whole number from 1 up"),
+        "sample_size": (_none_or(_side), "a whole number from 1 up, or two"),
+        "block_out_channels": (_list_of(_whole), "whole numbers from 1 up"),
+        "pos_embed_max_size": (_none_or(_whole), "a whole number from 1 up"),
+    },
+    "vae": {
+        "scaling_factor": (_above_zero, "a number above 0"),
+        "shift_factor": (_none_or(_number), "null or a number"),
+        "block_out_channels": (_list_of(_whole), "whole numbers from 1 up"),
+        "latents_mean": (_none_or(_list_of(_number)), "null or numbers"),
+        "latents_std": (_none_or(_list_of(_above_zero)), "null or numbers above 0"),
+    },
+}
+
+
+def check_values(name, part, config):
+    """Raise ModelError unless a model's config has values that will do; `part` is a key of VALUES."""
+    for key, (will_do, wanted) in VALUES[part].items():
+        if key in config and not will_do(config[key]):
+            raise ModelError(f"{name} has {key} {str(config[key])[:80]!r} in its {part}'s config; it must be {wanted}")
+    betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if part == "scheduler" and betas is not None and len(betas) != steps:
+        raise ModelError(f"{name} has {len(betas)} trained_betas for {steps} training timesteps")
+
+
+def load_networks(name, folder, kind, index, given, dtype, variant):
+    """The parts of a pipeline that have weights, each whole, by name.
+
+    folder: where it lies. kind: its class in diffusers. index: its model_index.json. given: what its from_pretrained is
+    told, the parts that are there or not wanted among it. Raises ModelError, and what the libraries raise.
+    """
+    parts, hints = {}, typing.get_type_hints(getattr(diffusers, kind).__init__)
+    for part, source in index.items():
+        hint = hints.get(part)
+        wanted = tuple(each for each in typing.get_args(hint) or [hint] if _has_weights(each))
+        library, its_class = source if isinstance(source, list) and len(source) == 2 else (None, None)
+        if part in given or not wanted or library not in ("diffusers", "transformers"):
+            continue
+        found = getattr(importlib.import_module(library), str(its_class), None)
+        # PixArt's first models name the class that its own was part of; the library knows that.
+        if not _has_weights(found) or not issubclass(found, (*wanted, diffusers.Transformer2DModel)):
+            raise ModelError(f"{name}: its {part} is a {its_class}, which is none of a {kind}'s")
+        place = folder / part if (folder / part).is_dir() else folder  # old models of one network
+        weights = list(place.glob("*.safetensors"))
+        safe = bool(given.get("use_safetensors") or weights)
+        how = {"dtype" if library == "transformers" else "torch_dtype": dtype, "use_safetensors": safe}
+        how |= {"variant": variant} if any(f".{variant}." in path.name for path in place.iterdir()) else {}
+        network, report = found.from_pretrained(place, output_loading_info=True, **how)
+        for trouble, words in (("missing_keys", "lack"), ("unexpected_keys", "have, beyond it,")):
+            if keys := sorted(map(str, report[trouble])):
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                raise ModelError(f"{name}: the weights of its {part} {words} {', '.join(keys[:3])}{more}")
+        if not isinstance(network, wanted):
+            raise ModelError(f"{name}: its {part} is a {type(network).__name__}, which is none of a {kind}'s")
+        if not getattr(network.config, "quantization_config", None):
+            _check_types(name, part, weights)
+        parts[part] = network
+    return parts
+
+
+def _has_weights(kind):
+    return isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+
+
+def _check_types(name, part, files):
+    """Raise ModelError where weights are whole numbers, which the libraries would take for others."""
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118, as it is no dictionary
+                kind = weights.get_slice(key).get_dtype()
+                if not kind.startswith(("F", "BF")) and not key.endswith(("position_ids", "num_batches_tracked")):
+                    raise ModelError(f"{name}: the weights of its {part} have {key} in whole numbers ({kind})")
+
+
+def check_tokenizers(name, pipeline):
+    """Raise ModelError where a tokenizer cannot be its encoder's; one that knows no length gets the encoder's."""
+    for part, tokenizer in pipeline.components.items():
+        encoder = getattr(pipeline, part.replace("tokenizer", "text_encoder"), None)
+        if not part.startswith("tokenizer") or tokenizer is None or encoder is None:
+            continue
+        ids, rows = tokenizer.get_vocab().values(), encoder.get_input_embeddings().num_embeddings
+        if len(set(ids)) <= len(tokenizer.all_special_tokens):
+            raise ModelError(f"{name}: its {part} has no vocabulary, and would read all prompts alike")
+        if max(ids) >= rows:
+            raise ModelError(f"{name}: its {part} has ids to {max(ids)}, beyond its text encoder's {rows} embeddings")
+        places, length = getattr(encoder.config, "max_position_embeddings", None), tokenizer.model_max_length
+        if places and length > HIGHEST:
+            tokenizer.model_max_length = places
+        elif places and length > places or length < 2:
+            raise ModelError(f"{name}: its {part} has model_max_length {length}, its text encoder {places} positions")
