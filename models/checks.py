@@ -11,6 +11,9 @@ from safetensors import safe_open
 
 from settings import Failure
 
+# Classes that pipelines take as well as those that they name. PixArt's first models name Transformer2DModel, which its
+# own was part of; the library knows that.
+STAND_INS = {"vae": ("AutoencoderTiny", "AsymmetricAutoencoderKL")}
 HIGHEST = 10**9  # what a tokenizer without a length has for one is far above
 
 
@@ -96,7 +99,7 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
         if part in given or not wanted or library not in ("diffusers", "transformers"):
             continue
         found = getattr(importlib.import_module(library), str(its_class), None)
-        # PixArt's first models name the class that its own was part of; the library knows that.
+        wanted += tuple(getattr(diffusers, name) for name in STAND_INS.get(part, ()))
         if not _has_weights(found) or not issubclass(found, (*wanted, diffusers.Transformer2DModel)):
             raise ModelError(f"{name}: its {part} is a {its_class}, which is none of a {kind}'s")
         place = folder / part if (folder / part).is_dir() else folder  # old models of one network
