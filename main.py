@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import settings as defaults
-from settings import Failure, Loading, SettingError, Settings, choice, text
+from settings import Failure, Loading, SettingError, Settings, choice, in_one_line, text
+from study.terminal import Lasting, terminable
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def read_prompts(path):
     """The prompts in a file, without white space around them and without blank lines. Raises SettingError."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-        problem = "" if any(lines) else "holds no prompt"
+        problem = "holds NUL bytes" if any("\0" in line for line in lines) else "" if any(lines) else "holds no prompt"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     except UnicodeDecodeError:
@@ -221,6 +222,12 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a prompt may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)), terminable():
+        return carry_out(argv)
+
+
+def carry_out(argv):
+    """Run the command, as `main` does."""
     parser, flags = make_parser()
     command = failure = processes = None
     first = os.environ.get("RANK", "0") == "0"
@@ -270,7 +277,7 @@ def one_line(failure, flags):
 
 def end(message, status, processes=None):
     """Print one line, on the first of several processes, and return the exit status."""
-    message = "main.py: error: " + " ".join(message.split())
+    message = f"main.py: error: {in_one_line(message, 10_000)}"
     if processes:
         return processes.end(message, status)
     print(message, file=sys.stderr)

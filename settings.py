@@ -46,6 +46,8 @@ CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 PARALLELS = ("lanes", "prompts")
+MOST_GUIDANCE = 1000  # far above what makes an image
+MOST_PIXELS = 2**16  # on a side
 MOST_FLOW_STEPS = 4000  # flow matching sets no limit; the solver's tables have steps x steps entries
 
 
@@ -65,9 +67,10 @@ class SettingError(Failure, ValueError):
         self.setting, self.value, self.remedy = setting, value, remedy
 
 
-def in_one_line(error):
-    """The message of another library's error, in one line of at most 200 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+def in_one_line(message, most=200):
+    """A text, or another library's error, as a terminal may show it: one line, without control characters, cut."""
+    line = " ".join(str(message).split()) or type(message).__name__
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:most])
 
 
 def out_of_memory(error):
@@ -98,15 +101,15 @@ def valid(value, condition):
     return value
 
 
-def whole(low=1, high=None, optional=False, auto=False):
+def whole(low=1, high=10**9, optional=False, auto=False):
     """Whole numbers from low to high, and perhaps "auto"."""
 
     def convert(value):
         if auto and value == "auto":
             return value
-        return int(valid(value, low <= operator.index(value) <= (math.inf if high is None else high)))
+        return int(valid(value, low <= operator.index(value) <= high))
 
-    wanted = f"a whole number from {low} {'up' if high is None else f'to {high}'}{', or auto' if auto else ''}"
+    wanted = f"a whole number from {low} up to {high}{', or auto' if auto else ''}"
     return domain(convert, wanted, optional)
 
 
@@ -122,9 +125,9 @@ def choice(*names, optional=False):
     return domain(lambda value: valid(value, value in names), f"one of {', '.join(names)}", optional)
 
 
-def text(wanted="some text, in UTF-8", empty=False, optional=False):
-    """Text that can be written as UTF-8."""
-    return domain(lambda value: valid(value, str.encode(value) or empty), wanted, optional)
+def text(wanted="some text, in UTF-8, without NUL", empty=False, optional=False):
+    """Text that can be written as UTF-8, without NUL."""
+    return domain(lambda value: valid(value, (str.encode(value) or empty) and "\0" not in value), wanted, optional)
 
 
 def flag(setting, value):
@@ -214,8 +217,9 @@ class Settings(Checked):
         "schedule": choice(*SCHEDULES, optional=True),
         "correction": choice(*CORRECTIONS, optional=True), "nodes": whole(2, optional=True),
         "window": whole(optional=True), "stop_rule": choice(*STOP_RULES), "max_iterations": whole(optional=True),
-        "guidance_scale": real(optional=True), "negative_prompt": text(empty=True), "height": whole(optional=True),
-        "width": whole(optional=True), "seed": whole(0, 2**64 - 1), "max_batch": whole(optional=True),
+        "guidance_scale": real(MOST_GUIDANCE, optional=True), "negative_prompt": text(empty=True),
+        "height": whole(1, MOST_PIXELS, optional=True), "width": whole(1, MOST_PIXELS, optional=True),
+        "seed": whole(0, 2**64 - 1), "max_batch": whole(optional=True),
         "fixed_batch": flag,
     }  # fmt: skip
 

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from settings import in_one_line
+
 CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
 
 
@@ -50,7 +52,7 @@ def filmstrip(results, images, names, steps):
     strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(results)), "white")
     draw = ImageDraw.Draw(strip)
     for r, result in enumerate(results):
-        draw.text((gap, r * row + gap), " ".join(result["prompt"].split())[:160], "black", font)
+        draw.text((gap, r * row + gap), in_one_line(result["prompt"], 160), "black", font)
     for c, name in enumerate(names):
         left = gap + c * (CELL + gap)
         for r, (result, image) in enumerate(zip(results, images(name))):
@@ -172,7 +174,7 @@ def summary(results, steps):
     header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
     rows = [header.split("|")]
     for result in results:
-        text = " ".join(result["prompt"].split())
+        text = in_one_line(result["prompt"], 41)
         text = text if len(text) <= 40 else text[:37] + "..."
         if "error" in result:
             rows.append((text, *"-------", "failed"))

@@ -43,6 +43,21 @@ def launched():
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
+def place():
+    """Rank, size and local rank of this process, as its launcher says. Raises Failure where that cannot be."""
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    try:
+        rank, size, local_rank = map(int, found.values())
+    except ValueError:
+        rank, size, local_rank = -1, 0, 0
+    if not 0 <= rank < size or local_rank < 0:
+        said = ", ".join(f"{name}={in_one_line(value, 20)}" for name, value in found.items())
+        raise Failure(f"there can be no such processes: {said}; launch by torchrun, or unset these variables", 2)
+    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise Failure("MASTER_ADDR or MASTER_PORT, where processes meet, is not set; launch by torchrun", 2)
+    return rank, size, local_rank
+
+
 class Processes:
     """This process, and the others of its launch if it has any. To be made once, in the main thread.
 
@@ -55,8 +70,7 @@ class Processes:
     """
 
     def __init__(self):
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched() else (0, 1, 0)
+        self.rank, self.size, self.local_rank = place() if launched() else (0, 1, 0)
         self.first, self.parallel, self.broken = self.rank == 0, None, False
         self.broadcasts, self.waits, self.counters, self.values = 0, 0, Counter(), {}
         if self.size > 1:
@@ -66,12 +80,26 @@ class Processes:
             signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
             signal.signal(signal.SIGTERM, lambda *_: None)
 
+            self.waiting = threading.Timer(10.0, self._say_what_for)
+            self.waiting.daemon = True
+            self.waiting.start()
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self.store = PrefixStore(f"srds/{attempt}", next(rendezvous("env://"))[0])
+            try:
+                self.store = PrefixStore(f"srds/{attempt}", next(rendezvous("env://"))[0])
+            except (RuntimeError, ValueError) as error:
+                why = in_one_line(error).split(". ")[0][:160]
+                raise Failure(f"the processes of the launch cannot meet at {self._where} ({why})") from None
             self.store.set_timeout(ENDLESS)
             # A connection of its own, as one that waits for a key serves nothing else.
             self.watch = threading.Thread(target=self._watch, args=(self.store.clone(),), daemon=True)
             self.watch.start()
+
+    @property
+    def _where(self):
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+    def _say_what_for(self):
+        print(f"process {self.rank} waits at {self._where} for all {self.size} of the launch", file=sys.stderr)
 
     @property
     def sharing(self):
@@ -88,6 +116,9 @@ class Processes:
                 status=2,
             )
         digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        self.wait()
+        if self.size > 1:
+            self.waiting.cancel()
         if self.broadcast(digest) != digest:
             raise Failure(
                 f"argument --prompts/-p: process {self.rank} of the launch has other prompts or settings than the "

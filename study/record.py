@@ -15,6 +15,7 @@ from settings import SettingError
 from study.directory import Earlier, WriteError, checksum, name_of, pack, read, reporting, stage, write
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
+MOST_TEXT = 4000  # characters of a prompt in each image
 KEPT = "trajectory.safetensors"
 OTHER_PROMPTS = ["prompts", "these", "others"]
 
@@ -263,10 +264,12 @@ class Record:
         return self.about["settings"]["fine_steps"]
 
     def _png_text(self, results):
+        settings = self.about["settings"]
+        prompts = [prompt[:MOST_TEXT] for prompt in (settings.get("prompt") or [])[:SHOWN]]
         return {
-            "prompt": "\n".join(result["prompt"] for result in results),
+            "prompt": "\n".join(result["prompt"][:MOST_TEXT] for result in results),
             "seed": str(results[0]["seed"]),
-            "settings": json.dumps(self.about["settings"]),
+            "settings": json.dumps(settings | ({"prompt": prompts} if prompts else {})),
         }
 
 

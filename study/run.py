@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import diffusers
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -70,6 +71,7 @@ def load(command, processes, stack):
         starts = kept_trajectories(command.start_from, len(command.texts), processes)
         for start in starts:
             start.check(model.family.shape(resolved.height, resolved.width), model.name)
+    check_size(resolved, command.loading, model.family, device)
     run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
     if processes.first:
         stack.callback(Lock(folder, run).release)
@@ -104,6 +106,22 @@ def load(command, processes, stack):
     record = Record(folder, about, command.texts, made, files, difference, command.overwrite, takes_over)
     left = [i for i in range(len(command.texts)) if i not in whole]
     return sampler, record, left, starts, files and not command.resume
+
+
+def check_size(settings, loading, family, device):
+    """Raise SettingError for an image that the device has no room for."""
+    has = {"cuda": lambda: torch.cuda.get_device_properties(device).total_memory, "cpu": cpu_memory}
+    needed = family.memory(settings.height, settings.width, attention=device.type == "cpu")
+    if device.type in has and needed > has[device.type]() and not loading.vae_tiling:
+        side = "height" if settings.height >= settings.width else "width"
+        room = f"take {needed / 2**30:.0f} GiB or more, of {has[device.type]() / 2**30:.0f} here"
+        remedy = f"makes images of {settings.height} x {settings.width} pixels, which {room}; give less"
+        raise SettingError(side, getattr(settings, side), remedy)
+
+
+def cpu_memory():
+    """Bytes of memory that this machine has."""
+    return psutil.virtual_memory().total
 
 
 def surroundings(sampler, device, dtype):
@@ -199,8 +217,9 @@ def explain(command, error):
     """What went wrong in the network or on the device, and the remedy, in one line; None for a bug."""
     settings, loading = command.settings, command.loading
     if isinstance(error, FloatingPointError):
-        remedy = "try --dtype float32 or bfloat16" if "float16" in str(error) else "try other settings"
-        return f"argument --dtype: {loading.dtype!r}: {error}; {remedy}"
+        if "float32" in str(error):
+            return f"{error}; try other settings, such as a lower --guidance-scale, or other weights"
+        return f"argument --dtype: {loading.dtype!r}: {error}; try --dtype float32 or bfloat16"
     if out_of_memory(error):
         nowhere = loading.device == "cpu" or not torch.accelerator.is_available()
         useless = {"a smaller --max-batch": settings.max_batch == 1, "--offload": loading.offload or nowhere}
@@ -227,7 +246,7 @@ def sample_all(command, sampler, record, left, starts):
             warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
             for i in processes.take(left):
-                tqdm.write(f"prompt {i + 1} of {len(texts)}: {' '.join(texts[i].split())}")
+                tqdm.write(f"prompt {i + 1} of {len(texts)}: {in_one_line(texts[i])}")
                 seed = seed_of(i, sampler.settings, sampler.model)
                 try:
                     result, refinement, *files = sample(sampler, texts[i], seed, command.ground_truth, starts[i], i)
@@ -242,7 +261,7 @@ def sample_all(command, sampler, record, left, starts):
                     if not message or processes.broken:
                         raise
                     processes.tell(f"failed/{i}", [seed, message])
-                    tqdm.write(f"  failed: {message}")
+                    tqdm.write(f"  failed: {in_one_line(message, 1000)}")
                 bar.n = processes.count("sampled")
                 bar.refresh()
             while processes.first and bar.n < len(left):
@@ -345,7 +364,8 @@ def iteration_entry(refinement, truth):
 def warn_if_cut(text, ignored):
     """Say what the model's limit in tokens cuts from a text, if it does."""
     if ignored:
-        tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {ignored!r}", file=sys.stderr)
+        cut = in_one_line(ignored) + "..." * (len(ignored) > 200)
+        tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -300,6 +301,24 @@ def test_a_model_that_reads_no_prompts_says_that_each_line_is_a_seed(tmp_path, c
     assert [result["seed"] for result in run_record(tmp_path / "out")["prompts"]] == [7, 8]
 
 
+def test_control_characters_do_not_reach_the_terminal(tmp_path, tiny, capsys):
+    more = ["--no-ground-truth", "--max-iterations", "1"]
+    prompts = ["a\x1b[2Jsun" + 100 * " \x1b]0;owned\x07", "moon"]
+    assert main.main(arguments(tmp_path / "out", tiny, *more, prompts=prompts)) == 0
+    assert main.main(arguments(tmp_path / "out", "\x1b[2J", *more)) == 1
+    out, err = capsys.readouterr()
+    assert (
+        "\x1b" not in out + err and "\x07" not in out + err and r"a\x1b[2Jsun" in out and r"\x1b[2J is neither" in err
+    )
+
+
+def test_a_long_prompt_is_not_repeated_in_every_image(tmp_path, tiny, capsys):
+    long = "word " * 20_000
+    assert main.main(arguments(tmp_path, tiny, "--no-ground-truth", "--max-iterations", "1", prompts=[long])) == 0
+    assert len(capsys.readouterr().err) < 400 and (tmp_path / "srds_final.png").stat().st_size < 40_000
+    assert run_record(tmp_path)["prompts"][0]["prompt"] == long.strip()
+
+
 def test_unsettled_trajectories_are_noted(run):
     _, out, _ = run("--prompt", "a moon", "-tol", "0", "--no-ground-truth")
     first = run_record(out)["prompts"][0]["iterations"][1]
@@ -356,7 +375,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny, tmp_path, capsys)
 BAD = [
     (["--prompt", "a", "-cs", "auto", "--compile"], "'auto' measures calls of many sizes, a compiled network has few"),
     (["--prompt", "a", "-cs", "auto", "--fixed-batch"], "'auto' measures calls of many sizes, a fixed batch has one"),
-    (["--prompt", "a", "-cs", "few"], "-cs: 'few' is not usable; give a whole number from 1 up, or auto"),
+    (["--prompt", "a", "-cs", "few"], "-cs: 'few' is not usable; give a whole number from 1 up"),
     (["-p", "missing.txt"], "--prompts/-p: 'missing.txt' cannot be read (No such file"),
     (["-p", "folder"], "--prompts/-p: 'folder' cannot be read (Is a directory"),
     (["-p", "empty.txt"], "--prompts/-p: 'empty.txt' holds no prompt"),
@@ -393,6 +412,15 @@ BAD = [
         "--start-from: './out' is the output directory, which is written anew",
     ),
     (["--prompt", "a", "--max-batch", "0"], "--max-batch: 0 is not usable"),
+    (["--prompt", "a", "--max-batch", "1" + 30 * "0"], "from 1 up to 1000000000"),
+    (["--prompt", "a", "--height", "1" + 30 * "0"], "from 1 up to 65536"),
+    (["--prompt", "a", "-gs", "1e308"], "--guidance-scale/-gs: 1e+308 is not usable; give a number from 0 to 1000"),
+    (
+        ["--prompt", "a", "--height", "65536", "--width", "65536"],
+        "--height: 65536 makes images of 65536 x 65536 pixels",
+    ),
+    (["--prompts", "wide.txt"], "--prompts/-p: 'wide.txt' holds NUL bytes"),
+    (["--prompt", "a\0b"], "without NUL"),
     (["--prompt", "a", "--max-iterations", "0"], "--max-iterations: 0 is not usable"),
     (["--prompt", "a", "--schedule", "fast"], "--schedule: 'fast' is not usable; give one of pipelined, sweep"),
     (["--prompt", "a", "--parallel", "both"], "--parallel: 'both' is not usable; give one of lanes, prompts"),
@@ -418,7 +446,13 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     blank = b"\xef\xbb\xbf \r\n\n"
-    for name, data in {"good": b"a moon\n", "empty": b"", "blank": blank, "latin": b"caf\xe9\n"}.items():
+    for name, data in {
+        "good": b"a moon\n",
+        "empty": b"",
+        "blank": blank,
+        "latin": b"caf\xe9\n",
+        "wide": "a".encode("utf-16-le"),
+    }.items():
         Path(f"{name}.txt").write_bytes(data)
     Path("dangling").symlink_to("nowhere/at-all")
     Path("out").mkdir()
@@ -512,7 +546,8 @@ def test_out_of_memory_is_one_line_and_status_1(error, monkeypatch, tiny, capsys
 
 def test_latents_that_are_not_finite_are_one_line_and_status_1(tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(StableDiffusion, "predict", lambda self, pipeline, x, t, **conditions: x * float("nan"))
-    fails_with_one_line(arguments(tmp_path, tiny), "--dtype", capsys)
+    fails_with_one_line(arguments(tmp_path, tiny), "not finite in float32; try other settings", capsys)
+    fails_with_one_line(arguments(tmp_path, tiny, "--dtype", "bfloat16"), "--dtype: 'bfloat16': the latents", capsys)
 
 
 @pytest.mark.slow
@@ -553,7 +588,8 @@ def test_help_needs_no_torch():
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_the_finished_prompts_complete(tmp_path, tiny):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_the_finished_prompts_complete(number, tmp_path, tiny):
     prompts = [f"moon {i}" for i in range(50)]
     argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=prompts)]
     # A shell's background job, as CI may be, has its children ignore Ctrl-C.
@@ -563,7 +599,7 @@ def test_ctrl_c_leaves_the_finished_prompts_complete(tmp_path, tiny):
     for line in process.stdout:
         if line.startswith("prompt 3 "):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len(err.splitlines()) == 1 and "interrupted" in err
@@ -572,3 +608,59 @@ def test_ctrl_c_leaves_the_finished_prompts_complete(tmp_path, tiny):
     for result in results:
         Image.open(tmp_path / "out" / result["folder"] / "srds_final.png").load()
         assert TRUTH | SET <= files(tmp_path / "out" / result["folder"])
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path, tiny):
+    argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, "--no-ground-truth")]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("prompt 1 of 4")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0 and process.stderr.read() == ""
+    assert len(run_record(tmp_path / "out")["prompts"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_log_disk_does_not_end_the_run(stream, tmp_path, tiny):
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, "--no-ground-truth", prompts=["a" * 99])]
+        assert subprocess.run(argv, cwd=ROOT, **{stream: full}).returncode == 0
+    assert len(run_record(tmp_path / "out")["prompts"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "there can be no such processes: RANK=x, WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "there can be no such processes: RANK=0, WORLD_SIZE=0"),
+        ({"RANK": "3", "WORLD_SIZE": "1"}, "there can be no such processes: RANK=3, WORLD_SIZE=1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT, where processes meet, is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "taken"}, "cannot meet at localho"),
+    ],
+)  # fmt: skip
+def test_a_launch_that_cannot_be_is_one_line(variables, words, tmp_path, tiny):
+    with socket.create_server(("localhost", 0)) as server:
+        variables = {"LOCAL_RANK": "0", **variables}
+        if variables.get("MASTER_PORT"):
+            variables["MASTER_PORT"] = str(server.getsockname()[1])
+        argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny)]
+        process = subprocess.run(
+            argv, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=90
+        )
+    lines = [line for line in process.stderr.splitlines() if line.startswith("main.py: error:")]
+    assert process.returncode in (1, 2) and len(lines) == 1 and words in lines[0], process.stderr
+    assert "Traceback" not in process.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_process_whose_launch_is_not_whole_says_what_it_waits_for(tmp_path, tiny):
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny)]
+    process = subprocess.Popen(argv, cwd=ROOT, env={**os.environ, **launch}, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == f"process 0 waits at localhost:{port} for all 2 of the launch\n"
+    process.kill()
+    process.communicate()

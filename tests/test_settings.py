@@ -18,7 +18,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "setting, values, words",
     [
-        ("coarse_steps", [0, -1, 2.5, "few", True, None], "give a whole number from 1 up, or auto"),
+        ("coarse_steps", [0, -1, 2.5, "few", True, None], "give a whole number from 1 up to 1000000000, or auto"),
         ("fine_steps", [0, "ten", 1.5, None], "give a whole number from 1 up"),
         ("solver", ["foo", 3], "give one of ddim, euler, ddpm, dpmsolver++"),
         ("eta", [1.5, -1, NAN, "x", None], "give a number from 0 to 1"),
@@ -27,13 +27,13 @@ NAN, INF = float("nan"), float("inf")
         ("correction", ["none"], "give one of damped, paper"),
         ("stop_rule", ["never", None], "give one of final, trajectory, predicted"),
         ("max_iterations", [0, "x"], "give a whole number from 1 up"),
-        ("guidance_scale", [-2, INF, NAN, "x"], "give a finite number that is not negative"),
+        ("guidance_scale", [-2, INF, NAN, "x", 1e308], "give a number from 0 to 1000"),
         ("negative_prompt", [3, None], "give some text"),
-        ("negative_prompt", ["caf\udce9"], "give some text, in UTF-8"),
-        ("height", [0, -8, 64.5], "give a whole number from 1 up"),
+        ("negative_prompt", ["caf\udce9", "\0"], "give some text, in UTF-8, without NUL"),
+        ("height", [0, -8, 64.5, 10**30], "give a whole number from 1 up to 65536"),
         ("width", [0, -8, "wide"], "give a whole number from 1 up"),
-        ("seed", [-1, 2**64, 1.5, None], f"give a whole number from 0 to {2**64 - 1}"),
-        ("max_batch", [0, "x"], "give a whole number from 1 up"),
+        ("seed", [-1, 2**64, 1.5, None], f"give a whole number from 0 up to {2**64 - 1}"),
+        ("max_batch", [0, "x", 10**30], "give a whole number from 1 up to 1000000000"),
         ("fixed_batch", [1, None], "give True or False"),
     ],
 )
