@@ -271,12 +271,32 @@ class Sampler:
         return diffusion.decode(self.model.family, self.pipeline, states[-1])
 
     def warm_up(self):
-        """Make each call that will be timed once beforehand: a first call chooses kernels and takes memory."""
+        """Make each call that will be timed once beforehand: a first call chooses kernels and takes memory.
+
+        Raises FloatingPointError where the network's output is not finite.
+        """
         denoise, x, compiled = self.denoiser(""), self.noise(), is_compiled(self.network)
         widths = range(1, self.widest + 1) if compiled else (1, self.widest)
         for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call
-            denoise(x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
+            outputs = denoise(x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
+            if not outputs.isfinite().all():
+                dtype = str(self.network.dtype).removeprefix("torch.")
+                raise FloatingPointError(f"the network's output is not finite in {dtype}")
         self.image(x)
+
+    def keeps_bits(self):
+        """Whether a lane's output is the same to the bit whatever its place in a call and its neighbours there.
+
+        That is what `fixed_batch` builds on; it depends on the device's kernels, so it is measured: on as many lanes as
+        a call has, in order, in reverse, among others, and alone.
+        """
+        denoise, lanes = self.denoiser(""), self.widest
+        x = torch.cat([self.noise(seed) for seed in range(lanes)])
+        n = torch.arange(lanes) * self.settings.fine_steps // lanes
+        outputs = denoise(x, n)
+        reverse, others = denoise(x.flip(0), n.flip(0)).flip(0), denoise(torch.cat([x[:1], 2 * x[1:]]), n)
+        alone = denoise(x[:1], n[:1])
+        return torch.equal(outputs, reverse) and torch.equal(others[0], outputs[0]) and torch.equal(alone, outputs[:1])
 
     def _seed(self, seed):
         return self.settings.seed if seed is None else Settings.domains["seed"]("seed", seed)

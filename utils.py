@@ -169,8 +169,8 @@ def report(entry, state):
     return f"  {_stage_name(entry['iteration'])}: {', '.join(measured)}"
 
 
-def summary(results, steps):
-    """The closing table: a row a prompt, as `run.json` has it."""
+def summary(results, steps, keeps_bits=True):
+    """The closing table: a row a prompt, as `run.json` has it; without `keeps_bits`, exact is up to rounding."""
     header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
     rows = [header.split("|")]
     for result in results:
@@ -180,6 +180,7 @@ def summary(results, steps):
             rows.append((text, *"-------", "failed"))
             continue
         error, truth = result["image_error"], result["seconds"]["ground_truth"]
+        reason = result["stop_reason"] + " to rounding" * (result["stop_reason"] == "exact" and not keeps_bits)
         rows.append((
             text,
             str(len(result["iterations"]) - 1),
@@ -189,7 +190,7 @@ def summary(results, steps):
             "-" if truth is None else f"{truth:.2f}",
             "-" if error is None else f"{error:.3f}",
             f"{result['damping']:.2f}" if result["damping"] else "-",
-            f"yes ({result['stop_reason']})" if result["converged"] else f"no ({result['stop_reason']})",
+            f"{'yes' if result['converged'] else 'no'} ({reason})",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]

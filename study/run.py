@@ -1,29 +1,19 @@
-"""One run of the command: the model, the prompts that are left, each prompt's files."""
+"""One run of the command: the prompts that are left, each prompt's files, the closing table."""
 
 import contextlib
-import functools
-import secrets
 import sys
 import time
-from dataclasses import asdict, replace
-from datetime import datetime
-from pathlib import Path
+from dataclasses import asdict
 
-import diffusers
-import psutil
 import torch
 from tqdm import tqdm
 
 import utils
-from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline
-from refinement import Trajectory, difference
-from sampler import Sampler
-from settings import Failure, SettingError, in_one_line, out_of_memory, split_scale
-from study.directory import Lock, WriteError, is_locked_by, read
-from study.fingerprint import made_by
-from study.planning import describe_plan
+from refinement import difference
+from settings import Failure, SettingError, in_one_line, out_of_memory
+from study.directory import WriteError, is_locked_by
+from study.preparation import prepare, seed_of
 from study.processes import ProcessError, wait_until
-from study.record import KEPT, Record, compare
 
 
 def run(command, processes):
@@ -31,7 +21,7 @@ def run(command, processes):
     try:
         processes.check_alike(without_places(command))
         with contextlib.ExitStack() as stack:
-            sampler, record, left, starts, pending = load(command, processes, stack)
+            sampler, record, left, starts, pending = prepare(command, processes, stack)
             if left:
                 sampler.warm_up()
             if processes.first and not pending:
@@ -53,157 +43,6 @@ def without_places(command):
     """What all processes of a launch must have been given alike; folders may have other names on other machines."""
     same = command.texts, command.ground_truth, command.resume, command.parallel, command.keep_trajectories
     return [asdict(command.settings), asdict(command.loading), bool(command.start_from), command.overwrite, *same]
-
-
-def load(command, processes, stack):
-    """The command's sampler, record, and numbers of the prompts that are left; what each prompt starts from; and
-    whether another run's results are there until this one has some.
-
-    What a prompt starts from is a `refinement.Trajectory`, or None. `stack` lets go of the output directory.
-    """
-    device, folder = processes.own_device(choose_device(command.loading)), Path(command.output_dir)
-    processes.join(device.type == "cpu", command.parallel or default_parallel(command.texts, processes))
-    with processes.in_turn():
-        model = find_model(command.loading.model)
-    dtype = str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
-    resolved, starts = command.settings.resolve(model), [None] * len(command.texts)
-    if command.start_from is not None:
-        starts = kept_trajectories(command.start_from, len(command.texts), processes)
-        for start in starts:
-            start.check(model.family.shape(resolved.height, resolved.width), model.name)
-    check_size(resolved, command.loading, model.family, device)
-    run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
-    if processes.first:
-        stack.callback(Lock(folder, run).release)
-    plan = processes.broadcast(read(folder / "run.json").get("plan") if command.resume else None)
-    if plan and resolved.coarse_steps == "auto":
-        resolved = replace(resolved, coarse_steps=plan["blocks"], schedule=plan["schedule"])
-
-    def earlier(settings):
-        """What each result depends on, and what the directory holds of an earlier run."""
-        if not processes.first:
-            return processes.broadcast()
-        recorded = {**recorded_settings(command, settings, processes), "dtype": dtype}
-        each = command.texts, [seed_of(i, settings, model) for i in range(len(command.texts))], starts
-        adapters = [*(split_scale(lora)[0] for lora in command.loading.lora), *command.loading.textual_inversion]
-        made = made_by(recorded, model, adapters, *each)
-        return processes.broadcast([made, *compare(folder, command.texts, made, command.resume)])
-
-    found = None if resolved.coarse_steps == "auto" else earlier(resolved)
-    with processes.in_turn():
-        pipeline = load_pipeline(model, replace(command.loading, device=str(device)))
-    sampler = Sampler(pipeline, command.settings, processes=processes, plan=plan)
-    made, files, difference, whole = found or earlier(sampler.settings)
-    name = sampler.model.name
-    if name == MIRRORS.get(command.loading.model):
-        print(f"{command.loading.model} was withdrawn from the hub by its owner; using its mirror {name}")
-    if sampler.plan:
-        print(describe_plan(sampler.plan))
-    settings = recorded_settings(command, sampler.settings, processes)
-    about = {"run": run, "begun": begun, "settings": settings, "texts": command.texts}
-    about |= surroundings(sampler, device, dtype) | ({"plan": sampler.plan} if sampler.plan else {})
-    takes_over = functools.partial(is_to_take_over, folder, run, processes)
-    record = Record(folder, about, command.texts, made, files, difference, command.overwrite, takes_over)
-    left = [i for i in range(len(command.texts)) if i not in whole]
-    return sampler, record, left, starts, files and not command.resume
-
-
-def check_size(settings, loading, family, device):
-    """Raise SettingError for an image that the device has no room for."""
-    has = {"cuda": lambda: torch.cuda.get_device_properties(device).total_memory, "cpu": cpu_memory}
-    needed = family.memory(settings.height, settings.width, attention=device.type == "cpu")
-    if device.type in has and needed > has[device.type]() and not loading.vae_tiling:
-        side = "height" if settings.height >= settings.width else "width"
-        room = f"take {needed / 2**30:.0f} GiB or more, of {has[device.type]() / 2**30:.0f} here"
-        remedy = f"makes images of {settings.height} x {settings.width} pixels, which {room}; give less"
-        raise SettingError(side, getattr(settings, side), remedy)
-
-
-def cpu_memory():
-    """Bytes of memory that this machine has."""
-    return psutil.virtual_memory().total
-
-
-def surroundings(sampler, device, dtype):
-    """What `run.json` says of the machine and the model."""
-    model = sampler.model
-    return {
-        "environment": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "device": str(device),
-            "dtype": dtype,
-            "processes": sampler.processes.size,
-        },
-        "model": {
-            "name": model.name,
-            "family": type(model.family).__name__,
-            "prediction_type": sampler.grid.prediction_type,
-            "native_height": model.family.native_size[0],
-            "native_width": model.family.native_size[1],
-        },
-    }
-
-
-def seed_of(i, settings, model):
-    """The seed of prompt i. Without prompts, only the noise can make samples differ."""
-    return settings.seed if model.family.prompted else (settings.seed + i) % 2**64
-
-
-def is_to_take_over(folder, run, processes):
-    """Whether this process is the first to have a set; else returns once that one has begun the run."""
-    if processes.count("whole") == 1:
-        return True
-    if not wait_until(lambda: read(folder / "run.json").get("run") == run):
-        raise WriteError(f"{folder} cannot be written: another process has not begun the run there")
-    return False
-
-
-def kept_trajectories(folder, count, processes):
-    """The trajectories that an earlier run kept, one for each of `count` prompts: of each, or all of its only one.
-
-    Raises SettingError where there are none, or as many others, or others than the first process finds.
-    """
-    folders, remedy = (
-        read(Path(folder, "run.json")).get("folders", ()),
-        "give the output directory of a --keep-trajectories run",
-    )
-    try:
-        found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
-    except (ValueError, TypeError) as error:
-        raise SettingError("start_from", folder, f"does not serve: {error}; {remedy}") from None
-    if not found:
-        raise SettingError("start_from", folder, f"holds no run; {remedy}")
-    if len(found) not in (1, count):
-        raise SettingError("start_from", folder, f"has {len(found)} prompts; give a run of one, or of {count} as here")
-    if processes.size > 1:
-        digests = [start.digest for start in found]
-        if processes.broadcast(digests) != digests:
-            remedy = "holds other trajectories than the first process finds; give one directory that all share"
-            raise SettingError("start_from", folder, remedy)
-    return found * count if len(found) == 1 else found
-
-
-def default_parallel(texts, processes):
-    """What several processes share where they are not told."""
-    return "prompts" if len(texts) > processes.size else "lanes"
-
-
-def recorded_settings(command, settings, processes):
-    """The settings as `run.json` has them, as JSON reads them back."""
-    loading = asdict(command.loading)
-    return {
-        "prompts": command.prompts,
-        "prompt": command.prompt,
-        "output_dir": command.output_dir,
-        "no_ground_truth": not command.ground_truth,
-        "keep_trajectories": command.keep_trajectories,
-        "start_from": command.start_from,
-        "parallel": processes.parallel or command.parallel,
-        **asdict(settings),
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in loading.items()},
-    }
 
 
 def check_shared(folder, run):
@@ -387,7 +226,7 @@ def sum_up(command, record, left, processes):
     if not gather() and processes.size > 1:
         wait_until(gather)  # until what others have written shows up here
     results = record.finish()
-    print(utils.summary(results, command.settings.fine_steps))
+    print(utils.summary(results, command.settings.fine_steps, record.about.get("keeps_bits", True)))
     failures = [result["error"] for result in results if "error" in result]
     if failures:
         raise Failure(f"{len(failures)} of {len(command.texts)} prompts failed; the first: {failures[0]}")

@@ -27,7 +27,7 @@ from models.families import StableDiffusion
 from pipelines import stable_diffusion
 from sampler import Sampler
 from settings import Settings
-from study import run as study_run
+from study import preparation
 from study.directory import pack
 
 ROOT = Path(main.__file__).parent
@@ -84,8 +84,8 @@ def test_a_result_has_what_each_refinement_took(exact_run):
 def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
     record = run_record(exact_run)
     assert list(record) == [
-        "run", "begun", "settings", "texts", "environment", "model", "folders", "prompts", "overview", "files",
-        "checksum",
+        "run", "begun", "settings", "texts", "environment", "model", "keeps_bits", "folders", "prompts", "overview",
+        "files", "checksum",
     ]  # fmt: skip
     result = json.loads((exact_run / "result.json").read_text())
     assert list(result) == ["complete", "files", "result", "errors", "made_by", "run", "begun", "checksum"]
@@ -256,7 +256,7 @@ def test_starts_that_do_not_fit_are_one_line_and_status_2(tiny, tmp_path, monkey
     earlier, more = tmp_path / "earlier", ["--no-ground-truth", "--max-iterations", "1"]
     assert main.main(arguments(earlier, tiny, *more, "--keep-trajectories", prompts=["a", "b"])) == 0
     pipelines.pixels().save_pretrained(tmp_path / "pixels")
-    monkeypatch.setattr(study_run, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(preparation, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
     capsys.readouterr()
     for argv, words in (
         (["--prompt", "a"], "has 2 prompts; give a run of one, or of 1 as here"),
@@ -317,6 +317,21 @@ def test_a_long_prompt_is_not_repeated_in_every_image(tmp_path, tiny, capsys):
     assert main.main(arguments(tmp_path, tiny, "--no-ground-truth", "--max-iterations", "1", prompts=[long])) == 0
     assert len(capsys.readouterr().err) < 400 and (tmp_path / "srds_final.png").stat().st_size < 40_000
     assert run_record(tmp_path)["prompts"][0]["prompt"] == long.strip()
+
+
+def test_a_fixed_batch_is_promised_bits_only_where_the_device_keeps_them(run, monkeypatch):
+    argv = ["--prompt", "a", "--fixed-batch", "-tol", "0"]
+    _, out, printed = run(*argv)
+    assert run_record(out)["keeps_bits"] is True and "yes (exact)" in printed and "rounding" not in printed
+    predict = StableDiffusion.predict
+
+    def by_place(self, pipeline, x, t, **conditions):
+        return predict(self, pipeline, x, t, **conditions) + 1e-7 * torch.arange(len(x)).reshape(-1, 1, 1, 1)
+
+    monkeypatch.setattr(StableDiffusion, "predict", by_place)
+    _, out, printed = run(*argv, "--overwrite")
+    assert run_record(out)["keeps_bits"] is False and "yes (exact to rounding)" in printed
+    assert printed.count("note: on this device a network call's bits depend on its other lanes") == 1
 
 
 def test_unsettled_trajectories_are_noted(run):
@@ -463,7 +478,7 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, words", BAD, ids=[words.split(" is ")[0][:40] for _, words in BAD])
 def test_bad_input_is_one_line_and_status_2(argv, words, workplace, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(study_run, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(preparation, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
     before = {name: Path(name).read_bytes() for name in files(workplace)}
     model = [] if "--model" in argv else ["--model", str(tiny)]
     assert main.main(["-o", "out", *model, *argv]) == 2
@@ -547,7 +562,9 @@ def test_out_of_memory_is_one_line_and_status_1(error, monkeypatch, tiny, capsys
 def test_latents_that_are_not_finite_are_one_line_and_status_1(tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(StableDiffusion, "predict", lambda self, pipeline, x, t, **conditions: x * float("nan"))
     fails_with_one_line(arguments(tmp_path, tiny), "not finite in float32; try other settings", capsys)
-    fails_with_one_line(arguments(tmp_path, tiny, "--dtype", "bfloat16"), "--dtype: 'bfloat16': the latents", capsys)
+    fails_with_one_line(
+        arguments(tmp_path, tiny, "--dtype", "bfloat16"), "--dtype: 'bfloat16': the network's output", capsys
+    )
 
 
 @pytest.mark.slow
@@ -637,7 +654,7 @@ def test_a_full_log_disk_does_not_end_the_run(stream, tmp_path, tiny):
         ({"RANK": "0", "WORLD_SIZE": "0"}, "there can be no such processes: RANK=0, WORLD_SIZE=0"),
         ({"RANK": "3", "WORLD_SIZE": "1"}, "there can be no such processes: RANK=3, WORLD_SIZE=1"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT, where processes meet, is not set"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "taken"}, "cannot meet at localho"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "taken"}, "cannot meet at loc"),
     ],
 )  # fmt: skip
 def test_a_launch_that_cannot_be_is_one_line(variables, words, tmp_path, tiny):

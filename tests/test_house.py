@@ -13,25 +13,18 @@ import srds
 ROOT = Path(__file__).resolve().parent.parent
 LOADING = {"settings", "models.families", "models.adapters", "models.checks"}
 SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
-STUDY = {
-    "settings",
-    "utils",
-    "refinement",
-    "sampler",
-    "models.loading",
-    "study.planning",
-    "study.processes",
-    "study.record",
-    "study.directory",
-    "study.fingerprint",
-}
+PREPARATION = {
+    "settings", "refinement", "sampler", "models.loading", "study.directory", "study.fingerprint", "study.planning",
+    "study.processes", "study.record",
+}  # fmt: skip
+STUDY = {"settings", "utils", "refinement", "study.directory", "study.preparation", "study.processes"}
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": {"settings"},
     "refinement": {"settings"}, "models.families": set(),
     "models.adapters": {"settings"}, "models.checks": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.directory": {"settings"}, "study.fingerprint": set(),
-    "study.record": {"settings", "utils", "study.directory"}, "study.run": STUDY,
+    "study.record": {"settings", "utils", "study.directory"}, "study.preparation": PREPARATION, "study.run": STUDY,
     "study.terminal": set(),
     "main": {"settings", "study.terminal", "study.quiet", "study.processes", "study.run"},
 }  # fmt: skip
