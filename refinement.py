@@ -70,12 +70,12 @@ class Trajectory(NamedTuple):
     @classmethod
     def read(cls, path):
         """Of a file, as `packed` makes it. Raises ValueError where it is none."""
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError(f"there is no {path}")
         try:
             with safetensors.safe_open(path, "pt") as file:
                 clean, n = map(file.get_tensor, ("clean", "boundaries"))
                 model, seed = file.metadata()["model"], int(file.metadata()["seed"])
-        except FileNotFoundError as error:
-            raise ValueError(f"there is no {path}") from error
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} holds no trajectory") from error
         rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all()

@@ -3,8 +3,9 @@
     python benchmarks/crash.py          # about 15 minutes; prints a table, and fails where something was lost
 
 Demo model. A run of several prompts is killed (SIGKILL) at a random moment, resumed, killed again and so on, until it
-ends; then every file must be what an uninterrupted run leaves, seconds aside. For memory, a run of many prompts without
-ground truth: its resident memory after each, and the slope of a line through the second half.
+ends; then every file must be what an uninterrupted run leaves, seconds aside. Every second run begins in the place of
+an earlier study of another seed, which must then be found set aside, and whole. For memory, a run of many prompts
+without ground truth: its resident memory after each, and the slope of a line through the second half.
 """
 
 import argparse
@@ -39,34 +40,45 @@ def contents(folder):
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
+        if name.startswith("earlier/"):
+            continue
         found[name] = np.asarray(Image.open(path)).tobytes() if path.suffix == ".png" else path.read_text()
     results = json.loads(found.pop("run.json"))["prompts"]
     images = {name: content for name, content in found.items() if not name.endswith("result.json")}
     return images, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
 
 
+def seed_there(out):
+    """The seed of the run that has begun in a directory; None where none has."""
+    path = out / "run.json"
+    return json.loads(path.read_text())["settings"]["seed"] if path.exists() else None
+
+
 def crashes(texts, kills, seed):
     """Kill and resume a run; returns how often it was killed with how many prompts complete, and how it ended."""
-    chance, kept = random.Random(seed), []
+    chance, kept, before = random.Random(seed), [], None
     with tempfile.TemporaryDirectory() as folder:
         whole, out = Path(folder) / "whole", Path(folder) / "out"
         started = time.perf_counter()
         assert start(whole, texts).wait() == 0
         seconds = time.perf_counter() - started
+        if seed % 2:
+            assert start(out, texts, "--seed", "7").wait() == 0
+            before = contents(out)
         while len(kept) < kills:
-            run = start(out, texts, "--resume")
+            run = start(out, texts, *["--resume"] * (seed_there(out) != 7))
             time.sleep(chance.uniform(0, seconds))
             if run.poll() is None:
                 run.send_signal(signal.SIGKILL)
-                complete = sum('"complete": true' in path.read_text() for path in out.glob("*/result.json"))
-                kept.append(complete)
+                kept.append(sum('"complete": true' in path.read_text() for path in out.glob("*/result.json")))
             elif run.returncode:
                 raise SystemExit(f"the resumed run ended with status {run.returncode}")
             run.wait()
             if sum('"complete": true' in path.read_text() for path in out.glob("*/result.json")) == len(texts):
                 break
-        assert start(out, texts, "--resume").wait() == 0
-        return kept, contents(out) == contents(whole)
+        assert start(out, texts, *["--resume"] * (seed_there(out) != 7)).wait() == 0
+        aside = [contents(folder) for folder in out.glob("earlier/*")]
+        return kept, contents(out) == contents(whole) and aside == ([before] if before else [])
 
 
 def memory(texts):

@@ -1,6 +1,8 @@
 """The command, as its users run it: `main(argv)` in this process, and as a process of its own."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ import torch
 from diffusers import DDIMScheduler
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from hypothesis import given, strategies
 from PIL import Image
 
 import main
@@ -26,7 +29,7 @@ from models import loading
 from models.families import StableDiffusion
 from pipelines import stable_diffusion
 from sampler import Sampler
-from settings import Settings
+from settings import Failure, Settings, in_one_line
 from study import preparation
 from study.directory import pack
 
@@ -485,6 +488,21 @@ def test_bad_input_is_one_line_and_status_2(argv, words, workplace, tiny, monkey
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and words in err
     assert {name: Path(name).read_bytes() for name in files(workplace)} == before
+
+
+FLAGS = [name for group in main.ARGUMENTS.values() for names, *_ in group for name in names.split()]
+
+
+@given(strategies.lists(strategies.sampled_from(FLAGS) | strategies.text(max_size=20), max_size=6))
+def test_no_command_line_ends_in_anything_but_a_command_or_one_line(words):
+    parser, flags = main.make_parser()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main.parse_arguments(parser, ["-o", "out", *words])
+    except Failure as error:
+        assert error.status == 2 and "\n" not in in_one_line(main.one_line(error, flags))
+    except SystemExit as shown:
+        assert shown.code == 0
 
 
 def test_tiling_without_an_autoencoder_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys):

@@ -6,13 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, strategies
 
 import pipelines
 from models.loading import inspect
-from settings import Failure, Loading, SettingError, Settings, split_scale
+from settings import Failure, Loading, SettingError, Settings, in_one_line, split_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 NAN, INF = float("nan"), float("inf")
+VALUES = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda values: (
+        strategies.lists(values, max_size=3) | strategies.dictionaries(strategies.text(), values, max_size=3)
+    ),
+    max_leaves=4,
+)
 
 
 @pytest.mark.parametrize(
@@ -216,3 +224,12 @@ def run_edited(house, edit, tmp_path, more):
 
 def test_every_failure_that_is_one_line_has_an_exit_status():
     assert Failure("x").status == 1 and SettingError("seed", 1, "y").status == 2
+
+
+@given(strategies.sampled_from(sorted(Settings.domains) + sorted(Loading.domains)), VALUES)
+def test_no_value_ends_in_anything_but_settings_or_one_line(name, value):
+    kind = Settings if name in Settings.domains else Loading
+    try:
+        kind(**{"model": "demo"} | {name: value} if kind is Loading else {name: value})
+    except SettingError as error:
+        assert error.setting in (name, "coarse_steps", "tolerance") and "\n" not in in_one_line(error)
