@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import stat
 import sys
 import traceback
@@ -19,12 +20,15 @@ import settings as defaults
 from settings import Failure, Loading, SettingError, Settings, choice, in_one_line, text
 from study.terminal import Lasting, terminable
 
+MOST_SEEDS = 10_000
+
 
 @dataclass(frozen=True)
 class Command:
     """What the command is to do: `settings` for the sampler, `loading` for the model, `texts` to sample.
 
-    prompts, prompt: where the texts come from, a file or the command line. ground_truth: whether to sample step by step
+    seeds: of each text, where several were given; else None. prompts, prompt: where the texts come from, a file or the
+    command line. ground_truth: whether to sample step by step
     as well. resume: whether to keep what an earlier run has completed. overwrite: whether to remove an earlier run of
     other results, in place of setting it aside. keep_trajectories: whether to write them. start_from: the directory of
     a run that did, or None. parallel: what several processes share, "lanes", "prompts", or None to choose.
@@ -33,6 +37,7 @@ class Command:
     settings: Settings
     loading: Loading
     texts: list
+    seeds: list | None
     prompts: str | None
     prompt: list | None
     output_dir: str
@@ -111,6 +116,7 @@ ARGUMENTS = {
         ("--height", number, "PX", "in pixels (the model's native one; of Stable Diffusion at most 512)"),
         ("--width", number, "PX", "(likewise)"),
         ("--seed -s", number, "SEED", "of the initial noise and of the noise in the steps (%(default)s)"),
+        ("--seeds", str, "SEEDS", "several in place of one, such as 42-61 or 1,5,9: a sample of each prompt and seed"),
         ("--resume", bool, None, "keep the prompts that an earlier run of the same settings has completed"),
         ("--overwrite", bool, None, "remove an earlier run of other results; else it is moved into earlier/"),
         ("--start-from", str, "DIR",
@@ -154,7 +160,13 @@ def make_parser():
 
 def parse_arguments(parser, argv):
     """The `Command`, checked as far as it can be before the model is known. Raises Failure."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    seeds = args.seeds and read_seeds(args.seeds)
+    if seeds:
+        if any(word.split("=")[0] in ("--seed", "-s") for word in argv):
+            raise SettingError("seeds", args.seeds, "is given beside --seed; give one of them")
+        args.seed = seeds[0]
     args.lora, args.textual_inversion = args.lora or (), args.textual_inversion or ()
     if (args.prompts is None) == (args.prompt is None):
         given = "neither was given" if args.prompts is None else "both were given"
@@ -166,16 +178,34 @@ def parse_arguments(parser, argv):
         settings.check_compiled()
     choice(*defaults.PARALLELS, optional=True)("parallel", args.parallel)
     texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
+    if seeds:
+        texts, seeds = [text for text in texts for _ in seeds], seeds * len(texts)
     check_output_dir(args.output_dir)
     if args.resume and args.overwrite:
         raise SettingError("overwrite", True, "removes what --resume keeps; give one of them")
     if args.start_from is not None and Path(args.start_from).resolve() == Path(args.output_dir).resolve():
         raise SettingError("start_from", args.start_from, "is the output directory, which is written anew; give two")
     return Command(
-        settings, loading, texts, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
+        settings, loading, texts, seeds, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
         ground_truth=not args.no_ground_truth, resume=args.resume, overwrite=args.overwrite,
         keep_trajectories=args.keep_trajectories, start_from=args.start_from, parallel=args.parallel,
     )  # fmt: skip
+
+
+def read_seeds(text):
+    """The seeds in a text such as "42-61" or "1,5,9". Raises SettingError."""
+    seeds = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,20})(?:-([0-9]{1,20}))?\s*", part)
+        if not found:
+            raise SettingError("seeds", text, "is not usable; give numbers, such as 1,5,9, or a range, such as 42-61")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if not first <= last < first + MOST_SEEDS:
+            raise SettingError("seeds", text, f"has a range that does not rise, or of more than {MOST_SEEDS} seeds")
+        seeds += [Settings.domains["seed"]("seeds", seed) for seed in range(first, last + 1)]
+    if len(set(seeds)) < len(seeds):
+        raise SettingError("seeds", text, "has a seed twice; give each once")
+    return seeds
 
 
 def check_prompt(prompt):

@@ -9,9 +9,11 @@ from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from settings import in_one_line
 
+SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "ddpm": "DDPM", "dpmsolver++": "DPM++ 2M"}
 CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
 
 
@@ -29,6 +31,19 @@ def png(image, text):
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", pnginfo=chunks)
     return file.getvalue()
+
+
+def parameters(result, about):
+    """A sample's settings in the words of AUTOMATIC1111's web UI, which others read as well."""
+    settings = about["settings"]
+    size = f"{settings['width']}x{settings['height']}"
+    words = {
+        "Steps": settings["fine_steps"], "Sampler": SAMPLERS.get(settings["solver"], settings["solver"]),
+        "CFG scale": settings["guidance_scale"], "Seed": result["seed"], "Size": size, "Model": about["model"]["name"],
+    }  # fmt: skip
+    last = ", ".join(f"{name}: {value}" for name, value in words.items() if value is not None)
+    away = [f"Negative prompt: {settings['negative_prompt'][:4000]}"] if settings["negative_prompt"] else []
+    return "\n".join([result["prompt"][:4000], *away, last])
 
 
 def mosaic(images):
@@ -83,6 +98,31 @@ def _stage_name(iteration):
 def evaluations(count):
     """Serial evaluations, in words."""
     return f"{count} serial evaluation{'' if count == 1 else 's'}"
+
+
+def similarity(image, truth):
+    """PSNR, dB (None for equal images), and SSIM of two uint8 images (height, width, 3)."""
+    smallest = min(image.shape[:2])
+    window = min(7, smallest - 1 + smallest % 2)  # the library's own, or what fits
+    return {
+        "psnr": None if (image == truth).all() else float(peak_signal_noise_ratio(truth, image)),
+        "ssim": float(structural_similarity(truth, image, channel_axis=2, win_size=window)),
+    }
+
+
+def results_table(results, about):
+    """`results.csv`: a row for each prompt, seed and refinement, or one with the error of a prompt that failed."""
+    settings, environment, rows = about["settings"], about["environment"], []
+    names = ("method", "solver", "fine_steps", "coarse_steps", "guidance_scale", "tolerance", "stop_rule")
+    run = {name: settings[name] for name in names}
+    run |= {"model": about["model"]["name"], "device": environment["device"], "dtype": environment["dtype"]}
+    for result in results:
+        sample = {"prompt": result["prompt"], "seed": result["seed"]}
+        ends = {"error": result.get("error"), "folder": result["folder"]}
+        truth = {"sequential_seconds": result["seconds"]["ground_truth"]} if "seconds" in result else {}
+        for entry in result.get("iterations", [{}]):
+            rows.append(sample | run | entry | truth | ends)
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 
 
 def combine_errors(errors):

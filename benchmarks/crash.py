@@ -44,8 +44,15 @@ def contents(folder):
             continue
         found[name] = np.asarray(Image.open(path)).tobytes() if path.suffix == ".png" else path.read_text()
     results = json.loads(found.pop("run.json"))["prompts"]
-    images = {name: content for name, content in found.items() if not name.endswith("result.json")}
-    return images, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+    images = {name: content for name, content in found.items() if not name.endswith(("result.json", "results.csv"))}
+    return images, [without_seconds(result) for result in results]
+
+
+def without_seconds(value):
+    """A value as JSON has it, without what is called seconds."""
+    if isinstance(value, dict):
+        return {key: without_seconds(each) for key, each in value.items() if key != "seconds"}
+    return [without_seconds(each) for each in value] if isinstance(value, list) else value
 
 
 def seed_there(out):

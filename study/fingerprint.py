@@ -14,7 +14,7 @@ CODE += ["models/loading.py", "models/adapters.py"]
 READ = {".json", ".txt", ".model", ".safetensors", ".bin"}  # what a model consists of
 # Settings that may differ in a run that resumes another: results depend on them by rounding at most. Of a model, what
 # is in it counts, not where it lies.
-NOT_COMPARED = {"output_dir", "prompts", "prompt", "parallel", "device", "offload", "model"}
+NOT_COMPARED = {"output_dir", "prompts", "prompt", "seeds", "parallel", "device", "offload", "model"}
 SAMPLE, SAMPLES = 2**16, 64  # bytes and number of what is read of a large file
 
 

@@ -19,7 +19,7 @@ from study.directory import Lock, WriteError, read
 from study.fingerprint import made_by
 from study.planning import describe_plan
 from study.processes import wait_until
-from study.record import KEPT, Record, compare
+from study.record import KEPT, Record, compare, folder_names
 
 NO_BITS = (
     "note: on this device a network call's bits depend on its other lanes, so --fixed-batch makes results equal to "
@@ -43,6 +43,7 @@ def prepare(command, processes, stack):
         starts = kept_trajectories(command.start_from, len(command.texts), processes)
         for start in starts:
             start.check(model.family.shape(resolved.height, resolved.width), model.name)
+    folders = folder_names(command.texts, command.seeds)
     check_size(resolved, command.loading, model.family, device)
     run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
     if processes.first:
@@ -56,10 +57,10 @@ def prepare(command, processes, stack):
         if not processes.first:
             return processes.broadcast()
         recorded = {**recorded_settings(command, settings, processes), "dtype": dtype}
-        each = command.texts, [seed_of(i, settings, model) for i in range(len(command.texts))], starts
+        each = command.texts, [seed_of(i, command, model) for i in range(len(command.texts))], starts
         adapters = [*(split_scale(lora)[0] for lora in command.loading.lora), *command.loading.textual_inversion]
         made = made_by(recorded, model, adapters, *each)
-        return processes.broadcast([made, *compare(folder, command.texts, made, command.resume)])
+        return processes.broadcast([made, *compare(folder, folders, made, command.resume)])
 
     found = None if resolved.coarse_steps == "auto" else earlier(resolved)
     with processes.in_turn():
@@ -79,7 +80,7 @@ def prepare(command, processes, stack):
         if not about["keeps_bits"]:
             print(NO_BITS)
     takes_over = functools.partial(is_to_take_over, folder, run, processes)
-    record = Record(folder, about, command.texts, made, files, difference, command.overwrite, takes_over)
+    record = Record(folder, about, folders, made, files, difference, command.overwrite, takes_over)
     left = [i for i in range(len(command.texts)) if i not in whole]
     return sampler, record, left, starts, files and not command.resume
 
@@ -122,9 +123,11 @@ def surroundings(sampler, device, dtype):
     }
 
 
-def seed_of(i, settings, model):
+def seed_of(i, command, model):
     """The seed of prompt i. Without prompts, only the noise can make samples differ."""
-    return settings.seed if model.family.prompted else (settings.seed + i) % 2**64
+    if command.seeds:
+        return command.seeds[i]
+    return command.settings.seed if model.family.prompted else (command.settings.seed + i) % 2**64
 
 
 def is_to_take_over(folder, run, processes):
@@ -172,6 +175,7 @@ def recorded_settings(command, settings, processes):
     return {
         "prompts": command.prompts,
         "prompt": command.prompt,
+        "seeds": command.seeds and list(dict.fromkeys(command.seeds)),
         "output_dir": command.output_dir,
         "no_ground_truth": not command.ground_truth,
         "keep_trajectories": command.keep_trajectories,

@@ -20,18 +20,19 @@ KEPT = "trajectory.safetensors"
 OTHER_PROMPTS = ["prompts", "these", "others"]
 
 
-def compare(folder, texts, made_by, resume):
+def compare(folder, folders, made_by, resume):
     """What there is of an earlier run in a directory, and whether it is of this one; nothing is touched.
 
-    texts: the prompts. made_by: for each, all that its result depends on. resume: whether that run is to be resumed.
+    folders: of the prompts, in it. made_by: for each, all that its result depends on. resume: whether that run is to be
+    resumed.
 
     Returns the names of its files; the first thing that its results had otherwise (a list of its name and what it is
     now and was then), or None; and the numbers of the prompts that are complete, where they may be kept.
 
     Raises SettingError where what is not ours is in the way, and where another run is to be resumed.
     """
-    folder, folders = Path(folder), folder_names(texts)
-    earlier, difference = Earlier.find(folder), None
+    folder, difference = Path(folder), None
+    earlier = Earlier.find(folder)
     earlier.check(dict.fromkeys(["", *folders]))
     own = dict(zip(folders, made_by))
     for name, entry in earlier.entries.items():
@@ -77,18 +78,19 @@ class Record:
     and alone says that the set is complete. `run.json` describes the run, and repeats the results at its end.
 
     folder: the directory, which is there. about: what `run.json` says of the run: its "run", an id, when it was
-    "begun", "settings", "environment", "model", and "plan". texts: the prompts. Several have a folder each, and an
-    overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
+    "begun", "settings", "environment", "model", and "plan". folders: of the prompts, in it; several have one each, and
+    an overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
     overwrite: to remove an earlier run of other results in place of setting it aside. takes_over: whether this process
     is the one to do so; another one returns False when it is done.
     """
 
     def __init__(
-        self, folder, about, texts, made_by, earlier=(), difference=None, overwrite=False, takes_over=lambda: True
+        self, folder, about, folders, made_by, earlier=(), difference=None, overwrite=False, takes_over=lambda: True
     ):  # fmt: skip
-        self.folder, self.about, self.texts, self.made_by, self.earlier = Path(folder), about, texts, made_by, earlier
-        self.difference, self.overwrite, self.takes_over = difference, overwrite, takes_over
-        self.folders, self.failures = folder_names(texts), {}
+        self.folder, self.about, self.folders = Path(folder), about, folders
+        self.made_by, self.earlier, self.difference = made_by, earlier, difference
+        self.overwrite, self.takes_over = overwrite, takes_over
+        self.failures = {}
 
     @property
     def begun(self):
@@ -127,26 +129,32 @@ class Record:
             if trajectory:
                 stage_one(KEPT, trajectory.packed())
             said = self._take_over()
-            files = self._publish(folder, stage_one.parts, announce)
+            before = dict.fromkeys(self._left(folder)) | read(self.folder / folder / "result.json").get("files", {})
+            files = self._publish(folder, stage_one.parts, before, announce)
             announce(files, complete=True)
         return said
 
     def fail(self, i, seed, error):
         """Note that prompt i failed, and why."""
-        self.failures[i] = {"prompt": self.texts[i], "seed": seed, "error": error, "folder": self.folders[i]}
+        self.failures[i] = {"prompt": self.made_by[i]["text"], "seed": seed, "error": error, "folder": self.folders[i]}
 
     def finish(self):
         """Write the overview of several prompts, and `run.json` with all results; returns the results."""
-        entries = [self.entry(i) for i in range(len(self.texts))]
+        entries = [self.entry(i) for i in range(len(self.folders))]
         for i, entry in enumerate(entries):
             if not entry and i not in self.failures:
                 self.fail(i, self.made_by[i]["seed"], "its files are gone")
         entries = [entry for i, entry in enumerate(entries) if entry and i not in self.failures]
-        if not self.begun or not entries or len(self.texts) == 1:
+        if not self.begun:
             return self.save()
         with self._staged("") as stage_one:
-            self._render(stage_one, entries, self._saved_images)
-            overview = self._publish("", stage_one.parts, self.save)
+            if entries and len(self.folders) > 1:
+                self._render(stage_one, entries, self._saved_images)
+            stage_one("results.csv", utils.results_table(self.results(), self.about).encode())
+            of_a_set = read(self.folder / "result.json").get("files", ())
+            left = {name: None for name in self._left("") if name not in of_a_set}
+            before = left | read(self.folder / "run.json")["overview"]
+            overview = self._publish("", stage_one.parts, before, self.save)
         return self.save(overview)
 
     def save(self, overview=None):
@@ -169,7 +177,7 @@ class Record:
 
     def results(self):
         """What there is of each prompt that is complete or failed, in their order."""
-        entries = {i: self.entry(i) for i in range(len(self.texts)) if i not in self.failures}
+        entries = {i: self.entry(i) for i in range(len(self.folders)) if i not in self.failures}
         found = {i: entry["result"] for i, entry in entries.items() if entry} | self.failures
         return [found[i] for i in sorted(found)]
 
@@ -206,19 +214,18 @@ class Record:
                 with contextlib.suppress(OSError):
                     (self.folder / folder).rmdir()  # where nothing came into it
 
-    def _publish(self, folder, parts, announce):
-        """Give staged files their names, in place of a set before; returns their sizes and checksums by name.
+    def _left(self, folder):
+        """Names of files in a folder that an earlier run's records tell of."""
+        paths = [Path(name) for name in self.earlier if Path(name).parent == Path(folder)]
+        return [path.name for path in paths if path.suffix != ".json" and os.path.lexists(self.folder / path)]
+
+    def _publish(self, folder, parts, before, announce):
+        """Give staged files their names, in place of those before; returns their sizes and checksums by name.
 
         announce: is called with the names of both sets before any is touched, so that whoever comes after a kill knows
         them.
         """
         files = {name: facts for name, (_, facts) in parts.items()}
-        known = [Path(name) for name in self.earlier if Path(name).parent == Path(folder)]
-        before = {path.name: None for path in known if path.suffix != ".json" and os.path.lexists(self.folder / path)}
-        if folder or len(self.texts) == 1:
-            before |= read(self.folder / folder / "result.json").get("files", {})
-        else:
-            before |= read(self.folder / "run.json").get("overview", {})
         announce({**before, **files})
         for name in before.keys() - files.keys():
             with reporting(self.folder / folder / name, "of an earlier run, cannot be removed"):
@@ -264,18 +271,23 @@ class Record:
         return self.about["settings"]["fine_steps"]
 
     def _png_text(self, results):
+        """What an image says of itself; of one sample also as the web UIs for Stable Diffusion read it."""
         settings = self.about["settings"]
         prompts = [prompt[:MOST_TEXT] for prompt in (settings.get("prompt") or [])[:SHOWN]]
-        return {
+        found = {
             "prompt": "\n".join(result["prompt"][:MOST_TEXT] for result in results),
             "seed": str(results[0]["seed"]),
             "settings": json.dumps(settings | ({"prompt": prompts} if prompts else {})),
         }
+        return found | ({"parameters": utils.parameters(results[0], self.about)} if len(results) == 1 else {})
 
 
-def folder_names(texts):
-    """The folder of each prompt; a single one has none of its own."""
-    return [""] if len(texts) == 1 else [folder_name(i, text) for i, text in enumerate(texts)]
+def folder_names(texts, seeds=None):
+    """The folder of each prompt, with its seed where there are several; a single one has none of its own."""
+    if len(texts) == 1:
+        return [""]
+    names = [folder_name(i, text) for i, text in enumerate(texts)]
+    return [f"{name}-seed-{seed}" for name, seed in zip(names, seeds)] if seeds else names
 
 
 def folder_name(index, prompt):

@@ -41,8 +41,14 @@ def run(command, processes):
 
 def without_places(command):
     """What all processes of a launch must have been given alike; folders may have other names on other machines."""
-    same = command.texts, command.ground_truth, command.resume, command.parallel, command.keep_trajectories
-    return [asdict(command.settings), asdict(command.loading), bool(command.start_from), command.overwrite, *same]
+    same = command.texts, command.seeds, command.ground_truth, command.resume, command.overwrite, command.parallel
+    return [
+        asdict(command.settings),
+        asdict(command.loading),
+        bool(command.start_from),
+        command.keep_trajectories,
+        *same,
+    ]
 
 
 def check_shared(folder, run):
@@ -79,14 +85,15 @@ def sample_all(command, sampler, record, left, starts):
     try:
         if processes.parallel == "lanes" and not processes.first:
             return follow(sampler, starts)
-        if not sampler.model.family.prompted and len(texts) > 1:
+        if not sampler.model.family.prompted and len(texts) > 1 and not command.seeds:
             print(f"{sampler.model.name} reads no prompts: seeds rise from {sampler.settings.seed}, one a line")
         if command.settings.negative_prompt:
             warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
             for i in processes.take(left):
-                tqdm.write(f"prompt {i + 1} of {len(texts)}: {in_one_line(texts[i])}")
-                seed = seed_of(i, sampler.settings, sampler.model)
+                seed = seed_of(i, command, sampler.model)
+                named = f"{in_one_line(texts[i])}, seed {seed}" if command.seeds else in_one_line(texts[i])
+                tqdm.write(f"prompt {i + 1} of {len(texts)}: {named}")
                 try:
                     result, refinement, *files = sample(sampler, texts[i], seed, command.ground_truth, starts[i], i)
                     trajectory = sampler.trajectory(refinement.states, seed) if command.keep_trajectories else None
@@ -187,8 +194,8 @@ def sample(sampler, text, seed, ground_truth, start, i):
 
 
 def iteration_entry(refinement, truth):
-    """A refinement as `result.json` has it."""
-    return {
+    """A refinement as `result.json` has it; PSNR and SSIM are to the ground truth, PSNR null where it is that image."""
+    entry = {
         "iteration": refinement.k - 1,
         "serial_evaluations": refinement.serial_evaluations,
         "total_evaluations": refinement.total_evaluations,
@@ -197,7 +204,10 @@ def iteration_entry(refinement, truth):
         "predicted_change": refinement.predicted_change,
         "damping": refinement.damping,
         "image_error": difference(refinement.image, truth.image) if truth else None,
+        "seconds": refinement.seconds,
+        "verdict": refinement.verdict,
     }
+    return entry | (utils.similarity(refinement.image, truth.image) if truth else {"psnr": None, "ssim": None})
 
 
 def warn_if_cut(text, ignored):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -87,15 +88,28 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+def read_table(path):
+    """The rows of a CSV, but for seconds and places."""
+    table = pd.read_csv(path)
+    return table.drop(columns=[name for name in table if "seconds" in name or name == "device"]).to_csv()
+
+
 def contents(folder):
     """Everything that a run leaves but seconds and places: pixels and tables by file, results."""
     found = {}
     for name in files(folder):
         path = folder / name
-        readers = {".png": lambda path: pixels(path).tobytes(), ".csv": lambda path: path.read_text()}
+        readers = {".png": lambda path: pixels(path).tobytes(), ".csv": lambda path: read_table(path)}
         found[name] = readers.get(path.suffix, lambda path: None)(path)
     results = run_record(folder)["prompts"]
-    return found, [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+    return found, [without_seconds(result) for result in results]
+
+
+def without_seconds(value):
+    """A value as JSON has it, without what is called seconds."""
+    if isinstance(value, dict):
+        return {key: without_seconds(each) for key, each in value.items() if key != "seconds"}
+    return [without_seconds(each) for each in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="session", autouse=True)

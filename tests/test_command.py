@@ -34,7 +34,7 @@ from study import preparation
 from study.directory import pack
 
 ROOT = Path(main.__file__).parent
-RECORDS = {"run.json", "result.json"}
+RECORDS = {"run.json", "result.json", "results.csv"}
 SET = {"srds_initialized.png", "srds_final.png", "srds_filmstrip.png"}
 TRUTH = {"srds_ddim_gt.png", "srds_ddim_course.png", "trajectory_errors_plot.png", "trajectory_errors_table.csv"}
 
@@ -98,14 +98,14 @@ def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
     ]  # fmt: skip
     assert list(record["prompts"][0]["iterations"][0]) == [
         "iteration", "serial_evaluations", "total_evaluations", "image_change", "trajectory_change",
-        "predicted_change", "damping", "image_error",
+        "predicted_change", "damping", "image_error", "seconds", "verdict", "psnr", "ssim",
     ]  # fmt: skip
     assert record["settings"].keys() == {
         "prompts", "prompt", "output_dir", "no_ground_truth", "parallel", "model", "device", "dtype", "variant", "lora",
         "textual_inversion", "offload", "vae_tiling", "compile", "fine_steps", "coarse_steps", "solver", "eta",
         "tolerance", "schedule", "correction", "stop_rule", "max_iterations", "method", "nodes", "window",
         "guidance_scale", "negative_prompt", "height", "width", "seed", "max_batch", "fixed_batch", "keep_trajectories",
-        "start_from",
+        "start_from", "seeds",
     }  # fmt: skip
 
 
@@ -124,6 +124,9 @@ def test_images_say_what_they_were_made_by(exact_run):
     text = Image.open(exact_run / "srds_final.png").text
     assert text["prompt"] == "A red sun, 夜" and text["seed"] == "42"
     assert json.loads(text["settings"]) == run_record(exact_run)["settings"]
+    prompt, last = text["parameters"].split("\n")
+    assert prompt == "A red sun, 夜"
+    assert last.startswith("Steps: 9, Sampler: DDIM, CFG scale: 2.0, Seed: 42, Size: 64x64, Model: ")
 
 
 def test_the_table_is_zero_where_a_boundary_is_exact(exact_run):
@@ -157,7 +160,8 @@ def test_several_prompts_have_a_folder_each_and_an_overview(run, tmp_path):
     folders = [result["folder"] for result in results]
     assert folders == ["000-a-red-sun", "001-uber-the-hills", "002-a-moon"]
     overview, one = SET | TRUTH | iterations(2), SET | TRUTH | iterations(2) | {"result.json"}
-    assert files(out) == overview | {f"{folder}/{file}" for folder in folders for file in one} | {"run.json"}
+    sets = {f"{folder}/{file}" for folder in folders for file in one}
+    assert files(out) == overview | sets | {"run.json", "results.csv"}
     assert set(run_record(out)["files"]) == files(out) - {"run.json"}
 
     cells = [pixels(out / folder / "srds_iteration_1.png") for folder in folders]
@@ -337,6 +341,22 @@ def test_a_fixed_batch_is_promised_bits_only_where_the_device_keeps_them(run, mo
     assert printed.count("note: on this device a network call's bits depend on its other lanes") == 1
 
 
+def test_several_seeds_are_a_sample_each(run, tiny, tmp_path):
+    prompts = ["--prompt", "a moon", "--prompt", "a sun", "--no-ground-truth"]
+    status, out, printed = run(*prompts, "--seeds", "7-8,3")
+    assert status == 0 and "prompt 2 of 6: a moon, seed 8" in printed
+    results = run_record(out)["prompts"]
+    assert [(result["prompt"][2:], result["seed"]) for result in results] == [
+        (prompt, seed) for prompt in ("moon", "sun") for seed in (7, 8, 3)
+    ]
+    assert results[5]["folder"] == "005-a-sun-seed-3" and run_record(out)["settings"]["seeds"] == [7, 8, 3]
+    assert len(pd.read_csv(out / "results.csv").groupby(["prompt", "seed"])) == 6
+    assert run(*prompts, "--seeds", "7-8,3", "--resume")[2].startswith("6 of 6 prompts are complete")
+    alone = arguments(tmp_path / "alone", tiny, "-gs", "2", "--seed", "3", "--no-ground-truth", prompts=["a sun"])
+    assert main.main(alone) == 0
+    assert (pixels(tmp_path / "alone" / "srds_final.png") == pixels(out / "005-a-sun-seed-3" / "srds_final.png")).all()
+
+
 def test_unsettled_trajectories_are_noted(run):
     _, out, _ = run("--prompt", "a moon", "-tol", "0", "--no-ground-truth")
     first = run_record(out)["prompts"][0]["iterations"][1]
@@ -430,6 +450,12 @@ BAD = [
         "--start-from: './out' is the output directory, which is written anew",
     ),
     (["--prompt", "a", "--max-batch", "0"], "--max-batch: 0 is not usable"),
+    (["--prompt", "a", "--seeds", "few"], "--seeds: 'few' is not usable; give numbers, such as 1,5,9, or a range"),
+    (["--prompt", "a", "--seeds", "9-2"], "--seeds: '9-2' has a range that does not rise"),
+    (["--prompt", "a", "--seeds", "1-9999999999"], "or of more than 10000 seeds"),
+    (["--prompt", "a", "--seeds", "1,1"], "--seeds: '1,1' has a seed twice"),
+    (["--prompt", "a", "--seeds", "99999999999999999999"], "--seeds: 99999999999999999999 is not usable"),
+    (["--prompt", "a", "--seeds", "1", "--seed", "42"], "--seeds: '1' is given beside --seed; give one of them"),
     (["--prompt", "a", "--max-batch", "1" + 30 * "0"], "from 1 up to 1000000000"),
     (["--prompt", "a", "--height", "1" + 30 * "0"], "from 1 up to 65536"),
     (["--prompt", "a", "-gs", "1e308"], "--guidance-scale/-gs: 1e+308 is not usable; give a number from 0 to 1000"),

@@ -16,8 +16,13 @@ from conftest import files, run_record
 from settings import SettingError
 from study import directory
 from study.directory import LOCK, Lock, WriteError, pack, read, write
-from study.record import Record, compare, folder_name
+from study.record import Record, compare, folder_name, folder_names
 
+ABOUT = {
+    "begun": "2026-01-02T03:04:05", "model": {"name": "tiny"}, "environment": {"device": "cpu", "dtype": "float32"},
+    "settings": {"method": "srds", "solver": "ddim", "fine_steps": 8, "coarse_steps": 2, "guidance_scale": 1.0,
+                 "tolerance": 0.1, "stop_rule": "final", "width": 16, "height": 16, "negative_prompt": ""},
+}  # fmt: skip
 NAMES = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
 
 
@@ -31,21 +36,17 @@ def add(record, i, grey=0, errors=(2.0, 0.5), truth=True):
     images = {name: np.full((16, 16, 3), grey, np.uint8) for name in (NAMES if truth else NAMES[:2])}
     images |= {f"srds_iteration_{k}": images["srds_final"] for k in range(len(errors) - 1)}
     iterations = [entry(k - 1, error if truth else None) for k, error in enumerate(errors)]
-    result = {"prompt": record.texts[i], "seed": 0, "iterations": iterations}
+    result = {"prompt": record.made_by[i]["text"], "seed": 0, "iterations": iterations}
     return record.add(i, result, images, [[error, error / 2] for error in errors] if truth else None)
 
 
 def make(folder, texts, seed=0, **how):
     """A record whose results depend on a seed, of a directory that is there."""
     folder.mkdir(exist_ok=True)
-    about = {
-        "run": f"{len(list(folder.rglob('*'))):016x}",
-        "begun": "2026-01-02T03:04:05",
-        "settings": {"fine_steps": 8},
-    }
+    about = {"run": f"{len(list(folder.rglob('*'))):016x}", **ABOUT}
     made = [{"seed": seed, "text": text} for text in texts]
-    earlier, difference, _ = compare(folder, texts, made, resume=False)
-    return Record(folder, about, texts, made, earlier, difference, **how)
+    earlier, difference, _ = compare(folder, folder_names(texts), made, resume=False)
+    return Record(folder, about, folder_names(texts), made, earlier, difference, **how)
 
 
 def test_a_set_is_complete_once_all_its_files_are_there_and_as_they_were(tmp_path):
@@ -55,7 +56,7 @@ def test_a_set_is_complete_once_all_its_files_are_there_and_as_they_were(tmp_pat
     add(record, 0)
     assert record.entry(0)["complete"] and set(record.entry(0)["files"]) == files(out) - {"run.json", "result.json"}
     assert record.finish() == [record.entry(0)["result"]] == run_record(out)["prompts"]
-    whole = lambda: compare(out, ["a"], record.made_by, resume=True)[2] == [0]
+    whole = lambda: compare(out, [""], record.made_by, resume=True)[2] == [0]
     final = out / "srds_final.png"
     data = final.read_bytes()
     for damaged in (b"", data[:-1], data[:-1] + bytes([data[-1] ^ 1])):
@@ -84,7 +85,7 @@ def test_a_set_that_is_cut_short_leaves_nothing_that_the_next_run_does_not_know(
     monkeypatch.undo()
     if stopped == "rendering":
         assert files(out) == {"run.json"}
-    assert compare(out, record.texts, record.made_by, resume=True)[1:] == (None, [])
+    assert compare(out, record.folders, record.made_by, resume=True)[1:] == (None, [])
     other = make(out, ["c"], overwrite=True)
     add(other, 0)
     assert files(out) == {"run.json", "result.json", *other.entry(0)["files"]}
@@ -117,9 +118,8 @@ def test_another_run_sets_an_earlier_one_aside_once_it_has_a_set_and_touches_not
     else:
         assert said == f"the earlier run of {out} had seed 0, not 1, and is now in {out / aside}"
         assert {name: (out / aside / name).read_bytes() for name in before} == before
-        assert compare(
-            out / aside, ["a sea", "a moon"], [{"seed": 0, "text": "a sea"}, {"seed": 0, "text": "a moon"}], True
-        )[2] == [0, 1]
+        made = [{"seed": 0, "text": text} for text in ("a sea", "a moon")]
+        assert compare(out / aside, folder_names(["a sea", "a moon"]), made, resume=True)[2] == [0, 1]
     assert not (out / "001-a-moon").exists() and notes < files(out)
     assert record.finish()[1] == record.entry(1)["result"]
     left = {name for name in files(out) if not name.startswith("earlier")} - notes
@@ -359,3 +359,16 @@ def test_a_plot_shows_every_point_and_exact_zeros_apart(monkeypatch):
     assert names == ["a prompt's refinements", "mean of 2 prompts", "sequential: N = 8"]
     ends = [line.get_xydata()[-1, 0] for line in right.lines if line.get_label() == "mean of 2 prompts"]
     assert ends == [(12 + first) / 2], "evaluations and differences are means over the same prompts"
+
+
+def test_results_are_a_row_for_each_refinement_or_failure(tmp_path):
+    record = make(tmp_path, ["a", "b", "c"], seed=7)
+    record.begin()
+    add(record, 0, errors=(3.0, 1.0, 0.5))
+    add(record, 2, errors=(4.0, 0.0))
+    record.fail(1, 7, "out of memory")
+    record.finish()
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert table.prompt.tolist() == ["a", "a", "a", "b", "c", "c"] and set(table.method) == {"srds"}
+    assert table.image_error.fillna(-1).tolist() == [3, 1, 0.5, -1, 4, 0] and table.error[3] == "out of memory"
+    assert table.folder[0] == "000-a" and set(run_record(tmp_path)["overview"]) >= {"results.csv", "srds_final.png"}

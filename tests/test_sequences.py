@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from test_record import ABOUT
 
 from settings import Failure
 from study.directory import MOVING, OURS, Earlier, Lock, checksum, read
-from study.record import Record, compare
+from study.record import Record, compare, folder_names
 
 TEXTS = (["a"], ["a", "b"], ["a", "c", "b"])
 
@@ -54,10 +55,9 @@ class Directory(RuleBasedStateMachine):
 
     def sample(self, seed, texts, mode, fails, length):
         made = [{"seed": seed, "text": text} for text in texts]
-        earlier, difference, whole = compare(self.out, texts, made, resume=mode == "r")
-        about = {"run": f"{self.runs:016x}", "begun": "2026-01-02T03:04:05"}
-        about["settings"] = {"fine_steps": 8, "seed": seed}
-        record = Record(self.out, about, texts, made, earlier, difference, overwrite=mode == "o")
+        earlier, difference, whole = compare(self.out, folder_names(texts), made, resume=mode == "r")
+        about = {"run": f"{self.runs:016x}", **ABOUT}
+        record = Record(self.out, about, folder_names(texts), made, earlier, difference, overwrite=mode == "o")
         if mode == "r" or not earlier:
             record.begin()
         names = ["srds_initialized", "srds_final", *(f"srds_iteration_{k}" for k in range(length - 1))]
