@@ -28,10 +28,11 @@ class Command:
     """What the command is to do: `settings` for the sampler, `loading` for the model, `texts` to sample.
 
     seeds: of each text, where several were given; else None. prompts, prompt: where the texts come from, a file or the
-    command line. ground_truth: whether to sample step by step
-    as well. resume: whether to keep what an earlier run has completed. overwrite: whether to remove an earlier run of
-    other results, in place of setting it aside. keep_trajectories: whether to write them. start_from: the directory of
-    a run that did, or None. parallel: what several processes share, "lanes", "prompts", or None to choose.
+    command line. ground_truth: whether to sample step by step as well. resume: whether to keep what an earlier run has
+    completed. overwrite: whether to remove an earlier run of other results, in place of setting it aside.
+    keep_trajectories: whether to write them. start_from: the directory of a run that did, or None. parallel: what
+    several processes share, "lanes", "prompts", or None to choose. report: whether to write the page. argv: the words
+    of the command line.
     """
 
     settings: Settings
@@ -47,6 +48,8 @@ class Command:
     keep_trajectories: bool
     start_from: str | None
     parallel: str | None
+    report: bool
+    argv: list
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,6 +125,7 @@ ARGUMENTS = {
         ("--start-from", str, "DIR",
          "begin from the trajectories that an earlier run of one prompt, or of as many prompts as here, has kept"),
         ("--keep-trajectories", bool, None, "keep what --start-from of a later run takes, in trajectory.safetensors"),
+        ("--no-report", bool, None, "leave out report.html, the page that shows the run"),
         ("--no-ground-truth", bool, None, "skip the sequential run that images are compared with"),
     ],
     "machine": [
@@ -189,6 +193,7 @@ def parse_arguments(parser, argv):
         settings, loading, texts, seeds, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
         ground_truth=not args.no_ground_truth, resume=args.resume, overwrite=args.overwrite,
         keep_trajectories=args.keep_trajectories, start_from=args.start_from, parallel=args.parallel,
+        report=not args.no_report, argv=[*argv],
     )  # fmt: skip
 
 

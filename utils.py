@@ -110,8 +110,8 @@ def similarity(image, truth):
     }
 
 
-def results_table(results, about):
-    """`results.csv`: a row for each prompt, seed and refinement, or one with the error of a prompt that failed."""
+def results_rows(results, about):
+    """A row for each prompt, seed and refinement, or one with the error of a prompt that failed: a list of dicts."""
     settings, environment, rows = about["settings"], about["environment"], []
     names = ("method", "solver", "fine_steps", "coarse_steps", "guidance_scale", "tolerance", "stop_rule")
     run = {name: settings[name] for name in names}
@@ -120,9 +120,13 @@ def results_table(results, about):
         sample = {"prompt": result["prompt"], "seed": result["seed"]}
         ends = {"error": result.get("error"), "folder": result["folder"]}
         truth = {"sequential_seconds": result["seconds"]["ground_truth"]} if "seconds" in result else {}
-        for entry in result.get("iterations", [{}]):
-            rows.append(sample | run | entry | truth | ends)
-    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+        rows += [sample | run | entry | truth | ends for entry in result.get("iterations", [{}])]
+    return rows
+
+
+def results_table(results, about):
+    """`results.csv`, with the rows of `results_rows`."""
+    return pd.DataFrame(results_rows(results, about)).to_csv(index=False, lineterminator="\n")
 
 
 def combine_errors(errors):

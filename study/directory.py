@@ -20,7 +20,9 @@ except ImportError:  # not on Windows
 
 LOCK, MOVING = ".srds.lock", ".srds.moving"
 # What a run writes, in the directory and in the folders of its prompts.
-OURS = re.compile(r"(srds|trajectory)_[a-z0-9_]+\.(png|csv)|(result|run)\.json|results\.csv|trajectory\.safetensors")
+OURS = re.compile(
+    r"(srds|trajectory)_[a-z0-9_]+\.(png|csv)|(result|run)\.json|results\.csv|report\.html|trajectory\.safetensors"
+)
 FOLDER = re.compile(r"[0-9]{3,}-[a-z0-9-]+")
 
 
@@ -116,7 +118,7 @@ class Earlier(NamedTuple):
             own = [name_of(name, file) for file in entry["files"] if OURS.fullmatch(file)]
             files += [*own, name_of(name, "result.json")]
             if not about:  # then nothing else tells of the overview, whose pictures have the names of a set's
-                files += [*(entry["files"] if name else ()), "results.csv"]
+                files += [*(entry["files"] if name else ()), "results.csv", "report.html"]
         files += ["run.json"] * bool(about or entries)  # a damaged one beside whole sets is theirs
         # The records last: while a file is there, so is what tells of it.
         files = sorted(dict.fromkeys(files), key=lambda name: (name == "run.json", name.endswith("result.json")))

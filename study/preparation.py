@@ -2,6 +2,7 @@
 
 import functools
 import secrets
+import shlex
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -73,14 +74,15 @@ def prepare(command, processes, stack):
     if sampler.plan:
         print(describe_plan(sampler.plan))
     settings = recorded_settings(command, sampler.settings, processes)
-    about = {"run": run, "begun": begun, "settings": settings, "texts": command.texts}
+    line = shlex.join(["python", "main.py", *command.argv])
+    about = {"run": run, "begun": begun, "command": line, "settings": settings, "texts": command.texts}
     about |= surroundings(sampler, device, dtype) | ({"plan": sampler.plan} if sampler.plan else {})
     if command.settings.fixed_batch:
         about["keeps_bits"] = sampler.keeps_bits()
         if not about["keeps_bits"]:
             print(NO_BITS)
     takes_over = functools.partial(is_to_take_over, folder, run, processes)
-    record = Record(folder, about, folders, made, files, difference, command.overwrite, takes_over)
+    record = Record(folder, about, folders, made, files, difference, command.overwrite, command.report, takes_over)
     left = [i for i in range(len(command.texts)) if i not in whole]
     return sampler, record, left, starts, files and not command.resume
 

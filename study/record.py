@@ -13,6 +13,7 @@ from PIL import Image
 import utils
 from settings import SettingError
 from study.directory import Earlier, WriteError, checksum, name_of, pack, read, reporting, stage, write
+from study.report import page
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
 MOST_TEXT = 4000  # characters of a prompt in each image
@@ -80,16 +81,18 @@ class Record:
     folder: the directory, which is there. about: what `run.json` says of the run: its "run", an id, when it was
     "begun", "settings", "environment", "model", and "plan". folders: of the prompts, in it; several have one each, and
     an overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
-    overwrite: to remove an earlier run of other results in place of setting it aside. takes_over: whether this process
+    overwrite: to remove an earlier run of other results in place of setting it aside. report: to write the page at the
+    end. takes_over: whether this process
     is the one to do so; another one returns False when it is done.
     """
 
     def __init__(
-        self, folder, about, folders, made_by, earlier=(), difference=None, overwrite=False, takes_over=lambda: True
+        self, folder, about, folders, made_by, earlier=(), difference=None, overwrite=False, report=True,
+        takes_over=lambda: True,
     ):  # fmt: skip
         self.folder, self.about, self.folders = Path(folder), about, folders
         self.made_by, self.earlier, self.difference = made_by, earlier, difference
-        self.overwrite, self.takes_over = overwrite, takes_over
+        self.overwrite, self.report, self.takes_over = overwrite, report, takes_over
         self.failures = {}
 
     @property
@@ -150,7 +153,10 @@ class Record:
         with self._staged("") as stage_one:
             if entries and len(self.folders) > 1:
                 self._render(stage_one, entries, self._saved_images)
-            stage_one("results.csv", utils.results_table(self.results(), self.about).encode())
+            results = self.results()
+            stage_one("results.csv", utils.results_table(results, self.about).encode())
+            if self.report:
+                stage_one("report.html", page([({**self.about, "prompts": results}, "")]).encode())
             of_a_set = read(self.folder / "result.json").get("files", ())
             left = {name: None for name in self._left("") if name not in of_a_set}
             before = left | read(self.folder / "run.json")["overview"]

@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "models.adapters": {"settings"}, "models.checks": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.directory": {"settings"}, "study.fingerprint": set(),
-    "study.record": {"settings", "utils", "study.directory"}, "study.preparation": PREPARATION, "study.run": STUDY,
+    "study.report": {"settings", "utils", "study.directory"},
+    "study.record": {"settings", "utils", "study.directory", "study.report"}, "study.run": STUDY,
+    "study.preparation": PREPARATION,
     "study.terminal": set(),
     "main": {"settings", "study.terminal", "study.quiet", "study.processes", "study.run"},
 }  # fmt: skip

@@ -27,7 +27,7 @@ NAMES = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
 
 
 def entry(iteration, error, **more):
-    counts = {"serial_evaluations": 4 + 2 * iteration, "total_evaluations": 9}
+    counts = {"serial_evaluations": 4 + 2 * iteration, "total_evaluations": 9, "seconds": 0.5 + iteration}
     return {"iteration": iteration, **counts, "image_error": error, **more}
 
 
@@ -36,7 +36,8 @@ def add(record, i, grey=0, errors=(2.0, 0.5), truth=True):
     images = {name: np.full((16, 16, 3), grey, np.uint8) for name in (NAMES if truth else NAMES[:2])}
     images |= {f"srds_iteration_{k}": images["srds_final"] for k in range(len(errors) - 1)}
     iterations = [entry(k - 1, error if truth else None) for k, error in enumerate(errors)]
-    result = {"prompt": record.made_by[i]["text"], "seed": 0, "iterations": iterations}
+    seconds = {"srds": 1.0, "ground_truth": 2.0 if truth else None}
+    result = {"prompt": record.made_by[i]["text"], "seed": 0, "seconds": seconds, "iterations": iterations}
     return record.add(i, result, images, [[error, error / 2] for error in errors] if truth else None)
 
 

@@ -15,6 +15,7 @@ from settings import Failure
 from study.directory import MOVING, OURS, Earlier, Lock, checksum, read
 from study.record import Record, compare, folder_names
 
+SECONDS = {"seconds": {"srds": 1.0, "ground_truth": None}}
 TEXTS = (["a"], ["a", "b"], ["a", "c", "b"])
 
 
@@ -67,7 +68,7 @@ class Directory(RuleBasedStateMachine):
             if i in fails:
                 record.fail(i, seed, "failed")
             elif i not in whole:
-                record.add(i, {"prompt": text, "seed": seed, "iterations": [entry] * length}, images)
+                record.add(i, {"prompt": text, "seed": seed, "iterations": [entry] * length, **SECONDS}, images)
         record.finish()
 
     @rule(name=strategies.sampled_from(["notes.txt", "srds_final.png", "000-a/run.json", "000-a/mine.png"]))

@@ -1,0 +1,173 @@
+"""The page of a run, or of several side by side: one HTML file that opens from disk, without a server.
+
+python -m study.report DIR [DIR ...] -o compare.html
+"""
+
+import argparse
+import base64
+import io
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+import utils
+from settings import Failure, in_one_line
+from study.directory import read
+
+COLUMNS = [
+    "prompt", "run", "seed", "iteration", "serial_evaluations", "total_evaluations", "seconds", "image_change",
+    "trajectory_change", "image_error", "psnr", "ssim", "verdict", "error",
+]  # fmt: skip
+MARKERS = "osD^v<>pX*"
+
+
+def page(runs, link=True):
+    """The HTML of runs: pairs of a record, as `run.json` has it, and where its images are.
+
+    That is a path, relative to the page or absolute, "" for the page's own folder. link: whether images stay where they
+    are; else they are in the page.
+    """
+    names = _names([record for record, _ in runs])
+    rows, samples = [], []
+    for (record, place), name in zip(runs, names):
+        rows += [{"run": name, **row} for row in utils.results_rows(record["prompts"], record)]
+        samples += [_sample(result, record, place, name if len(runs) > 1 else "", link) for result in record["prompts"]]
+    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    columns = [name for name in columns if name != "run" or len(runs) > 1]
+    order = list(dict.fromkeys(sample["key"] for sample in samples))  # the runs' images of a prompt together
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = _cell
+    settings, count = runs[0][0]["settings"], sum(len(record["prompts"]) for record, _ in runs)
+    title = f"{settings['method']}, N = {settings['fine_steps']}" if len(runs) == 1 else f"{len(runs)} runs"
+    failed = sum("error" in result for record, _ in runs for result in record["prompts"])
+    how = [{"name": name, **_how(record)} for (record, _), name in zip(runs, names)]
+    return environment.get_template("report.html.jinja").render(
+        title=f"{title}: {count} samples",
+        summary=f"{failed} of {count} samples failed." if failed else "All samples are complete.",
+        runs=how, plots=_plots(rows, names), columns=columns,
+        rows=[{name: _plain(row.get(name)) for name in columns} for row in rows],
+        samples=sorted(samples, key=lambda sample: order.index(sample["key"])),
+    )  # fmt: skip
+
+
+def _names(records):
+    """What tells the runs apart: the settings that differ, or a number."""
+    keys = [key for key in records[0]["settings"] if key not in ("output_dir", "prompts", "prompt", "seeds")]
+    differing = [key for key in keys if len({str(record["settings"].get(key)) for record in records}) > 1]
+    names = [
+        ", ".join(f"{key} {record['settings'][key]}" for key in differing if record["settings"].get(key) is not None)
+        for record in records
+    ]
+    return [name if name and names.count(name) == 1 else f"run {i + 1} {name}".strip() for i, name in enumerate(names)]
+
+
+def _how(record):
+    """The machine, the model and the command line of a run."""
+    about = {**record["environment"], "model": record["model"]["name"], "begun": record["begun"]}
+    return {
+        "environment": ", ".join(f"{name} {value}" for name, value in about.items()),
+        "command": record.get("command"),
+    }
+
+
+def _sample(result, record, place, run, link):
+    """A prompt's images, in order, with what the page says of them."""
+    name = f"{in_one_line(result['prompt'], 300)}, seed {result['seed']}{f' ({run})' if run else ''}"
+    sample = {"name": name, "key": (result["prompt"], result["seed"]), "error": result.get("error"), "images": []}
+    if sample["error"]:
+        return sample
+    stages = [("initialised", "srds_initialized", result["iterations"][0])]
+    stages += [
+        (f"iteration {entry['iteration']}", f"srds_iteration_{entry['iteration']}", entry)
+        for entry in result["iterations"][1:]
+    ]
+    if result["seconds"]["ground_truth"] is not None:
+        stages.append(("ground truth", "srds_ddim_gt", None))
+    for title, file, entry in stages:
+        facts = [utils.evaluations(entry["serial_evaluations"])] if entry else []
+        if entry and entry["image_error"] is not None:
+            facts.append(f"difference {entry['image_error']:.3f}")
+        path = os.path.join(place, result["folder"], f"{file}.png")
+        source = quote(Path(path).as_posix()) if link else _embedded(path)
+        size = {name: record["settings"][name] for name in ("width", "height")}
+        sample["images"].append({"name": title, "src": source, "facts": ", ".join(facts), **size})
+    return sample
+
+
+def _embedded(path):
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def _plain(value):
+    """What a row has, without control characters; "" for None."""
+    return "" if value is None else in_one_line(value, 4000) if value and isinstance(value, str) else value
+
+
+def _cell(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:120]
+
+
+def _plots(rows, names):
+    """Difference against serial evaluations and seconds, a line a run of means over its samples: SVG, or ""."""
+    known = [row for row in rows if row.get("image_error") is not None]
+    if not known:
+        return ""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}):
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        for axes, across in zip(figure.subplots(1, 2, sharey=True), ("serial_evaluations", "seconds")):
+            for i, name in enumerate(names):
+                points = _means([row for row in known if row["run"] == name], across) or ([], [])
+                shade = str(0.6 * i / max(len(names) - 1, 1))
+                axes.plot(*points, color=shade, marker=MARKERS[i % 10], linestyle=("-", "--", ":")[i % 3], label=name)
+            axes.set_xlabel(across.replace("_", " "))
+            axes.set_yscale("symlog", linthresh=0.01)
+            axes.grid(True, color="0.9")
+        figure.axes[0].set_ylabel("grey levels of 255")
+        if len(names) > 1:
+            figure.axes[1].legend(fontsize=8)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    return file.getvalue()[file.getvalue().index("<svg") :]
+
+
+def _means(rows, across):
+    """Two lists of means by iteration; a sample that has stopped keeps its last."""
+    samples = {}
+    for row in rows:
+        samples.setdefault((row["prompt"], row["seed"]), []).append((row[across], row["image_error"]))
+    longest = max(map(len, samples.values()), default=0)
+    padded = [points + points[-1:] * (longest - len(points)) for points in samples.values()]
+    return [[sum(values) / len(values) for values in zip(*each)] for each in zip(*(zip(*points) for points in padded))]
+
+
+def main(argv=None):
+    """Write the page that compares runs; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m study.report", description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output directories of runs")
+    parser.add_argument("-o", "--output", default="compare.html", metavar="FILE", help="the page (%(default)s)")
+    parser.add_argument("--link", action="store_true", help="leave images where they are, in place of embedding them")
+    args = parser.parse_args(argv)
+    try:
+        runs = []
+        for folder in args.folders:
+            record = read(Path(folder) / "run.json")
+            if not record:
+                raise Failure(f"{folder} holds no whole record of a run; give its output directory")
+            beside = os.path.relpath(folder, Path(args.output).parent)
+            runs.append((record, beside if args.link else folder))
+        Path(args.output).write_text(page(runs, args.link), encoding="utf-8")
+    except (Failure, OSError) as error:
+        print(f"study.report: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
