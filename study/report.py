@@ -33,13 +33,16 @@ def page(runs, link=True):
     are; else they are in the page.
     """
     names = _names([record for record, _ in runs])
-    rows, samples = [], []
+    rows, samples = [], {}  # the runs' images of a prompt together
     for (record, place), name in zip(runs, names):
         rows += [{"run": name, **row} for row in utils.results_rows(record["prompts"], record)]
-        samples += [_sample(result, record, place, name if len(runs) > 1 else "", link) for result in record["prompts"]]
+        for result in record["prompts"]:
+            title = f"{in_one_line(result['prompt'], 300)}, seed {result['seed']}"
+            sample = samples.setdefault(title, {"name": title, "errors": [], "images": []})
+            sample["errors"] += [result["error"]] if "error" in result else []
+            sample["images"] += _images(result, record, place, f" ({name})" if len(runs) > 1 else "", link)
     columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     columns = [name for name in columns if name != "run" or len(runs) > 1]
-    order = list(dict.fromkeys(sample["key"] for sample in samples))  # the runs' images of a prompt together
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -53,14 +56,17 @@ def page(runs, link=True):
         summary=f"{failed} of {count} samples failed." if failed else "All samples are complete.",
         runs=how, plots=_plots(rows, names), columns=columns,
         rows=[{name: _plain(row.get(name)) for name in columns} for row in rows],
-        samples=sorted(samples, key=lambda sample: order.index(sample["key"])),
+        samples=samples.values(),
     )  # fmt: skip
 
 
 def _names(records):
     """What tells the runs apart: the settings that differ, or a number."""
     keys = [key for key in records[0]["settings"] if key not in ("output_dir", "prompts", "prompt", "seeds")]
-    differing = [key for key in keys if len({str(record["settings"].get(key)) for record in records}) > 1]
+    values = {key: [record["settings"].get(key) for record in records] for key in keys}
+    differing = [key for key in keys if len({str(value) for value in values[key]}) > 1]
+    # What only one of two methods has says no more than the method.
+    differing = [key for key in differing if None not in values[key]] or differing
     names = [
         ", ".join(f"{key} {record['settings'][key]}" for key in differing if record["settings"].get(key) is not None)
         for record in records
@@ -77,12 +83,10 @@ def _how(record):
     }
 
 
-def _sample(result, record, place, run, link):
-    """A prompt's images, in order, with what the page says of them."""
-    name = f"{in_one_line(result['prompt'], 300)}, seed {result['seed']}{f' ({run})' if run else ''}"
-    sample = {"name": name, "key": (result["prompt"], result["seed"]), "error": result.get("error"), "images": []}
-    if sample["error"]:
-        return sample
+def _images(result, record, place, run, link):
+    """A sample's images, in order, with what the page says of them; none of one that failed."""
+    if "error" in result:
+        return []
     stages = [("initialised", "srds_initialized", result["iterations"][0])]
     stages += [
         (f"iteration {entry['iteration']}", f"srds_iteration_{entry['iteration']}", entry)
@@ -90,15 +94,15 @@ def _sample(result, record, place, run, link):
     ]
     if result["seconds"]["ground_truth"] is not None:
         stages.append(("ground truth", "srds_ddim_gt", None))
+    images, size = [], {name: record["settings"][name] for name in ("width", "height")}
     for title, file, entry in stages:
         facts = [utils.evaluations(entry["serial_evaluations"])] if entry else []
         if entry and entry["image_error"] is not None:
             facts.append(f"difference {entry['image_error']:.3f}")
         path = os.path.join(place, result["folder"], f"{file}.png")
         source = quote(Path(path).as_posix()) if link else _embedded(path)
-        size = {name: record["settings"][name] for name in ("width", "height")}
-        sample["images"].append({"name": title, "src": source, "facts": ", ".join(facts), **size})
-    return sample
+        images.append({"name": title + run, "src": source, "facts": ", ".join(facts), **size})
+    return images
 
 
 def _embedded(path):
