@@ -86,7 +86,7 @@ def sample_all(command, sampler, record, left, starts):
         if processes.parallel == "lanes" and not processes.first:
             return follow(sampler, starts)
         if not sampler.model.family.prompted and len(texts) > 1 and not command.seeds:
-            print(f"{sampler.model.name} reads no prompts: seeds rise from {sampler.settings.seed}, one a line")
+            print(f"{in_one_line(sampler.model.name)} reads no prompts: seeds rise from {sampler.settings.seed}, one a line")
         if command.settings.negative_prompt:
             warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
