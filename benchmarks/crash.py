@@ -44,7 +44,11 @@ def contents(folder):
             continue
         found[name] = np.asarray(Image.open(path)).tobytes() if path.suffix == ".png" else path.read_text()
     results = json.loads(found.pop("run.json"))["prompts"]
-    images = {name: content for name, content in found.items() if not name.endswith(("result.json", "results.csv"))}
+    images = {
+        name: content
+        for name, content in found.items()
+        if not name.endswith(("result.json", "results.csv", "report.html"))
+    }
     return images, [without_seconds(result) for result in results]
 
 

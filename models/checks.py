@@ -1,6 +1,7 @@
 """Whether a model is whole: the values in its configs that this program uses, its weights, its tokenizers."""
 
 import importlib
+import json
 import math
 import numbers
 import typing
@@ -53,11 +54,12 @@ def _above_zero(value):
 # is for the libraries, which say what they cannot take.
 VALUES = {
     "scheduler": {
-        "num_train_timesteps": (_whole, "a whole number from 1 up"),
+        "num_train_timesteps": (lambda value: _whole(value) and value <= 10**5, "a whole number from 1 to 100000"),
         "beta_start": (_share, "a number between 0 and 1"),
         "beta_end": (_share, "a number between 0 and 1"),
         "trained_betas": (_none_or(_list_of(_share)), "null, or numbers between 0 and 1"),
         "shift": (_above_zero, "a number above 0"),
+        "clip_sample_range": (_above_zero, "a number above 0"),
     },
     "network": {
         "in_channels": (_whole, "a whole number from 1 up"),
@@ -81,6 +83,8 @@ def check_values(name, part, config):
         if key in config and not will_do(config[key]):
             raise ModelError(f"{name} has {key} {str(config[key])[:80]!r} in its {part}'s config; it must be {wanted}")
     betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if part == "scheduler" and config.get("beta_start", 0) > config.get("beta_end", 1):
+        raise ModelError(f"{name} has a beta_start above its beta_end")
     if part == "scheduler" and betas is not None and len(betas) != steps:
         raise ModelError(f"{name} has {len(betas)} trained_betas for {steps} training timesteps")
 
@@ -107,6 +111,9 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
         safe = bool(given.get("use_safetensors") or weights)
         how = {"dtype" if library == "transformers" else "torch_dtype": dtype, "use_safetensors": safe}
         how |= {"variant": variant} if any(f".{variant}." in path.name for path in place.iterdir()) else {}
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        if not config.get("quantization_config"):
+            _check_types(name, part, weights or place.glob("*.bin"))
         network, report = found.from_pretrained(place, output_loading_info=True, **how)
         for trouble, words in (("missing_keys", "lack"), ("unexpected_keys", "have, beyond it,")):
             if keys := sorted(map(str, report[trouble])):
@@ -114,8 +121,6 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
                 raise ModelError(f"{name}: the weights of its {part} {words} {', '.join(keys[:3])}{more}")
         if not isinstance(network, wanted):
             raise ModelError(f"{name}: its {part} is a {type(network).__name__}, which is none of a {kind}'s")
-        if not getattr(network.config, "quantization_config", None):
-            _check_types(name, part, weights)
         parts[part] = network
     return parts
 
@@ -125,13 +130,17 @@ def _has_weights(kind):
 
 
 def _check_types(name, part, files):
-    """Raise ModelError where weights are whole numbers, which the libraries would take for others."""
+    """Raise ModelError where weights are not of floating point, which the libraries would take for others."""
     for file in files:
-        with safe_open(file, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118, as it is no dictionary
-                kind = weights.get_slice(key).get_dtype()
-                if not kind.startswith(("F", "BF")) and not key.endswith(("position_ids", "num_batches_tracked")):
-                    raise ModelError(f"{name}: the weights of its {part} have {key} in whole numbers ({kind})")
+        if file.suffix == ".bin":
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+            kinds = {key: "F" if tensor.is_floating_point() else str(tensor.dtype) for key, tensor in tensors.items()}
+        else:
+            with safe_open(file, "pt") as weights:
+                kinds = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+        for key, kind in kinds.items():
+            if not kind.startswith(("F", "BF")) and not key.endswith(("position_ids", "num_batches_tracked")):
+                raise ModelError(f"{name}: the weights of its {part} have {key} as {kind}, not in floating point")
 
 
 def check_tokenizers(name, pipeline):
@@ -146,7 +155,7 @@ def check_tokenizers(name, pipeline):
         if max(ids) >= rows:
             raise ModelError(f"{name}: its {part} has ids to {max(ids)}, beyond its text encoder's {rows} embeddings")
         places, length = getattr(encoder.config, "max_position_embeddings", None), tokenizer.model_max_length
-        if places and length > HIGHEST:
+        if places and not length <= HIGHEST:  # or no number at all
             tokenizer.model_max_length = places
         elif places and length > places or length < 2:
             raise ModelError(f"{name}: its {part} has model_max_length {length}, its text encoder {places} positions")

@@ -124,9 +124,12 @@ def _read_configs(name):
         if not path.exists():  # old models of one network have its files beside model_index.json
             path = folder / path.name
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            raise ModelError(f"{name} is not a diffusers model: it has no readable {file}") from None
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise ModelError(f"{name} is not a diffusers model: it has no readable {file}")
+        return content
 
     kind = str(config("model_index.json").get("_class_name"))  # a list where it is code of the model's own
     scheduler = config("scheduler/scheduler_config.json") if kind in FAMILIES else {}

@@ -24,6 +24,8 @@ OURS = re.compile(
     r"(srds|trajectory)_[a-z0-9_]+\.(png|csv)|(result|run)\.json|results\.csv|report\.html|trajectory\.safetensors"
 )
 FOLDER = re.compile(r"[0-9]{3,}-[a-z0-9-]+")
+PLANNED = {"blocks", "schedule", "refinements", "srds", "sequential", "calls"}
+PLACE = re.compile(r"earlier/([0-9T]+(-[0-9T]+)*|unknown(-[0-9]+)?)")  # of what was set aside
 
 
 class WriteError(Failure):
@@ -49,6 +51,38 @@ def read(path):
         return content if content.pop("checksum") == _seal(content) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def read_set(path):
+    """A `result.json` that `pack` made, of the shape that a run gives it; empty for all else."""
+    found = read(path)
+    shapes = {"complete": bool, "files": dict, "result": dict, "made_by": dict, "begun": str, "run": str}
+    whole = all(isinstance(found.get(name), kind) for name, kind in shapes.items()) and _are_files(found["files"])
+    result = found.get("result", {})
+    parts = {"prompt": str, "seed": int, "iterations": list, "seconds": dict, "folder": str}
+    return found if whole and all(isinstance(result.get(name), kind) for name, kind in parts.items()) else {}
+
+
+def read_run(path):
+    """A `run.json` that `pack` made, of the shape that a run gives it; empty for all else."""
+    found = read(path)
+    shapes = {"run": str, "begun": str, "settings": dict, "folders": list, "prompts": list, "overview": dict}
+    whole = all(isinstance(found.get(name), kind) for name, kind in (shapes | {"files": list, "made_by": dict}).items())
+    plan = found.get("plan", dict.fromkeys(PLANNED))
+    if not whole or not _are_files(found["overview"]) or not isinstance(plan, dict) or not PLANNED <= plan.keys():
+        return {}
+    folders = [name for name in found["folders"] if isinstance(name, str) and (not name or FOLDER.fullmatch(name))]
+    made = found["made_by"].get("each"), found["made_by"].get("common")
+    sound = len(folders) == len(found["folders"]) and all(map(_is_ours, found["files"]))
+    sound = sound and all(isinstance(each, dict) for each in (*made, *(made[0] or {}).values()))
+    return found if sound else {}
+
+
+def _are_files(files):
+    """Whether a dictionary has names of ours, and a size and a checksum, or None where they are not known, for each."""
+    facts = [value for value in files.values() if value is not None]
+    pairs = all(isinstance(value, list) and len(value) == 2 for value in facts)
+    return all(map(OURS.fullmatch, files)) and pairs
 
 
 def _seal(content):
@@ -109,20 +143,27 @@ class Earlier(NamedTuple):
 
     @classmethod
     def find(cls, folder):
-        about, entries = read(folder / "run.json"), {}
+        about, entries = read_run(folder / "run.json"), {}
         for name in ["", *_prompt_folders(folder)]:
-            if entry := read(folder / name / "result.json"):
+            if entry := read_set(folder / name / "result.json"):
                 entries[name] = entry
-        files = [name for name in about.get("files", ()) if _is_ours(name)]
+        files = [*about.get("files", ())]
         for name, entry in entries.items():
-            own = [name_of(name, file) for file in entry["files"] if OURS.fullmatch(file)]
+            own = [name_of(name, file) for file in entry["files"]]
             files += [*own, name_of(name, "result.json")]
             if not about:  # then nothing else tells of the overview, whose pictures have the names of a set's
                 files += [*(entry["files"] if name else ()), "results.csv", "report.html"]
         files += ["run.json"] * bool(about or entries)  # a damaged one beside whole sets is theirs
         # The records last: while a file is there, so is what tells of it.
         files = sorted(dict.fromkeys(files), key=lambda name: (name == "run.json", name.endswith("result.json")))
-        return cls(folder, about, entries, [name for name in files if os.path.lexists(folder / name)])
+        return cls(folder, about, entries, [name for name in files if _is_regular(folder / name)])
+
+    @property
+    def made_by(self):
+        """What each set was made by, by its folder; `run.json` tells it of those whose own record is not whole."""
+        told = self.about.get("made_by", {"common": {}, "each": {}})
+        known = {folder: told["common"] | own for folder, own in told["each"].items()}
+        return known | {folder: entry["made_by"] for folder, entry in self.entries.items()}
 
     def _place(self):
         """A folder named after when the run began, that is not there yet."""
@@ -133,19 +174,23 @@ class Earlier(NamedTuple):
 
     def check(self, folders):
         """Raise SettingError where a run of prompts in such folders would meet what is not ours, or cannot be moved."""
-        for folder in folders:
+        known = set(self.files)
+        places = ["", *folders, *_prompt_folders(self.folder), *self.about.get("folders", ())]
+        for folder in dict.fromkeys(places):
             path = self.folder / folder
-            if folder and path.is_symlink():
-                raise SettingError("output_dir", str(self.folder), f"has a link in place of {folder}; remove it")
+            if folder and (path.is_symlink() or (os.path.lexists(path) and not path.is_dir())):
+                what = f"has what is no folder of ours at {folder}; move it elsewhere"
+                raise SettingError("output_dir", str(self.folder), what)
             for name in sorted(os.listdir(path) if path.is_dir() else ()):
-                if OURS.fullmatch(name) and name_of(folder, name) not in self.files:
+                if OURS.fullmatch(name) and name_of(folder, name) not in known:
                     remedy = f"holds {name_of(folder, name)}, which no whole record here tells of; move it elsewhere"
                     raise SettingError("output_dir", str(self.folder), remedy)
         for place in {(self.folder / name).parent for name in self.files} | {self.folder}:
             if not os.access(place, os.W_OK | os.X_OK):
                 raise SettingError("output_dir", str(self.folder), f"has {place}, which cannot be written; see to it")
-        if (self.folder / "earlier").is_symlink():
-            raise SettingError("output_dir", str(self.folder), "has a link in place of earlier/; remove it")
+        aside = self.folder / "earlier"
+        if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
+            raise SettingError("output_dir", str(self.folder), "has no folder at earlier/; move it elsewhere")
 
     def set_aside(self, run):
         """Move the files, as they are, into a folder of the directory: all or, with a WriteError, none. Returns where.
@@ -155,7 +200,8 @@ class Earlier(NamedTuple):
         place = self._place()
         write(self.folder / MOVING, pack({"place": place}), run)
         self.move(place)
-        (self.folder / MOVING).unlink()
+        with reporting(self.folder / MOVING, "cannot be removed"):
+            (self.folder / MOVING).unlink()
         return place
 
     def move(self, place):
@@ -202,7 +248,18 @@ def _prompt_folders(folder):
     return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
 
 
+def _is_regular(path):
+    """Whether it is a file, not a link to one, and not through a link either."""
+    try:
+        beyond_a_link = FOLDER.fullmatch(path.parent.name) and path.parent.is_symlink()
+        return stat.S_ISREG(path.lstat().st_mode) and not beyond_a_link
+    except OSError:
+        return False
+
+
 def _is_ours(name):
+    if not isinstance(name, str):
+        return False
     folder, _, file = name.rpartition("/")
     return bool(OURS.fullmatch(file) and (not folder or FOLDER.fullmatch(folder)))
 
@@ -293,7 +350,12 @@ def _tidy(folder, run):
     """Remove what a killed run had not yet given its names, and finish what it was moving."""
     for name in ["", *_prompt_folders(folder)] if run else ():
         for part in (folder / name).glob(f".*.{run}.part"):
-            part.unlink(missing_ok=True)
-    if place := read(folder / MOVING).get("place"):
+            with reporting(part, "of a killed run, cannot be removed"):
+                part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is more in it
+                (folder / name).rmdir()
+    place = read(folder / MOVING).get("place")
+    if isinstance(place, str) and PLACE.fullmatch(place):
         Earlier.find(folder).move(place)
-        (folder / MOVING).unlink()
+        with reporting(folder / MOVING, "cannot be removed"):
+            (folder / MOVING).unlink()

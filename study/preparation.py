@@ -16,7 +16,7 @@ from models.loading import MIRRORS, choose_device, choose_dtype, find_model, loa
 from refinement import Trajectory
 from sampler import Sampler
 from settings import SettingError, split_scale
-from study.directory import Lock, WriteError, read
+from study.directory import Lock, WriteError, read_run
 from study.fingerprint import made_by
 from study.planning import describe_plan
 from study.processes import wait_until
@@ -49,7 +49,7 @@ def prepare(command, processes, stack):
     run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
     if processes.first:
         stack.callback(Lock(folder, run).release)
-    plan = processes.broadcast(read(folder / "run.json").get("plan") if command.resume else None)
+    plan = processes.broadcast(read_run(folder / "run.json").get("plan") if command.resume else None)
     if plan and resolved.coarse_steps == "auto":
         resolved = replace(resolved, coarse_steps=plan["blocks"], schedule=plan["schedule"])
 
@@ -136,7 +136,7 @@ def is_to_take_over(folder, run, processes):
     """Whether this process is the first to have a set; else returns once that one has begun the run."""
     if processes.count("whole") == 1:
         return True
-    if not wait_until(lambda: read(folder / "run.json").get("run") == run):
+    if not wait_until(lambda: read_run(folder / "run.json").get("run") == run):
         raise WriteError(f"{folder} cannot be written: another process has not begun the run there")
     return False
 
@@ -147,7 +147,7 @@ def kept_trajectories(folder, count, processes):
     Raises SettingError where there are none, or as many others, or others than the first process finds.
     """
     folders, remedy = (
-        read(Path(folder, "run.json")).get("folders", ()),
+        read_run(Path(folder, "run.json")).get("folders", ()),
         "give the output directory of a --keep-trajectories run",
     )
     try:

@@ -51,7 +51,7 @@ def place():
     except ValueError:
         rank, size, local_rank = -1, 0, 0
     if not 0 <= rank < size or local_rank < 0:
-        said = ", ".join(f"{name}={in_one_line(value, 20)}" for name, value in found.items())
+        said = ", ".join(f"{name}={value[:20]!r}" for name, value in found.items())
         raise Failure(f"there can be no such processes: {said}; launch by torchrun, or unset these variables", 2)
     if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise Failure("MASTER_ADDR or MASTER_PORT, where processes meet, is not set; launch by torchrun", 2)

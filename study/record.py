@@ -12,7 +12,7 @@ from PIL import Image
 
 import utils
 from settings import SettingError
-from study.directory import Earlier, WriteError, checksum, name_of, pack, read, reporting, stage, write
+from study.directory import Earlier, WriteError, checksum, name_of, pack, read_run, read_set, reporting, stage, write
 from study.report import page
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
@@ -36,13 +36,13 @@ def compare(folder, folders, made_by, resume):
     earlier = Earlier.find(folder)
     earlier.check(dict.fromkeys(["", *folders]))
     own = dict(zip(folders, made_by))
-    for name, entry in earlier.entries.items():
+    for name, before in earlier.made_by.items():
         now = own.get(name, {})
-        differing = [key for key, value in now.items() if entry["made_by"].get(key) != value]
+        differing = [key for key, value in now.items() if before.get(key) != value]
         if not now or "text" in differing:
             difference = difference or OTHER_PROMPTS
         elif differing:
-            difference = difference or [differing[0], now[differing[0]], entry["made_by"].get(differing[0])]
+            difference = difference or [differing[0], now[differing[0]], before.get(differing[0])]
     if resume and difference:
         name, now, before = difference
         if difference == OTHER_PROMPTS:
@@ -98,15 +98,15 @@ class Record:
     @property
     def begun(self):
         """Whether `run.json` is of this run, on whichever process."""
-        return read(self.folder / "run.json").get("run") == self.about["run"]
+        return read_run(self.folder / "run.json").get("run") == self.about["run"]
 
     def begin(self):
         """Write `run.json`, in place of an earlier one of the same results."""
-        self._write(read(self.folder / "run.json").get("overview", {}))
+        self._write(read_run(self.folder / "run.json").get("overview", {}))
 
     def entry(self, i):
         """What `result.json` says of prompt i, None where its set is not complete or not of this run."""
-        found = read(self.folder / self.folders[i] / "result.json")
+        found = read_set(self.folder / self.folders[i] / "result.json")
         mine = found.get("made_by") == self.made_by[i]
         return found if mine and is_whole(self.folder, self.folders[i], found) else None
 
@@ -132,7 +132,7 @@ class Record:
             if trajectory:
                 stage_one(KEPT, trajectory.packed())
             said = self._take_over()
-            before = dict.fromkeys(self._left(folder)) | read(self.folder / folder / "result.json").get("files", {})
+            before = dict.fromkeys(self._left(folder)) | read_set(self.folder / folder / "result.json").get("files", {})
             files = self._publish(folder, stage_one.parts, before, announce)
             announce(files, complete=True)
         return said
@@ -157,9 +157,9 @@ class Record:
             stage_one("results.csv", utils.results_table(results, self.about).encode())
             if self.report:
                 stage_one("report.html", page([({**self.about, "prompts": results}, "")]).encode())
-            of_a_set = read(self.folder / "result.json").get("files", ())
+            of_a_set = read_set(self.folder / "result.json").get("files", ())
             left = {name: None for name in self._left("") if name not in of_a_set}
-            before = left | read(self.folder / "run.json")["overview"]
+            before = left | read_run(self.folder / "run.json")["overview"]
             overview = self._publish("", stage_one.parts, before, self.save)
         return self.save(overview)
 
@@ -169,15 +169,19 @@ class Record:
         overview: sizes and checksums of the files that show all prompts, by name; None: as it has them.
         """
         if self.begun:
-            self._write(read(self.folder / "run.json")["overview"] if overview is None else overview)
+            self._write(read_run(self.folder / "run.json")["overview"] if overview is None else overview)
         return self.results()
 
     def _write(self, overview):
-        found = {name: read(self.folder / name / "result.json").get("files", {}) for name in self.folders}
+        found = {name: read_set(self.folder / name / "result.json").get("files", {}) for name in self.folders}
         files = [name_of(name, file) for name, own in found.items() if own for file in (*own, "result.json")]
         files = [*overview, *files, *(name for name in self.earlier if name != "run.json")]
         files = [name for name in dict.fromkeys(files) if name in overview or os.path.lexists(self.folder / name)]
+        first, *others = self.made_by
+        common = {key: value for key, value in first.items() if all(value == made.get(key) for made in others)}
+        each = [{key: made[key] for key in made.keys() - common.keys()} for made in self.made_by]
         record = {"folders": self.folders, "prompts": self.results(), "overview": overview, "files": files}
+        record["made_by"] = {"common": common, "each": dict(zip(self.folders, each))}
         content = pack({**self.about, **record})
         write(self.folder / "run.json", content, self.about["run"])
 

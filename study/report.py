@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import utils
 from settings import Failure, in_one_line
-from study.directory import read
+from study.directory import read_run
 
 COLUMNS = [
     "prompt", "run", "seed", "iteration", "serial_evaluations", "total_evaluations", "seconds", "image_change",
@@ -161,7 +161,7 @@ def main(argv=None):
     try:
         runs = []
         for folder in args.folders:
-            record = read(Path(folder) / "run.json")
+            record = read_run(Path(folder) / "run.json")
             if not record:
                 raise Failure(f"{folder} holds no whole record of a run; give its output directory")
             beside = os.path.relpath(folder, Path(args.output).parent)

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 import utils
+from models.loading import ModelError
 from refinement import difference
 from settings import Failure, SettingError, in_one_line, out_of_memory
 from study.directory import WriteError, is_locked_by
@@ -23,7 +24,7 @@ def run(command, processes):
         with contextlib.ExitStack() as stack:
             sampler, record, left, starts, pending = prepare(command, processes, stack)
             if left:
-                sampler.warm_up()
+                try_out(command, sampler)
             if processes.first and not pending:
                 record.begin()
             if processes.parallel == "prompts":
@@ -37,6 +38,17 @@ def run(command, processes):
         if not message:
             raise
         raise Failure(message) from error
+
+
+def try_out(command, sampler):
+    """Warm up. What fails there, where all that is put in is the model's own, is told as the model's failure."""
+    try:
+        sampler.warm_up()
+    except Exception as error:
+        if isinstance(error, Failure) or explain(command, error):
+            raise
+        why = in_one_line(f"{type(error).__name__}: {error}")
+        raise ModelError(f"{sampler.model.name}: it cannot be run with what its configs say: {why}") from error
 
 
 def without_places(command):
@@ -86,7 +98,8 @@ def sample_all(command, sampler, record, left, starts):
         if processes.parallel == "lanes" and not processes.first:
             return follow(sampler, starts)
         if not sampler.model.family.prompted and len(texts) > 1 and not command.seeds:
-            print(f"{in_one_line(sampler.model.name)} reads no prompts: seeds rise from {sampler.settings.seed}, one a line")
+            name, seed = in_one_line(sampler.model.name), sampler.settings.seed
+            print(f"{name} reads no prompts: seeds rise from {seed}, one a line")
         if command.settings.negative_prompt:
             warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
         with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:

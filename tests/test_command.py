@@ -694,9 +694,9 @@ def test_a_full_log_disk_does_not_end_the_run(stream, tmp_path, tiny):
 @pytest.mark.parametrize(
     "variables, words",
     [
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "there can be no such processes: RANK=x, WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "there can be no such processes: RANK=0, WORLD_SIZE=0"),
-        ({"RANK": "3", "WORLD_SIZE": "1"}, "there can be no such processes: RANK=3, WORLD_SIZE=1"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "there can be no such processes: RANK='x', WORLD_SIZE='2'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "there can be no such processes: RANK='0', WORLD_SIZE='0'"),
+        ({"RANK": "3", "WORLD_SIZE": "1"}, "there can be no such processes: RANK='3', WORLD_SIZE='1'"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT, where processes meet, is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "taken"}, "cannot meet at loc"),
     ],

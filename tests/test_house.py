@@ -17,7 +17,7 @@ PREPARATION = {
     "settings", "refinement", "sampler", "models.loading", "study.directory", "study.fingerprint", "study.planning",
     "study.processes", "study.record",
 }  # fmt: skip
-STUDY = {"settings", "utils", "refinement", "study.directory", "study.preparation", "study.processes"}
+STUDY = {"settings", "utils", "refinement", "models.loading", "study.directory", "study.preparation", "study.processes"}
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": {"settings"},
     "refinement": {"settings"}, "models.families": set(),

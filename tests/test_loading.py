@@ -117,7 +117,10 @@ def test_weights_that_are_not_whole_are_refused(make, part, tmp_path):
         (lambda tensors: [tensors.pop(name) for name in sorted(tensors)[:5]], "and 2 more"),
         (lambda tensors: tensors.update({"of.another": torch.zeros(2)}), f"its {part} have, beyond it, of.another"),
         (lambda tensors: tensors.update({FIRST(tensors): torch.zeros(1)}), "cannot be loaded"),
-        (lambda tensors: tensors.update({FIRST(tensors): tensors[FIRST(tensors)].to(torch.int8)}), "in whole numbers"),
+        (
+            lambda tensors: tensors.update({FIRST(tensors): tensors[FIRST(tensors)].to(torch.int8)}),
+            "as I8, not",
+        ),
     ):
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
         shutil.copytree(tmp_path / "whole", tmp_path / "model")
@@ -141,6 +144,9 @@ def test_weights_that_are_not_whole_are_refused(make, part, tmp_path):
         ("scheduler/scheduler_config.json", {"beta_end": None}),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}),
         ("scheduler/scheduler_config.json", {"trained_betas": [2.0] * 1000}),
+        ("scheduler/scheduler_config.json", {"beta_start": 0.5, "beta_end": 0.1}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 9999999}),
+        ("scheduler/scheduler_config.json", {"clip_sample_range": "x"}),
         ("vae/config.json", {"scaling_factor": 0}),
         ("vae/config.json", {"scaling_factor": None}),
         ("vae/config.json", {"scaling_factor": "0.18"}),

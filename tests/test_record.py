@@ -13,7 +13,7 @@ from PIL import Image
 
 import utils
 from conftest import files, run_record
-from settings import SettingError
+from settings import Failure, SettingError
 from study import directory
 from study.directory import LOCK, Lock, WriteError, pack, read, write
 from study.record import Record, compare, folder_name, folder_names
@@ -204,7 +204,7 @@ def test_what_is_not_ours_is_in_the_way_and_is_told(tmp_path):
     (tmp_path / "srds_final.png").unlink()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "001-b").symlink_to("elsewhere")
-    with refused("has a link in place of 001-b"):
+    with refused("has what is no folder of ours at 001-b"):
         make(tmp_path, ["a", "b"])
     record = make(tmp_path, ["a"])
     (tmp_path / "srds_final.png").write_text("mine, and late")
@@ -373,3 +373,113 @@ def test_results_are_a_row_for_each_refinement_or_failure(tmp_path):
     assert table.prompt.tolist() == ["a", "a", "a", "b", "c", "c"] and set(table.method) == {"srds"}
     assert table.image_error.fillna(-1).tolist() == [3, 1, 0.5, -1, 4, 0] and table.error[3] == "out of memory"
     assert table.folder[0] == "000-a" and set(run_record(tmp_path)["overview"]) >= {"results.csv", "srds_final.png"}
+
+
+def snapshot(out):
+    return {name: (out / name).read_bytes() for name in files(out)}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_moved_or_removed_through_a_folder_that_is_a_link(overwrite, tmp_path):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    study(out)
+    shutil.copytree(out / "000-a-sea", victim)
+    shutil.rmtree(out / "000-a-sea")
+    (out / "000-a-sea").symlink_to(victim)
+    before = snapshot(victim)
+    with pytest.raises(SettingError, match="has what is no folder of ours at 000-a-sea"):
+        make(out, ["a hill"], overwrite=overwrite)
+    assert snapshot(victim) == before
+
+
+def test_a_study_is_known_by_its_run_json_where_a_sets_record_is_cut(tmp_path):
+    """Another run neither replaces it nor is mixed with it."""
+    out = tmp_path / "out"
+    study(out)
+    for name in ("000-a-sea", "001-a-moon"):
+        os.truncate(out / name / "result.json", 50)
+    made = [{"seed": 1, "text": text} for text in ("a sea", "a moon")]
+    with pytest.raises(SettingError, match="seed: 1 differs from the run to resume, which has 0"):
+        compare(out, folder_names(["a sea", "a moon"]), made, resume=True)
+    made = [{"seed": 0, "text": text} for text in ("a sea", "a hill")]
+    with pytest.raises(SettingError, match="finds other prompts"):
+        compare(out, folder_names(["a sea", "a hill"]), made, resume=True)
+    before = {name: data for name, data in snapshot(out).items() if name not in ("notes.txt", "000-a-sea/notes.txt")}
+    record = make(out, ["a hill", "b"])
+    for i in range(2):
+        add(record, i)
+    record.finish()
+    (aside,) = (out / "earlier").iterdir()
+    assert {name: (aside / name).read_bytes() for name in files(aside)} == {
+        name: data for name, data in before.items() if name != "srds.png"
+    }
+    assert {path.name for path in out.glob("0*")} == {"000-a-sea", "000-a-hill", "001-b"}, "with the notes in the first"
+
+
+def test_a_single_prompts_study_is_known_by_its_run_json(tmp_path):
+    out = tmp_path / "out"
+    record = make(out, ["a"])
+    record.begin()
+    add(record, 0)
+    record.finish()
+    os.truncate(out / "result.json", 50)
+    with pytest.raises(SettingError, match="seed: 1 differs"):
+        compare(out, [""], [{"seed": 1, "text": "a"}], resume=True)
+    other = make(out, ["a"], seed=1)
+    assert "had seed 0, not 1" in add(other, 0)
+
+
+def test_an_overview_without_its_sets_is_set_aside(tmp_path):
+    out = tmp_path / "out"
+    study(out)
+    for name in ("000-a-sea", "001-a-moon"):
+        shutil.rmtree(out / name)
+    record = make(out, ["a hill"])
+    add(record, 0)
+    record.finish()
+    assert set(run_record(out)["overview"]) == {"results.csv", "report.html"}
+    (aside,) = (out / "earlier").iterdir()
+    assert "srds_filmstrip.png" in files(aside)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("result.json", {"files": {"../../victim/srds_final.png": [1, "x"]}}),
+        *(("result.json", {"files": files}) for files in (5, None, [], {"srds_final.png": 5})),
+        *(("result.json", {key: value}) for key in ("made_by", "begun", "result") for value in (None, 5, [])),
+        ("result.json", {"result": {"folder": "../../victim"}}),
+        *(
+            ("run.json", {key: value})
+            for key in ("files", "overview", "begun", "plan", "made_by")
+            for value in (5, [5])
+        ),
+        ("run.json", {"folders": ["../victim"]}),
+        ("run.json", {"made_by": {"common": {}, "each": {"000-a": 5}}}),
+    ],
+)
+def test_a_record_of_another_shape_is_none_of_ours_though_its_checksum_holds(name, change, tmp_path):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    study(out)
+    victim.mkdir()
+    (victim / "srds_final.png").write_text("keep")
+    path = out / name if name == "run.json" else out / "000-a-sea" / name
+    path.write_bytes(pack({**read(path), **change}))
+    for texts in (["a sea", "a moon"], ["a hill"]):
+        try:
+            record = make(out, texts)
+            for i in range(len(texts)):
+                add(record, i)
+            record.finish()
+        except Failure:
+            pass
+    assert (victim / "srds_final.png").read_text() == "keep"
+
+
+@pytest.mark.parametrize("place", ["../victim", "/tmp/victim", 5, ["a"], "earlier/../.."])
+def test_what_was_moving_is_moved_nowhere_else(place, tmp_path):
+    _, before = study(tmp_path / "out")
+    (tmp_path / "out" / LOCK).write_text("a" * 16)
+    (tmp_path / "out" / directory.MOVING).write_bytes(pack({"place": place}))
+    Lock(tmp_path / "out", "b" * 16).release()
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
