@@ -16,7 +16,8 @@ from models.loading import MIRRORS, choose_device, choose_dtype, find_model, loa
 from refinement import Trajectory
 from sampler import Sampler
 from settings import SettingError, split_scale
-from study.directory import Lock, WriteError, read_run
+from study.directory import WriteError, read_run
+from study.earlier import Lock
 from study.fingerprint import made_by
 from study.planning import describe_plan
 from study.processes import wait_until

@@ -12,7 +12,8 @@ from PIL import Image
 
 import utils
 from settings import SettingError
-from study.directory import Earlier, WriteError, checksum, name_of, pack, read_run, read_set, reporting, stage, write
+from study.directory import WriteError, checksum, name_of, pack, read_run, read_set, reporting, stage, write
+from study.earlier import Earlier
 from study.report import page
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip

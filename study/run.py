@@ -12,7 +12,8 @@ import utils
 from models.loading import ModelError
 from refinement import difference
 from settings import Failure, SettingError, in_one_line, out_of_memory
-from study.directory import WriteError, is_locked_by
+from study.directory import WriteError
+from study.earlier import is_locked_by
 from study.preparation import prepare, seed_of
 from study.processes import ProcessError, wait_until
 

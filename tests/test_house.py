@@ -14,18 +14,21 @@ ROOT = Path(__file__).resolve().parent.parent
 LOADING = {"settings", "models.families", "models.adapters", "models.checks"}
 SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
 PREPARATION = {
-    "settings", "refinement", "sampler", "models.loading", "study.directory", "study.fingerprint", "study.planning",
-    "study.processes", "study.record",
+    "settings", "refinement", "sampler", "models.loading", "study.directory", "study.earlier", "study.fingerprint",
+    "study.planning", "study.processes", "study.record",
 }  # fmt: skip
-STUDY = {"settings", "utils", "refinement", "models.loading", "study.directory", "study.preparation", "study.processes"}
+STUDY = {
+    "settings", "utils", "refinement", "models.loading", "study.directory", "study.earlier", "study.preparation",
+    "study.processes",
+}  # fmt: skip
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": {"settings"},
     "refinement": {"settings"}, "models.families": set(),
     "models.adapters": {"settings"}, "models.checks": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
-    "study.directory": {"settings"}, "study.fingerprint": set(),
+    "study.directory": {"settings"}, "study.earlier": {"settings", "study.directory"}, "study.fingerprint": set(),
     "study.report": {"settings", "utils", "study.directory"},
-    "study.record": {"settings", "utils", "study.directory", "study.report"}, "study.run": STUDY,
+    "study.record": {"settings", "utils", "study.directory", "study.earlier", "study.report"}, "study.run": STUDY,
     "study.preparation": PREPARATION,
     "study.terminal": set(),
     "main": {"settings", "study.terminal", "study.quiet", "study.processes", "study.run"},

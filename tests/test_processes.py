@@ -22,7 +22,7 @@ from pipelines import pixels as pixel_pipeline
 from pipelines import stable_diffusion
 from settings import SCHEDULES, Failure, SettingError
 from study import processes as study_processes
-from study.directory import Lock
+from study.earlier import Lock
 from study.processes import Processes
 from study.record import folder_name
 from study.run import check_shared

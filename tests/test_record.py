@@ -14,8 +14,9 @@ from PIL import Image
 import utils
 from conftest import files, run_record
 from settings import Failure, SettingError
-from study import directory
-from study.directory import LOCK, Lock, WriteError, pack, read, write
+from study import earlier
+from study.directory import WriteError, pack, read, write
+from study.earlier import LOCK, Lock
 from study.record import Record, compare, folder_name, folder_names
 
 ABOUT = {
@@ -257,7 +258,7 @@ def test_a_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(directory.fcntl, "flock", fail)
+    monkeypatch.setattr(earlier.fcntl, "flock", fail)
     Lock(tmp_path / "out", "a" * 16).release()
     assert "cannot be locked (No locks available); this run cannot know whether another" in capsys.readouterr().err
 
@@ -480,6 +481,6 @@ def test_a_record_of_another_shape_is_none_of_ours_though_its_checksum_holds(nam
 def test_what_was_moving_is_moved_nowhere_else(place, tmp_path):
     _, before = study(tmp_path / "out")
     (tmp_path / "out" / LOCK).write_text("a" * 16)
-    (tmp_path / "out" / directory.MOVING).write_bytes(pack({"place": place}))
+    (tmp_path / "out" / earlier.MOVING).write_bytes(pack({"place": place}))
     Lock(tmp_path / "out", "b" * 16).release()
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before

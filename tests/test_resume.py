@@ -19,7 +19,7 @@ from models.families import StableDiffusion
 from pipelines import stable_diffusion
 from sampler import Sampler
 from study import fingerprint
-from study.directory import LOCK, Lock
+from study.earlier import LOCK, Lock
 from study.record import Record
 
 ROOT = Path(main.__file__).parent

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from test_record import ABOUT
 
 from settings import Failure
-from study.directory import MOVING, OURS, Earlier, Lock, checksum, read
+from study.directory import OURS, checksum, read
+from study.earlier import MOVING, Earlier, Lock
 from study.record import Record, compare, folder_names
 
 SECONDS = {"seconds": {"srds": 1.0, "ground_truth": None}}
