@@ -240,7 +240,7 @@ def check_output_dir(folder):
     while not problem:
         try:
             directory = stat.S_ISDIR(path.stat().st_mode)
-            writable = os.access(path, os.W_OK | os.X_OK)
+            writable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
             problem = "is not a directory" if not directory else "" if writable else "is not writable"
             break
         except FileNotFoundError:

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import numbers
+import re
 import typing
 
 import diffusers
@@ -15,6 +16,11 @@ from settings import Failure
 # Classes that pipelines take as well as those that they name. PixArt's first models name Transformer2DModel, which its
 # own was part of; the library knows that.
 STAND_INS = {"vae": ("AutoencoderTiny", "AsymmetricAutoencoderKL")}
+# Weights that models on the hub have beside what is used: of PixArt's training, and of whole CLIP models.
+SPARE = re.compile(
+    r"caption_projection\.y_embedding|(vision_model|visual_projection|text_projection)\.|logit_scale"
+    r"|.*(position_ids|num_batches_tracked)$"
+)
 HIGHEST = 10**9  # what a tokenizer without a length has for one is far above
 
 
@@ -115,8 +121,9 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
         if not config.get("quantization_config"):
             _check_types(name, part, weights or place.glob("*.bin"))
         network, report = found.from_pretrained(place, output_loading_info=True, **how)
-        for trouble, words in (("missing_keys", "lack"), ("unexpected_keys", "have, beyond it,")):
-            if keys := sorted(map(str, report[trouble])):
+        extra = [key for key in map(str, report["unexpected_keys"]) if not SPARE.match(key)]
+        for words, keys in (("lack", map(str, report["missing_keys"])), ("have, beyond it,", extra)):
+            if keys := sorted(keys):
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 raise ModelError(f"{name}: the weights of its {part} {words} {', '.join(keys[:3])}{more}")
         if not isinstance(network, wanted):

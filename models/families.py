@@ -68,11 +68,11 @@ class Family:
         return self.native_size
 
     def memory(self, height, width, attention):
-        """Bytes that one sample of such a size takes at the very least: the nearly decoded image in float32 or,
-        where it is counted, the matrices of an attention, which CPUs are too slow for long before."""
+        """Bytes that one sample of such a size takes at the least: the nearly decoded image in float32 or, where it is
+        counted, a quarter of an attention's matrices. These are not made whole, but on a CPU take hours by then."""
         _, h, w = self.shape(height, width)
         tokens = h * w // self.attends_to**2 if attention and self.attends_to else 0
-        return 4 * max(height * width * self.decoded_channels, tokens**2 * self.heads)
+        return max(4 * height * width * self.decoded_channels, tokens**2 * self.heads)
 
     def sigmas(self, steps):
         """The noise levels, before their shift, that the family's own pipeline asks of a flow's scheduler."""

@@ -266,8 +266,7 @@ def _from_pretrained(model, dtype, variant):
     try:
         folder = Path(model.name)
         if not folder.is_dir():
-            safe = model.family.loading.get("use_safetensors")
-            folder = Path(DiffusionPipeline.download(model.name, variant=variant, use_safetensors=safe))
+            folder = Path(DiffusionPipeline.download(model.name, variant=variant, **model.family.loading))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = load_networks(model.name, folder, model.kind, index, settings, dtype, variant)
         pipeline = DiffusionPipeline.from_pretrained(model.name, **settings, **parts)

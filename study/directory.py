@@ -95,11 +95,12 @@ def stage(path, data, run):
     """
     part = path.with_name(f".{path.name}.{run}.part")
     with reporting(path):
-        path.parent.mkdir(exist_ok=True)
-        if FOLDER.fullmatch(path.parent.name) and path.parent.is_symlink():
-            raise WriteError(f"{path.parent} is a link; a prompt's folder must be none")
         try:
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file = _create(part)
+        except FileNotFoundError:  # another process has just removed the folder, as empty
+            file = _create(part)
+        try:
+            with open(file, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # or a machine that crashes may keep the name and lose what is in it
@@ -107,6 +108,14 @@ def stage(path, data, run):
             part.unlink(missing_ok=True)
             raise
     return part
+
+
+def _create(part):
+    """A descriptor of a new file, in a folder that is there or is made."""
+    part.parent.mkdir(exist_ok=True)
+    if FOLDER.fullmatch(part.parent.name) and part.parent.is_symlink():
+        raise WriteError(f"{part.parent} is a link; a prompt's folder must be none")
+    return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def write(path, data, run):

@@ -73,7 +73,9 @@ class Earlier(NamedTuple):
             if folder and (path.is_symlink() or (os.path.lexists(path) and not path.is_dir())):
                 what = f"has what is no folder of ours at {folder}; move it elsewhere"
                 raise SettingError("output_dir", str(self.folder), what)
-            for name in sorted(os.listdir(path) if path.is_dir() else ()):
+            with reporting(path, "cannot be read"):
+                names = sorted(os.listdir(path) if path.is_dir() else ())
+            for name in names:
                 if OURS.fullmatch(name) and name_of(folder, name) not in known:
                     remedy = f"holds {name_of(folder, name)}, which no whole record here tells of; move it elsewhere"
                     raise SettingError("output_dir", str(self.folder), remedy)
@@ -110,7 +112,8 @@ class Earlier(NamedTuple):
             for path, target in reversed(moved):
                 with contextlib.suppress(OSError):
                     os.rename(target, path)
-            (self.folder / MOVING).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.folder / MOVING).unlink(missing_ok=True)
             raise
         self._clear()
 
@@ -131,7 +134,8 @@ def _prompt_folders(folder):
     """The folders in a directory that may be of prompts; links are none."""
     if not folder.is_dir():
         return []
-    entries = [entry for entry in os.scandir(folder) if FOLDER.fullmatch(entry.name)]
+    with reporting(folder, "cannot be read"):
+        entries = [entry for entry in os.scandir(folder) if FOLDER.fullmatch(entry.name)]
     return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
 
 
@@ -167,7 +171,7 @@ class Lock:
                 _tidy(folder, before.decode())
                 os.lseek(self.file, 0, os.SEEK_SET)
                 os.write(self.file, run.encode())
-        except Failure:
+        except BaseException:
             os.close(self.file)
             raise
 
@@ -210,8 +214,9 @@ class Lock:
 
     def release(self):
         """Let others write; a directory that was made for nothing is removed."""
-        with contextlib.suppress(OSError):
-            self.path.unlink()
+        with contextlib.suppress(OSError):  # or the directory is gone, and perhaps another run's by now
+            if os.path.samestat(os.fstat(self.file), os.lstat(self.path)):
+                self.path.unlink()
         os.close(self.file)
         for path in self.made:
             with contextlib.suppress(OSError):
@@ -235,7 +240,7 @@ def _tidy(folder, run):
             with contextlib.suppress(OSError):  # there is more in it
                 (folder / name).rmdir()
     place = read(folder / MOVING).get("place")
-    if isinstance(place, str) and PLACE.fullmatch(place):
+    if isinstance(place, str) and PLACE.fullmatch(place) and not (folder / "earlier").is_symlink():
         Earlier.find(folder).move(place)
         with reporting(folder / MOVING, "cannot be removed"):
             (folder / MOVING).unlink()

@@ -1,6 +1,7 @@
 """What a result depends on, so that a later run can tell whether it would be the same."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import diffusers
@@ -10,7 +11,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 # The code that images come from.
 CODE = ["srds.py", "collocation.py", "diffusion.py", "refinement.py", "sampler.py", "models/families.py"]
-CODE += ["models/loading.py", "models/adapters.py"]
+CODE += ["models/checks.py", "models/loading.py", "models/adapters.py"]
 READ = {".json", ".txt", ".model", ".safetensors", ".bin"}  # what a model consists of
 # Settings that may differ in a run that resumes another: results depend on them by rounding at most. Of a model, what
 # is in it counts, not where it lies.
@@ -45,8 +46,7 @@ def digest(*paths):
     """Of files, or of all that a model consists of in folders: their names, sizes and contents, in samples if large."""
     found = hashlib.sha256()
     for path in paths:
-        inside = sorted(file for file in path.rglob("*") if file.suffix in READ) if path.is_dir() else [path]
-        for file in inside:
+        for file in _parts(path) if path.is_dir() else [path]:
             size = file.stat().st_size
             found.update(f"{file.relative_to(path) if path.is_dir() else file.name} {size}\n".encode())
             with file.open("rb") as content:
@@ -57,3 +57,11 @@ def digest(*paths):
                     content.seek(i * (size - SAMPLE) // (SAMPLES - 1))
                     found.update(content.read(SAMPLE))
     return found.hexdigest()[:32]
+
+
+def _parts(folder):
+    """The files in a folder, and in those folders of it that its index names, that a model consists of."""
+    index = folder / "model_index.json"
+    named = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    places = [folder, *(folder / name for name in sorted(named) if (folder / name).is_dir())]
+    return [file for place in places for file in sorted(place.iterdir()) if file.suffix in READ and file.is_file()]

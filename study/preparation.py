@@ -4,6 +4,7 @@ import functools
 import secrets
 import shlex
 import sys
+import time
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline
 from refinement import Trajectory
 from sampler import Sampler
-from settings import SettingError, split_scale
+from settings import Failure, SettingError, split_scale
 from study.directory import WriteError, read_run
 from study.earlier import Lock
 from study.fingerprint import made_by
@@ -49,7 +50,9 @@ def prepare(command, processes, stack):
     check_size(resolved, command.loading, model.family, device)
     run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
     if processes.first:
-        stack.callback(Lock(folder, run).release)
+        lock = Lock(folder, run)
+        # Others may still write where this process fails: then the system lets go of the lock as the last one ends.
+        stack.callback(lambda: lock.release() if processes.size == 1 or processes.closed else None)
     plan = processes.broadcast(read_run(folder / "run.json").get("plan") if command.resume else None)
     if plan and resolved.coarse_steps == "auto":
         resolved = replace(resolved, coarse_steps=plan["blocks"], schedule=plan["schedule"])
@@ -61,7 +64,10 @@ def prepare(command, processes, stack):
         recorded = {**recorded_settings(command, settings, processes), "dtype": dtype}
         each = command.texts, [seed_of(i, command, model) for i in range(len(command.texts))], starts
         adapters = [*(split_scale(lora)[0] for lora in command.loading.lora), *command.loading.textual_inversion]
-        made = made_by(recorded, model, adapters, *each)
+        try:
+            made = made_by(recorded, model, adapters, *each)
+        except OSError as error:
+            raise Failure(f"{error.filename} cannot be read: {error.strerror}") from error
         return processes.broadcast([made, *compare(folder, folders, made, command.resume)])
 
     found = None if resolved.coarse_steps == "auto" else earlier(resolved)
@@ -137,6 +143,8 @@ def is_to_take_over(folder, run, processes):
     """Whether this process is the first to have a set; else returns once that one has begun the run."""
     if processes.count("whole") == 1:
         return True
+    while not processes.told("begun"):  # it may have much to move; the watch ends this if it has died
+        time.sleep(0.2)
     if not wait_until(lambda: read_run(folder / "run.json").get("run") == run):
         raise WriteError(f"{folder} cannot be written: another process has not begun the run there")
     return False

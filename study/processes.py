@@ -63,7 +63,7 @@ class Processes:
 
     rank, size: its number, and how many there are. first: whether it is the one that prints, and writes the record of
     the whole run. parallel: what they share, "lanes" or "prompts". broken: whether something failed on this process in
-    the middle of a tick, in which the others now wait.
+    the middle of a tick, in which the others now wait. closed: whether all have come to their end.
 
     All but `count`, `take`, `tell`, `told` and `end` must be called by all processes, in the same order. Raises
     ProcessError, at any call, where another process cannot be reached.
@@ -71,7 +71,7 @@ class Processes:
 
     def __init__(self):
         self.rank, self.size, self.local_rank = place() if launched() else (0, 1, 0)
-        self.first, self.parallel, self.broken = self.rank == 0, None, False
+        self.first, self.parallel, self.broken, self.closed = self.rank == 0, None, False, False
         self.broadcasts, self.waits, self.counters, self.values = 0, 0, Counter(), {}
         if self.size > 1:
             # Python's handlers wait until the main thread is back from a collective; this wakes the watch at once.
@@ -267,6 +267,7 @@ class Processes:
 
     def close(self):
         """End well: once all processes have come here."""
+        self.closed = True
         if self.size > 1:
             self.wait()
             self.stop_watching()

@@ -94,12 +94,13 @@ class Record:
         self.folder, self.about, self.folders = Path(folder), about, folders
         self.made_by, self.earlier, self.difference = made_by, earlier, difference
         self.overwrite, self.report, self.takes_over = overwrite, report, takes_over
-        self.failures = {}
+        self.failures, self.seen = {}, False
 
     @property
     def begun(self):
-        """Whether `run.json` is of this run, on whichever process."""
-        return read_run(self.folder / "run.json").get("run") == self.about["run"]
+        """Whether this run has written its `run.json`, by whichever process."""
+        self.seen = self.seen or read_run(self.folder / "run.json").get("run") == self.about["run"]
+        return self.seen
 
     def begin(self):
         """Write `run.json`, in place of an earlier one of the same results."""
@@ -149,8 +150,9 @@ class Record:
             if not entry and i not in self.failures:
                 self.fail(i, self.made_by[i]["seed"], "its files are gone")
         entries = [entry for i, entry in enumerate(entries) if entry and i not in self.failures]
+        self.save()
         if not self.begun:
-            return self.save()
+            return self.results()
         with self._staged("") as stage_one:
             if entries and len(self.folders) > 1:
                 self._render(stage_one, entries, self._saved_images)
@@ -160,7 +162,7 @@ class Record:
                 stage_one("report.html", page([({**self.about, "prompts": results}, "")]).encode())
             of_a_set = read_set(self.folder / "result.json").get("files", ())
             left = {name: None for name in self._left("") if name not in of_a_set}
-            before = left | read_run(self.folder / "run.json")["overview"]
+            before = left | read_run(self.folder / "run.json").get("overview", {})
             overview = self._publish("", stage_one.parts, before, self.save)
         return self.save(overview)
 
@@ -170,7 +172,7 @@ class Record:
         overview: sizes and checksums of the files that show all prompts, by name; None: as it has them.
         """
         if self.begun:
-            self._write(read_run(self.folder / "run.json")["overview"] if overview is None else overview)
+            self._write(read_run(self.folder / "run.json").get("overview", {}) if overview is None else overview)
         return self.results()
 
     def _write(self, overview):

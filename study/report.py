@@ -129,7 +129,9 @@ def _plots(rows, names):
             for i, name in enumerate(names):
                 points = _means([row for row in known if row["run"] == name], across) or ([], [])
                 shade = str(0.6 * i / max(len(names) - 1, 1))
-                axes.plot(*points, color=shade, marker=MARKERS[i % 10], linestyle=("-", "--", ":")[i % 3], label=name)
+                label = " " + name.replace("$", r"\$")  # no formula, and no name that a legend leaves out
+                line = {"linestyle": ("-", "--", ":")[i % 3], "marker": MARKERS[i % 10], "label": label}
+                axes.plot(*points, color=shade, **line)
             axes.set_xlabel(across.replace("_", " "))
             axes.set_yscale("symlog", linthresh=0.01)
             axes.grid(True, color="0.9")

@@ -31,7 +31,7 @@ def run(command, processes):
             if processes.parallel == "prompts":
                 check_shared(record.folder, record.about["run"])
             sample_all(command, sampler, record, left, starts)
-        processes.close()
+            processes.close()
     except Failure:
         raise
     except Exception as error:
@@ -112,6 +112,7 @@ def sample_all(command, sampler, record, left, starts):
                     result, refinement, *files = sample(sampler, texts[i], seed, command.ground_truth, starts[i], i)
                     trajectory = sampler.trajectory(refinement.states, seed) if command.keep_trajectories else None
                     said = record.add(i, result, *files, trajectory)
+                    processes.tell("begun", True)
                     if said:
                         tqdm.write(said)
                 except (WriteError, ProcessError):
@@ -247,8 +248,10 @@ def sum_up(command, record, left, processes):
                 record.fail(i, *told)
         return len(record.results()) == len(command.texts)
 
-    if not gather() and processes.size > 1:
-        wait_until(gather)  # until what others have written shows up here
+    if processes.size > 1:  # until what others have written shows up here
+        wait_until(lambda: record.begun or not processes.told("begun"))
+        wait_until(gather)
+    gather()
     results = record.finish()
     print(utils.summary(results, command.settings.fine_steps, record.about.get("keeps_bits", True)))
     failures = [result["error"] for result in results if "error" in result]

@@ -1,6 +1,7 @@
 """What a terminal, a pipe or a scheduler does to a run from outside."""
 
 import contextlib
+import io
 import os
 import signal
 
@@ -9,7 +10,7 @@ class Lasting:
     """A stream whose pipe or disk may fail without ending the run: what is printed after that is lost."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = io.StringIO() if stream is None else stream  # closed before the start
 
     def write(self, text):
         return self._lasting(self.stream.write, text)
@@ -44,4 +45,4 @@ def terminable():
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

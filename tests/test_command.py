@@ -88,7 +88,7 @@ def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
     record = run_record(exact_run)
     assert list(record) == [
         "run", "begun", "command", "settings", "texts", "environment", "model", "keeps_bits", "folders", "prompts",
-        "overview", "files", "checksum",
+        "overview", "files", "made_by", "checksum",
     ]  # fmt: skip
     result = json.loads((exact_run / "result.json").read_text())
     assert list(result) == ["complete", "files", "result", "errors", "made_by", "run", "begun", "checksum"]
@@ -500,7 +500,9 @@ def workplace(tmp_path, monkeypatch):
         Path(f"{name}.txt").write_bytes(data)
     Path("dangling").symlink_to("nowhere/at-all")
     Path("out").mkdir()
-    Path("out/run.json").write_bytes(pack({"files": ["srds_final.png"]}))
+    record = {"run": "a", "begun": "", "settings": {}, "folders": [""], "prompts": [], "overview": {}}
+    made_by = {"common": {}, "each": {}}
+    Path("out/run.json").write_bytes(pack({**record, "files": ["srds_final.png"], "made_by": made_by}))
     Path("out/srds_final.png").write_text("an image")
     return tmp_path
 

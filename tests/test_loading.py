@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from models import loading
 from models.checks import check_tokenizers
 from models.loading import ModelError, find_model, inspect, load_pipeline
-from pipelines import SD, flux, pixels, stable_diffusion
+from pipelines import SD, flux, pixart, pixels, stable_diffusion
 from settings import Loading, SettingError
 
 CPU = Loading(device="cpu")
@@ -132,6 +132,18 @@ def test_weights_that_are_not_whole_are_refused(make, part, tmp_path):
         position_ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # which the library no longer has
         edit(tmp_path / "whole" / WEIGHTS[part], lambda tensors: tensors.update(position_ids))
         load_pipeline(find_model(str(tmp_path / "whole")), CPU)
+
+
+def test_what_models_on_the_hub_have_beside_their_weights_is_no_error(tmp_path):
+    """Of PixArt's training, and of whole CLIP models; more layers than the config's are."""
+    pixart().save_pretrained(tmp_path / "pixart")
+    extra = {"caption_projection.y_embedding": torch.zeros(120, 8)}
+    edit(tmp_path / "pixart" / WEIGHTS["transformer"], lambda tensors: tensors.update(extra))
+    load_pipeline(find_model(str(tmp_path / "pixart")), CPU)
+    stable_diffusion().save_pretrained(tmp_path / "sd")
+    extra = {"vision_model.embeddings.class_embedding": torch.zeros(8), "logit_scale": torch.tensor(1.0)}
+    edit(tmp_path / "sd" / WEIGHTS["text_encoder"], lambda tensors: tensors.update(extra))
+    load_pipeline(find_model(str(tmp_path / "sd")), CPU)
 
 
 @pytest.mark.parametrize(
