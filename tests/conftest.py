@@ -70,9 +70,23 @@ class Stiff(Gaussian):
 
 
 def arguments(out, model, *more, prompts=PROMPTS):
-    """A command line; of an argument that is given twice, the last counts."""
+    """A command line, without the page, which takes time; of an argument that is given twice, the last counts."""
     texts = [word for text in prompts for word in ("--prompt", text)]
-    return ["-o", str(out), "--model", str(model), "--device", "cpu", "-cs", "3", "-fs", "9", *texts, *more]
+    return [
+        "-o",
+        str(out),
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "-cs",
+        "3",
+        "-fs",
+        "9",
+        "--no-report",
+        *texts,
+        *more,
+    ]
 
 
 def run_record(folder):

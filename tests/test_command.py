@@ -34,7 +34,7 @@ from study import preparation
 from study.directory import pack
 
 ROOT = Path(main.__file__).parent
-RECORDS = {"run.json", "result.json", "results.csv", "report.html"}
+RECORDS = {"run.json", "result.json", "results.csv"}
 SET = {"srds_initialized.png", "srds_final.png", "srds_filmstrip.png"}
 TRUTH = {"srds_ddim_gt.png", "srds_ddim_course.png", "trajectory_errors_plot.png", "trajectory_errors_table.csv"}
 
@@ -161,7 +161,7 @@ def test_several_prompts_have_a_folder_each_and_an_overview(run, tmp_path):
     assert folders == ["000-a-red-sun", "001-uber-the-hills", "002-a-moon"]
     overview, one = SET | TRUTH | iterations(2), SET | TRUTH | iterations(2) | {"result.json"}
     sets = {f"{folder}/{file}" for folder in folders for file in one}
-    assert files(out) == overview | sets | {"run.json", "results.csv", "report.html"}
+    assert files(out) == overview | sets | {"run.json", "results.csv"}
     assert set(run_record(out)["files"]) == files(out) - {"run.json"}
 
     cells = [pixels(out / folder / "srds_iteration_1.png") for folder in folders]

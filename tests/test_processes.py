@@ -228,9 +228,13 @@ def test_several_processes_set_an_earlier_study_aside_once(alone, tiny, tmp_path
 
 @pytest.mark.slow
 def test_what_fails_on_any_process_is_told_once_by_the_first(tiny, tmp_path):
-    (tmp_path / "out").mkdir()
+    launch = start(2, *arguments(tmp_path / "out", tiny, *UNEVEN, "--parallel", "prompts"))
+    limit = time.monotonic() + 60
+    while not (tmp_path / "out" / "run.json").exists():
+        assert launch.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
     (tmp_path / "out" / folder_name(1, PROMPTS[1])).write_text("in the way")
-    status, _, errors = finish(start(2, *arguments(tmp_path / "out", tiny, *UNEVEN, "--parallel", "prompts")))
+    status, _, errors = finish(launch)
     assert status != 0 and len(errors) == 1 and "cannot be written" in errors[0]
 
 
