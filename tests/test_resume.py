@@ -35,7 +35,7 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_a_killed_run_resumes_to_what_an_uninterrupted_one_leaves(seed, tiny, tmp_path):
     """Killed at a random moment after the first to the third prompt, in whatever it does then."""
     out, chance = tmp_path / "out", random.Random(seed)
@@ -108,7 +108,7 @@ def test_prompts_may_be_added_and_others_are_told(tiny, tmp_path, capsys):
         assert error.count("\n") == 1 and "--resume: finds other prompts in the earlier run" in error
 
 
-@pytest.mark.parametrize("changed", ["weights", "config", "torch", "code", "start"])
+@pytest.mark.parametrize("changed", ["weights", "code", "start"])
 def test_results_of_another_model_version_code_or_start_are_not_mixed_in(changed, tmp_path, monkeypatch, capsys):
     model, out = tmp_path / "model", tmp_path / "out"
     stable_diffusion().save_pretrained(model)
@@ -170,10 +170,9 @@ def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("record", ['{"settings": 3}', '{"complete": true}', "[" * 100_000, ""])
 @pytest.mark.parametrize("name", ["run.json", "result.json"])
-@pytest.mark.parametrize("more", [[], ["--resume"]])
-def test_a_record_that_is_none_of_ours_is_refused_in_one_line(more, name, record, tiny, tmp_path, capsys):
+def test_a_record_that_is_none_of_ours_is_refused_in_one_line(name, record, tiny, tmp_path, capsys):
     (tmp_path / name).write_text(record)
-    assert main.main(arguments(tmp_path, tiny, *more, prompts=["a"])) == 2
+    assert main.main(arguments(tmp_path, tiny, "--resume", prompts=["a"])) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"holds {name}, which no whole record here tells of" in error
     assert (tmp_path / name).read_text() == record and files(tmp_path) == {name}
