@@ -106,7 +106,8 @@ FIRST = lambda tensors: sorted(tensors)[0]
 
 
 @pytest.mark.parametrize(
-    "make, part", [(stable_diffusion, "text_encoder"), (stable_diffusion, "vae"), (flux, "transformer"), (pixels, "unet")]
+    "make, part",
+    [(stable_diffusion, "text_encoder"), (stable_diffusion, "vae"), (flux, "transformer"), (pixels, "unet")],
 )  # fmt: skip
 def test_weights_that_are_not_whole_are_refused(make, part, tmp_path):
     """Not sampled with random ones, as the libraries would."""

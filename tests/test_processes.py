@@ -105,6 +105,7 @@ def test_collocation_of_several_processes_equals_that_of_one(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_that_share_lanes_start_from_the_same(tiny, tmp_path):
     more = ["--no-ground-truth", "--start-from"]
     for prompts, folder in ((PROMPTS, "earlier"), (PROMPTS[::-1], "other")):
@@ -122,6 +123,7 @@ def test_processes_that_share_lanes_start_from_the_same(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_two_machines_equals_that_of_one_process(alone, tiny, tmp_path):
     """Started by accelerate on each, here both this one."""
     with socket.create_server(("localhost", 0)) as server:
@@ -165,6 +167,7 @@ def test_lanes_are_dealt_out_and_put_together_again(lanes, shares, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "prompts, more",
     [(PROMPTS[:1], ["-cs", "auto"])],
@@ -253,6 +256,7 @@ def test_a_prompt_that_fails_leaves_the_lanes_of_the_others_be(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_started_with_other_prompts_or_settings_are_refused(tiny, tmp_path):
     """As on several machines, each with its own copy of a file."""
     shell = " ".join(
