@@ -69,7 +69,9 @@ class SettingError(Failure, ValueError):
 
 def in_one_line(message, most=200):
     """A text, or another library's error, as a terminal may show it: one line, without control characters, cut."""
-    line = " ".join(str(message).split()) or type(message).__name__
+    line = " ".join(str(message).split())
+    if not line and isinstance(message, BaseException):
+        line = type(message).__name__
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:most])
 
 

@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from settings import in_one_line
 
 SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "ddpm": "DDPM", "dpmsolver++": "DPM++ 2M"}
+MOST_TEXT = 4000  # characters of a prompt in what an image says of itself
 CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
 
 
@@ -42,8 +43,8 @@ def parameters(result, about):
         "CFG scale": settings["guidance_scale"], "Seed": result["seed"], "Size": size, "Model": about["model"]["name"],
     }  # fmt: skip
     last = ", ".join(f"{name}: {value}" for name, value in words.items() if value is not None)
-    away = [f"Negative prompt: {settings['negative_prompt'][:4000]}"] if settings["negative_prompt"] else []
-    return "\n".join([result["prompt"][:4000], *away, last])
+    away = [f"Negative prompt: {settings['negative_prompt'][:MOST_TEXT]}"] if settings["negative_prompt"] else []
+    return "\n".join([result["prompt"][:MOST_TEXT], *away, last])
 
 
 def mosaic(images):
@@ -80,23 +81,25 @@ def filmstrip(results, images, names, steps):
 
 def _caption(name, result, steps):
     if name == "srds_ddim_gt":
-        return ["ground truth", evaluations(steps)]
+        return ["ground truth", _evaluations(steps)]
     i = -1 if name == "srds_initialized" else int(name.rpartition("_")[2])
     entry = result["iterations"][min(1 + i, len(result["iterations"]) - 1)]
-    title, error = _stage_name(entry["iteration"]), entry["image_error"]
-    return [
-        f"final ({title})" if stage(name, result) == "srds_final" else title,
-        evaluations(entry["serial_evaluations"]),
-        *([] if error is None else [f"difference {error:.3f}"]),
-    ]
+    title = stage_name(entry["iteration"])
+    return [f"final ({title})" if stage(name, result) == "srds_final" else title, *facts(entry)]
 
 
-def _stage_name(iteration):
+def stage_name(iteration):
+    """What an iteration is called where a person reads it; the initialisation is number -1."""
     return f"iteration {iteration}" if iteration >= 0 else "initialised"
 
 
-def evaluations(count):
-    """Serial evaluations, in words."""
+def facts(entry):
+    """What is said under a refinement's image: a list of texts."""
+    error = entry["image_error"]
+    return [_evaluations(entry["serial_evaluations"]), *([] if error is None else [f"difference {error:.3f}"])]
+
+
+def _evaluations(count):
     return f"{count} serial evaluation{'' if count == 1 else 's'}"
 
 
@@ -129,6 +132,15 @@ def results_table(results, about):
     return pd.DataFrame(results_rows(results, about)).to_csv(index=False, lineterminator="\n")
 
 
+def mean_points(samples):
+    """The mean point by refinement of samples, each a list of points (x, y): (refinements, 2).
+
+    A sample that stopped earlier keeps its last point.
+    """
+    longest = max(map(len, samples))
+    return np.mean([points + points[-1:] * (longest - len(points)) for points in samples], 0)
+
+
 def combine_errors(errors):
     """Norms over all prompts together, each (refinements + 1, B); a prompt that stopped keeps its last row."""
     longest = max(map(len, errors))
@@ -155,7 +167,7 @@ def error_plot(errors, results, steps):
     for k, row in enumerate(errors):
         color = colormaps["viridis"](0.9 * k / max(count - 1, 1))
         _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9],
-              _stage_name(k - 1) if k in labelled else None)  # fmt: skip
+              stage_name(k - 1) if k in labelled else None)  # fmt: skip
     left.set(xlabel="boundary", ylabel="L2 error of the latents", title="Trajectory against the truth")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
@@ -163,8 +175,7 @@ def error_plot(errors, results, steps):
     shown = [
         [(entry["serial_evaluations"], entry["image_error"]) for entry in result["iterations"]] for result in results
     ]
-    longest = max(map(len, shown))  # a prompt that stopped earlier keeps its last point
-    ticks, mean = np.mean([points + points[-1:] * (longest - len(points)) for points in shown], 0).T
+    ticks, mean = mean_points(shown).T
     floor = _zero_line(right, [*mean, *(error for points in shown for _, error in points)])
     if len(shown) > 1:
         for i, points in enumerate(shown):
@@ -209,8 +220,8 @@ def report(entry, state):
     keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "difference"}
     measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
     measured += [f"damping {entry['damping']:.2f}"] if entry["damping"] >= 0.005 else []
-    measured = [evaluations(entry["serial_evaluations"]), *measured, state]
-    return f"  {_stage_name(entry['iteration'])}: {', '.join(measured)}"
+    measured = [_evaluations(entry["serial_evaluations"]), *measured, state]
+    return f"  {stage_name(entry['iteration'])}: {', '.join(measured)}"
 
 
 def summary(results, steps, keeps_bits=True):

@@ -13,9 +13,7 @@ from safetensors import safe_open
 
 from settings import Failure
 
-# Classes that pipelines take as well as those that they name. PixArt's first models name Transformer2DModel, which its
-# own was part of; the library knows that.
-STAND_INS = {"vae": ("AutoencoderTiny", "AsymmetricAutoencoderKL")}
+STAND_INS = {"vae": ("AutoencoderTiny", "AsymmetricAutoencoderKL")}  # that pipelines take as well as what they name
 # Weights that models on the hub have beside what is used: of PixArt's training, and of whole CLIP models.
 SPARE = re.compile(
     r"caption_projection\.y_embedding|(vision_model|visual_projection|text_projection)\.|logit_scale"
@@ -110,6 +108,7 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
             continue
         found = getattr(importlib.import_module(library), str(its_class), None)
         wanted += tuple(getattr(diffusers, name) for name in STAND_INS.get(part, ()))
+        # PixArt's first models name Transformer2DModel, which its own was part of; the library loads that one.
         if not _has_weights(found) or not issubclass(found, (*wanted, diffusers.Transformer2DModel)):
             raise ModelError(f"{name}: its {part} is a {its_class}, which is none of a {kind}'s")
         place = folder / part if (folder / part).is_dir() else folder  # old models of one network

@@ -46,26 +46,27 @@ def read(path):
 def read_set(path):
     """A `result.json` that `pack` made, of the shape that a run gives it; empty for all else."""
     found = read(path)
-    shapes = {"complete": bool, "files": dict, "result": dict, "made_by": dict, "begun": str, "run": str}
-    whole = all(isinstance(found.get(name), kind) for name, kind in shapes.items()) and _are_files(found["files"])
-    result = found.get("result", {})
-    parts = {"prompt": str, "seed": int, "iterations": list, "seconds": dict, "folder": str}
-    return found if whole and all(isinstance(result.get(name), kind) for name, kind in parts.items()) else {}
+    whole = _has(found, complete=bool, files=dict, result=dict, made_by=dict, begun=str, run=str)
+    whole = whole and _has(found["result"], prompt=str, seed=int, iterations=list, seconds=dict, folder=str)
+    return found if whole and _are_files(found["files"]) else {}
 
 
 def read_run(path):
     """A `run.json` that `pack` made, of the shape that a run gives it; empty for all else."""
     found = read(path)
-    shapes = {"run": str, "begun": str, "settings": dict, "folders": list, "prompts": list, "overview": dict}
-    whole = all(isinstance(found.get(name), kind) for name, kind in (shapes | {"files": list, "made_by": dict}).items())
-    plan = found.get("plan", dict.fromkeys(PLANNED))
-    if not whole or not _are_files(found["overview"]) or not isinstance(plan, dict) or not PLANNED <= plan.keys():
+    whole = _has(found, run=str, begun=str, settings=dict, folders=list, prompts=list, overview=dict, files=list)
+    whole = whole and _has(found, made_by=dict) and _has(found["made_by"], common=dict, each=dict)
+    if not whole or not _are_files(found["overview"]) or ("plan" in found and not _has(found, plan=dict)):
         return {}
-    folders = [name for name in found["folders"] if isinstance(name, str) and (not name or FOLDER.fullmatch(name))]
-    made = found["made_by"].get("each"), found["made_by"].get("common")
-    sound = len(folders) == len(found["folders"]) and all(map(_is_ours, found["files"]))
-    sound = sound and all(isinstance(each, dict) for each in (*made, *(made[0] or {}).values()))
-    return found if sound else {}
+    planned = "plan" not in found or PLANNED <= found["plan"].keys()
+    made = all(isinstance(each, dict) for each in found["made_by"]["each"].values())
+    folders = all(isinstance(name, str) and (not name or FOLDER.fullmatch(name)) for name in found["folders"])
+    return found if planned and made and folders and all(map(_is_ours, found["files"])) else {}
+
+
+def _has(record, **kinds):
+    """Whether a dictionary has values of such types, by name."""
+    return all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 
 def _are_files(files):

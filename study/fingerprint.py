@@ -35,10 +35,11 @@ def made_by(settings, model, adapters, texts, seeds, starts):
         "version of transformers": transformers.__version__,
         "version of this program": digest(*(ROOT / name for name in CODE)),
     }
-    each = zip(texts, seeds, starts)
+    distinct = {id(start): start for start in starts if start}  # one may be all prompts'
+    digests = {key: start.digest for key, start in distinct.items()}
     return [
-        {**common, "text": text, "seed": seed, **others, "earlier trajectory": start and start.digest}
-        for text, seed, start in each
+        {**common, "text": text, "seed": seed, **others, "earlier trajectory": digests.get(id(start))}
+        for text, seed, start in zip(texts, seeds, starts)
     ]
 
 

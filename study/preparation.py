@@ -96,18 +96,16 @@ def prepare(command, processes, stack):
 
 def check_size(settings, loading, family, device):
     """Raise SettingError for an image that the device has no room for."""
-    has = {"cuda": lambda: torch.cuda.get_device_properties(device).total_memory, "cpu": cpu_memory}
-    needed = family.memory(settings.height, settings.width, attention=device.type == "cpu")
-    if device.type in has and needed > has[device.type]() and not loading.vae_tiling:
+    if loading.vae_tiling or device.type not in ("cpu", "cuda"):
+        return
+    on_cpu = device.type == "cpu"
+    has = psutil.virtual_memory().total if on_cpu else torch.cuda.get_device_properties(device).total_memory
+    needed = family.memory(settings.height, settings.width, attention=on_cpu)
+    if needed > has:
         side = "height" if settings.height >= settings.width else "width"
-        room = f"take {needed / 2**30:.0f} GiB or more, of {has[device.type]() / 2**30:.0f} here"
+        room = f"take {needed / 2**30:.0f} GiB or more, of {has / 2**30:.0f} here"
         remedy = f"makes images of {settings.height} x {settings.width} pixels, which {room}; give less"
         raise SettingError(side, getattr(settings, side), remedy)
-
-
-def cpu_memory():
-    """Bytes of memory that this machine has."""
-    return psutil.virtual_memory().total
 
 
 def surroundings(sampler, device, dtype):
@@ -155,11 +153,9 @@ def kept_trajectories(folder, count, processes):
 
     Raises SettingError where there are none, or as many others, or others than the first process finds.
     """
-    folders, remedy = (
-        read_run(Path(folder, "run.json")).get("folders", ()),
-        "give the output directory of a --keep-trajectories run",
-    )
+    remedy = "give the output directory of a --keep-trajectories run"
     try:
+        folders = read_run(Path(folder, "run.json")).get("folders", ())
         found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
     except (ValueError, TypeError) as error:
         raise SettingError("start_from", folder, f"does not serve: {error}; {remedy}") from None

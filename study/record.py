@@ -17,7 +17,6 @@ from study.earlier import Earlier
 from study.report import page
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
-MOST_TEXT = 4000  # characters of a prompt in each image
 KEPT = "trajectory.safetensors"
 OTHER_PROMPTS = ["prompts", "these", "others"]
 
@@ -35,7 +34,7 @@ def compare(folder, folders, made_by, resume):
     """
     folder, difference = Path(folder), None
     earlier = Earlier.find(folder)
-    earlier.check(dict.fromkeys(["", *folders]))
+    earlier.check(folders)
     own = dict(zip(folders, made_by))
     for name, before in earlier.made_by.items():
         now = own.get(name, {})
@@ -83,8 +82,7 @@ class Record:
     "begun", "settings", "environment", "model", and "plan". folders: of the prompts, in it; several have one each, and
     an overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
     overwrite: to remove an earlier run of other results in place of setting it aside. report: to write the page at the
-    end. takes_over: whether this process
-    is the one to do so; another one returns False when it is done.
+    end. takes_over: whether this process is the one to set aside or remove; another one returns False when it is done.
     """
 
     def __init__(
@@ -108,9 +106,7 @@ class Record:
 
     def entry(self, i):
         """What `result.json` says of prompt i, None where its set is not complete or not of this run."""
-        found = read_set(self.folder / self.folders[i] / "result.json")
-        mine = found.get("made_by") == self.made_by[i]
-        return found if mine and is_whole(self.folder, self.folders[i], found) else None
+        return self._own(i, self._read(i))
 
     def add(self, i, result, images, errors=None, trajectory=None):
         """Write the set of prompt i, all of it or nothing; the first one begins the run.
@@ -134,7 +130,7 @@ class Record:
             if trajectory:
                 stage_one(KEPT, trajectory.packed())
             said = self._take_over()
-            before = dict.fromkeys(self._left(folder)) | read_set(self.folder / folder / "result.json").get("files", {})
+            before = dict.fromkeys(self._left(folder)) | self._read(i).get("files", {})
             files = self._publish(folder, stage_one.parts, before, announce)
             announce(files, complete=True)
         return said
@@ -150,18 +146,17 @@ class Record:
             if not entry and i not in self.failures:
                 self.fail(i, self.made_by[i]["seed"], "its files are gone")
         entries = [entry for i, entry in enumerate(entries) if entry and i not in self.failures]
-        self.save()
+        results = self.save()
         if not self.begun:
-            return self.results()
+            return results
         with self._staged("") as stage_one:
             if entries and len(self.folders) > 1:
                 self._render(stage_one, entries, self._saved_images)
-            results = self.results()
             stage_one("results.csv", utils.results_table(results, self.about).encode())
             if self.report:
                 stage_one("report.html", page([({**self.about, "prompts": results}, "")]).encode())
             of_a_set = read_set(self.folder / "result.json").get("files", ())
-            left = {name: None for name in self._left("") if name not in of_a_set}
+            left = dict.fromkeys(name for name in self._left("") if name not in of_a_set)
             before = left | read_run(self.folder / "run.json").get("overview", {})
             overview = self._publish("", stage_one.parts, before, self.save)
         return self.save(overview)
@@ -171,28 +166,39 @@ class Record:
 
         overview: sizes and checksums of the files that show all prompts, by name; None: as it has them.
         """
-        if self.begun:
-            self._write(read_run(self.folder / "run.json").get("overview", {}) if overview is None else overview)
-        return self.results()
+        if not self.begun:
+            return self.results()
+        return self._write(read_run(self.folder / "run.json").get("overview", {}) if overview is None else overview)
 
     def _write(self, overview):
-        found = {name: read_set(self.folder / name / "result.json").get("files", {}) for name in self.folders}
-        files = [name_of(name, file) for name, own in found.items() if own for file in (*own, "result.json")]
+        found = [self._read(i) for i in range(len(self.folders))]
+        sets = [(name, own["files"]) for name, own in zip(self.folders, found) if own.get("files")]
+        files = [name_of(name, file) for name, own in sets for file in (*own, "result.json")]
         files = [*overview, *files, *(name for name in self.earlier if name != "run.json")]
         files = [name for name in dict.fromkeys(files) if name in overview or os.path.lexists(self.folder / name)]
         first, *others = self.made_by
         common = {key: value for key, value in first.items() if all(value == made.get(key) for made in others)}
         each = [{key: made[key] for key in made.keys() - common.keys()} for made in self.made_by]
-        record = {"folders": self.folders, "prompts": self.results(), "overview": overview, "files": files}
+        results = self.results(found)
+        record = {"folders": self.folders, "prompts": results, "overview": overview, "files": files}
         record["made_by"] = {"common": common, "each": dict(zip(self.folders, each))}
-        content = pack({**self.about, **record})
-        write(self.folder / "run.json", content, self.about["run"])
+        write(self.folder / "run.json", pack({**self.about, **record}), self.about["run"])
+        return results
 
-    def results(self):
-        """What there is of each prompt that is complete or failed, in their order."""
-        entries = {i: self.entry(i) for i in range(len(self.folders)) if i not in self.failures}
-        found = {i: entry["result"] for i, entry in entries.items() if entry} | self.failures
-        return [found[i] for i in sorted(found)]
+    def results(self, found=None):
+        """What there is of each prompt that is complete or failed, in their order; of `found`, if each was read."""
+        found = [self._read(i) for i in range(len(self.folders))] if found is None else found
+        own = ((i, self._own(i, each)) for i, each in enumerate(found) if i not in self.failures)
+        results = {i: entry["result"] for i, entry in own if entry} | self.failures
+        return [results[i] for i in sorted(results)]
+
+    def _read(self, i):
+        return read_set(self.folder / self.folders[i] / "result.json")
+
+    def _own(self, i, found):
+        """What was read of prompt i, if it is of this run and its set is complete; else None."""
+        mine = found.get("made_by") == self.made_by[i]
+        return found if mine and is_whole(self.folder, self.folders[i], found) else None
 
     def _take_over(self):
         """Begin the run, unless it has begun; see `add`."""
@@ -286,9 +292,9 @@ class Record:
     def _png_text(self, results):
         """What an image says of itself; of one sample also as the web UIs for Stable Diffusion read it."""
         settings = self.about["settings"]
-        prompts = [prompt[:MOST_TEXT] for prompt in (settings.get("prompt") or [])[:SHOWN]]
+        prompts = [prompt[: utils.MOST_TEXT] for prompt in (settings.get("prompt") or [])[:SHOWN]]
         found = {
-            "prompt": "\n".join(result["prompt"][:MOST_TEXT] for result in results),
+            "prompt": "\n".join(result["prompt"][: utils.MOST_TEXT] for result in results),
             "seed": str(results[0]["seed"]),
             "settings": json.dumps(settings | ({"prompt": prompts} if prompts else {})),
         }

@@ -87,18 +87,15 @@ def _images(result, record, place, run, link):
     """A sample's images, in order, with what the page says of them; none of one that failed."""
     if "error" in result:
         return []
-    stages = [("initialised", "srds_initialized", result["iterations"][0])]
-    stages += [
-        (f"iteration {entry['iteration']}", f"srds_iteration_{entry['iteration']}", entry)
-        for entry in result["iterations"][1:]
+    names = ["srds_initialized", *(f"srds_iteration_{i}" for i in range(len(result["iterations"]) - 1))]
+    stages = [
+        (utils.stage_name(entry["iteration"]), file, utils.facts(entry))
+        for entry, file in zip(result["iterations"], names)
     ]
     if result["seconds"]["ground_truth"] is not None:
-        stages.append(("ground truth", "srds_ddim_gt", None))
+        stages.append(("ground truth", "srds_ddim_gt", []))
     images, size = [], {name: record["settings"][name] for name in ("width", "height")}
-    for title, file, entry in stages:
-        facts = [utils.evaluations(entry["serial_evaluations"])] if entry else []
-        if entry and entry["image_error"] is not None:
-            facts.append(f"difference {entry['image_error']:.3f}")
+    for title, file, facts in stages:
         path = os.path.join(place, result["folder"], f"{file}.png")
         source = quote(Path(path).as_posix()) if link else _embedded(path)
         images.append({"name": title + run, "src": source, "facts": ", ".join(facts), **size})
@@ -111,7 +108,7 @@ def _embedded(path):
 
 def _plain(value):
     """What a row has, without control characters; "" for None."""
-    return "" if value is None else in_one_line(value, 4000) if value and isinstance(value, str) else value
+    return "" if value is None else in_one_line(value, 4000) if isinstance(value, str) else value
 
 
 def _cell(value):
@@ -127,7 +124,7 @@ def _plots(rows, names):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         for axes, across in zip(figure.subplots(1, 2, sharey=True), ("serial_evaluations", "seconds")):
             for i, name in enumerate(names):
-                points = _means([row for row in known if row["run"] == name], across) or ([], [])
+                points = _means([row for row in known if row["run"] == name], across)
                 shade = str(0.6 * i / max(len(names) - 1, 1))
                 label = " " + name.replace("$", r"\$")  # no formula, and no name that a legend leaves out
                 line = {"linestyle": ("-", "--", ":")[i % 3], "marker": MARKERS[i % 10], "label": label}
@@ -144,13 +141,11 @@ def _plots(rows, names):
 
 
 def _means(rows, across):
-    """Two lists of means by iteration; a sample that has stopped keeps its last."""
+    """The means by iteration of two columns, `across` and the difference; none where there are no rows."""
     samples = {}
     for row in rows:
         samples.setdefault((row["prompt"], row["seed"]), []).append((row[across], row["image_error"]))
-    longest = max(map(len, samples.values()), default=0)
-    padded = [points + points[-1:] * (longest - len(points)) for points in samples.values()]
-    return [[sum(values) / len(values) for values in zip(*each)] for each in zip(*(zip(*points) for points in padded))]
+    return utils.mean_points(list(samples.values())).T if samples else ([], [])
 
 
 def main(argv=None):

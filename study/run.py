@@ -54,14 +54,9 @@ def try_out(command, sampler):
 
 def without_places(command):
     """What all processes of a launch must have been given alike; folders may have other names on other machines."""
-    same = command.texts, command.seeds, command.ground_truth, command.resume, command.overwrite, command.parallel
-    return [
-        asdict(command.settings),
-        asdict(command.loading),
-        bool(command.start_from),
-        command.keep_trajectories,
-        *same,
-    ]
+    asked = command.ground_truth, command.resume, command.overwrite, command.keep_trajectories, command.parallel
+    settings = asdict(command.settings), asdict(command.loading), bool(command.start_from)
+    return [*settings, command.texts, command.seeds, *asked]
 
 
 def check_shared(folder, run):
@@ -90,7 +85,7 @@ def explain(command, error):
 def sample_all(command, sampler, record, left, starts):
     """Sample the prompts that are left, by number, and write their files. A prompt that fails does not end the run.
 
-    starts: of each prompt, see `load`.
+    starts: of each prompt, see `preparation.prepare`.
     """
     texts, processes = command.texts, sampler.processes
     if len(left) < len(texts):
@@ -248,10 +243,10 @@ def sum_up(command, record, left, processes):
                 record.fail(i, *told)
         return len(record.results()) == len(command.texts)
 
-    if processes.size > 1:  # until what others have written shows up here
+    if processes.size > 1:
         wait_until(lambda: record.begun or not processes.told("begun"))
-        wait_until(gather)
-    gather()
+    if not gather() and processes.size > 1:
+        wait_until(gather)  # what others have written shows up here
     results = record.finish()
     print(utils.summary(results, command.settings.fine_steps, record.about.get("keeps_bits", True)))
     failures = [result["error"] for result in results if "error" in result]

@@ -72,21 +72,8 @@ class Stiff(Gaussian):
 def arguments(out, model, *more, prompts=PROMPTS):
     """A command line, without the page, which takes time; of an argument that is given twice, the last counts."""
     texts = [word for text in prompts for word in ("--prompt", text)]
-    return [
-        "-o",
-        str(out),
-        "--model",
-        str(model),
-        "--device",
-        "cpu",
-        "-cs",
-        "3",
-        "-fs",
-        "9",
-        "--no-report",
-        *texts,
-        *more,
-    ]
+    fixed = ["--device", "cpu", "-cs", "3", "-fs", "9", "--no-report"]
+    return ["-o", str(out), "--model", str(model), *fixed, *texts, *more]
 
 
 def run_record(folder):

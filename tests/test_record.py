@@ -468,9 +468,9 @@ def test_a_record_of_another_shape_is_none_of_ours_though_its_checksum_holds(nam
     path.write_bytes(pack({**read(path), **change}))
     for texts in (["a sea", "a moon"], ["a hill"]):
         try:
-            record = make(out, texts)
+            record = make(out, texts, report=False)
             for i in range(len(texts)):
-                add(record, i)
+                add(record, i, truth=False)
             record.finish()
         except Failure:
             pass
