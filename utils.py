@@ -68,7 +68,7 @@ def filmstrip(results, images, names, steps):
     strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(results)), "white")
     draw = ImageDraw.Draw(strip)
     for r, result in enumerate(results):
-        draw.text((gap, r * row + gap), in_one_line(result["prompt"], 160), "black", font)
+        draw.text((gap, r * row + gap), _name(result, results, 160), "black", font)
     for c, name in enumerate(names):
         left = gap + c * (CELL + gap)
         for r, (result, image) in enumerate(zip(results, images(name))):
@@ -77,6 +77,14 @@ def filmstrip(results, images, names, steps):
             caption = "\n".join(_caption(name, result, steps))
             draw.multiline_text((left, top + size[1] + 2), caption, "black", font, spacing=2)
     return np.asarray(strip)
+
+
+def _name(result, results, most):
+    """A sample's prompt, cut, with its seed where there are others of that prompt."""
+    text = in_one_line(result["prompt"], most + 1)
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    alike = sum(other["prompt"] == result["prompt"] for other in results)
+    return f"{text}, seed {result['seed']}" if alike > 1 else text
 
 
 def _caption(name, result, steps):
@@ -229,8 +237,7 @@ def summary(results, steps, keeps_bits=True):
     header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
     rows = [header.split("|")]
     for result in results:
-        text = in_one_line(result["prompt"], 41)
-        text = text if len(text) <= 40 else text[:37] + "..."
+        text = _name(result, results, 40)
         if "error" in result:
             rows.append((text, *"-------", "failed"))
             continue
