@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import os
-import re
 import stat
 import sys
 import traceback
@@ -17,25 +16,27 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import settings as defaults
-from settings import Failure, Loading, SettingError, Settings, choice, in_one_line, text
+from settings import Failure, Loading, SettingError, Settings, choice, in_one_line, number
+from study.samples import MOST_RUNS, check_prompt, read_metrics, read_prompts, read_seeds, read_sweep
 from study.terminal import Lasting, terminable
-
-MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command is to do: `settings` for the sampler, `loading` for the model, `texts` to sample.
+    """What the command is to do: sample `texts`, one for each sample, with a model that `loading` brings into memory.
 
-    seeds: of each text, where several were given; else None. prompts, prompt: where the texts come from, a file or the
-    command line. ground_truth: whether to sample step by step as well. resume: whether to keep what an earlier run has
-    completed. overwrite: whether to remove an earlier run of other results, in place of setting it aside.
-    keep_trajectories: whether to write them. start_from: the directory of a run that did, or None. parallel: what
-    several processes share, "lanes", "prompts", or None to choose. report: whether to write the page. argv: the words
-    of the command line.
+    settings: the `Settings` of a sweep, which the samples take in turn; one of no sweep. swept: what differs there, a
+    dict for each. seeds: of each text, where several were given; else None. prompts, prompt: where the texts come from,
+    a file or the command line. ground_truth: whether to sample step by step as well. metrics: names of those to
+    measure. resume: whether to keep what an earlier run has completed. overwrite: whether to remove an earlier run of
+    other results, in place of setting it aside. keep_trajectories: whether to write them. start_from: the directory of
+    a run that did, or None. parallel: what several processes share, "lanes", "prompts", or None to choose. report:
+    whether to write the page. preview: whether to write the image as it is while it is refined. argv: the words of the
+    command line.
     """
 
-    settings: Settings
+    settings: list
+    swept: list
     loading: Loading
     texts: list
     seeds: list | None
@@ -43,13 +44,20 @@ class Command:
     prompt: list | None
     output_dir: str
     ground_truth: bool
+    metrics: list
     resume: bool
     overwrite: bool
     keep_trajectories: bool
     start_from: str | None
     parallel: str | None
     report: bool
+    preview: bool
     argv: list
+
+    @property
+    def kind(self):
+        """What samples are called: prompts, where there is one of each."""
+        return "samples" if self.seeds or len(self.swept) > 1 else "prompts"
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,16 +65,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise Failure(message, status=2)
-
-
-def number(text):
-    """An argument type: a number, or the text itself where it is none; `settings` knows what may be given."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
 
 
 def one_of(names):
@@ -120,11 +118,19 @@ ARGUMENTS = {
         ("--width", number, "PX", "(likewise)"),
         ("--seed -s", number, "SEED", "of the initial noise and of the noise in the steps (%(default)s)"),
         ("--seeds", str, "SEEDS", "several in place of one, such as 42-61 or 1,5,9: a sample of each prompt and seed"),
+        ("--sweep", list, "NAME=V1,V2,...",
+         "values of a setting that loads no other model, such as coarse_steps=5,10,auto: a sample with each; may be "
+         "repeated, for all combinations"),
+        ("--yes", bool, None, f"begin a sweep of more than {MOST_RUNS} samples"),
         ("--resume", bool, None, "keep the prompts that an earlier run of the same settings has completed"),
         ("--overwrite", bool, None, "remove an earlier run of other results; else it is moved into earlier/"),
         ("--start-from", str, "DIR",
          "begin from the trajectories that an earlier run of one prompt, or of as many prompts as here, has kept"),
         ("--keep-trajectories", bool, None, "keep what --start-from of a later run takes, in trajectory.safetensors"),
+        ("--metrics", str, "NAMES",
+         "more measures of the images, some of: lpips, to the ground truth; clip, the score of image and prompt; "
+         "scene, the share of a prompt that the demo's image shows"),
+        ("--preview", bool, None, "keep preview.png, the image after the last refinement, while the run lasts"),
         ("--no-report", bool, None, "leave out report.html, the page that shows the run"),
         ("--no-ground-truth", bool, None, "skip the sequential run that images are compared with"),
     ],
@@ -162,76 +168,47 @@ def make_parser():
     return parser, flags
 
 
-def parse_arguments(parser, argv):
+def parse_arguments(parser, flags, argv):
     """The `Command`, checked as far as it can be before the model is known. Raises Failure."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    seeds = args.seeds and read_seeds(args.seeds)
+    given = {word.split("=")[0] for word in argv}
+    seeds, swept = args.seeds and read_seeds(args.seeds), read_sweep(args.sweep or (), flags)
+    for name, several in ([("seed", "seeds")] if seeds else []) + [(name, "sweep") for name in swept[0]]:
+        if given & set(flags[name].split("/")):
+            value = getattr(args, several)
+            raise SettingError(several, value, f"is given beside {flags[name].split('/')[0]}; give one of them")
     if seeds:
-        if any(word.split("=")[0] in ("--seed", "-s") for word in argv):
-            raise SettingError("seeds", args.seeds, "is given beside --seed; give one of them")
         args.seed = seeds[0]
     args.lora, args.textual_inversion = args.lora or (), args.textual_inversion or ()
     if (args.prompts is None) == (args.prompt is None):
         given = "neither was given" if args.prompts is None else "both were given"
         raise Failure(f"argument --prompts/-p or --prompt: {given}; give one of them", status=2)
-    settings, loading = (
-        kind(**{field.name: getattr(args, field.name) for field in fields(kind)}) for kind in (Settings, Loading)
-    )
+    base, loading = ({field.name: getattr(args, field.name) for field in fields(kind)} for kind in (Settings, Loading))
+    settings, loading = [Settings(**base | values) for values in swept], Loading(**loading)
     if loading.compile:
-        settings.check_compiled()
+        for each in settings:
+            each.check_compiled()
     choice(*defaults.PARALLELS, optional=True)("parallel", args.parallel)
     texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
-    if seeds:
-        texts, seeds = [text for text in texts for _ in seeds], seeds * len(texts)
+    pairs = [(text, seed) for text in texts for seed in seeds or [None]]
+    if len(swept) > 1 and len(pairs) * len(swept) > MOST_RUNS and not args.yes:
+        remedy = f"makes {len(pairs) * len(swept)} samples, more than {MOST_RUNS}; give fewer values, or --yes"
+        raise SettingError("sweep", args.sweep, remedy)
+    texts, seeds = ([pair[part] for pair in pairs for _ in swept] for part in (0, 1))
     check_output_dir(args.output_dir)
     if args.resume and args.overwrite:
         raise SettingError("overwrite", True, "removes what --resume keeps; give one of them")
     if args.start_from is not None and Path(args.start_from).resolve() == Path(args.output_dir).resolve():
         raise SettingError("start_from", args.start_from, "is the output directory, which is written anew; give two")
+    ground_truth, report = not args.no_ground_truth, not args.no_report
+    metrics = read_metrics(args.metrics, loading, ground_truth)
     return Command(
-        settings, loading, texts, seeds, prompts=args.prompts, prompt=args.prompt, output_dir=args.output_dir,
-        ground_truth=not args.no_ground_truth, resume=args.resume, overwrite=args.overwrite,
-        keep_trajectories=args.keep_trajectories, start_from=args.start_from, parallel=args.parallel,
-        report=not args.no_report, argv=[*argv],
+        settings, swept, loading, texts, seeds if args.seeds else None, prompts=args.prompts, prompt=args.prompt,
+        output_dir=args.output_dir, ground_truth=ground_truth, metrics=metrics,
+        resume=args.resume, overwrite=args.overwrite, keep_trajectories=args.keep_trajectories,
+        start_from=args.start_from, parallel=args.parallel, report=report, preview=args.preview, argv=[*argv],
     )  # fmt: skip
-
-
-def read_seeds(text):
-    """The seeds in a text such as "42-61" or "1,5,9". Raises SettingError."""
-    seeds = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]{1,20})(?:-([0-9]{1,20}))?\s*", part)
-        if not found:
-            raise SettingError("seeds", text, "is not usable; give numbers, such as 1,5,9, or a range, such as 42-61")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if not first <= last < first + MOST_SEEDS:
-            raise SettingError("seeds", text, f"has a range that does not rise, or of more than {MOST_SEEDS} seeds")
-        seeds += [Settings.domains["seed"]("seeds", seed) for seed in range(first, last + 1)]
-    if len(set(seeds)) < len(seeds):
-        raise SettingError("seeds", text, "has a seed twice; give each once")
-    return seeds
-
-
-def check_prompt(prompt):
-    """A prompt without white space around it. Raises SettingError where nothing is left."""
-    if not prompt.strip():
-        raise SettingError("prompt", prompt, "is blank; give some text")
-    return text()("prompt", prompt.strip())
-
-
-def read_prompts(path):
-    """The prompts in a file, without white space around them and without blank lines. Raises SettingError."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-        problem = "holds NUL bytes" if any("\0" in line for line in lines) else "" if any(lines) else "holds no prompt"
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    except UnicodeDecodeError:
-        problem = "is not UTF-8"
-    if problem:
-        raise SettingError("prompts", path, f"{problem}; give a UTF-8 text file, a prompt a line")
-    return [line for line in lines if line]
 
 
 def check_output_dir(folder):
@@ -268,7 +245,7 @@ def carry_out(argv):
     first = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
-            command = parse_arguments(parser, argv)
+            command = parse_arguments(parser, flags, argv)
     except SystemExit as shown:  # --help
         return shown.code
     except Failure as error:
@@ -284,11 +261,15 @@ def carry_out(argv):
         from study.processes import Processes
         from study.run import run
 
+        metrics = None
+        if command and command.metrics:
+            from study.metrics import Metrics as metrics
+
         processes = Processes()
         with processes.quiet():
             if failure:
                 raise failure
-            run(command, processes)
+            run(command, processes, metrics)
     except Failure as error:
         return end(one_line(error, flags), error.status, processes)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ class Refinement(NamedTuple):
 
     image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, C, H, W), on the model's device.
     serial_evaluations: network calls one after the other (ticks). total_evaluations: of one state each, a guided one
-        counting once (lane-steps).
+        counting once (lane-steps). widest_tick: the most in one call.
     exact: whether it is the sequential sample, up to the network's rounding, or of collocation up to what a
         threshold leaves unseen.
     damping: what was withheld of a correction, 127.5 times its norm over the state's, at the boundary with most.
@@ -36,6 +36,7 @@ class Refinement(NamedTuple):
     states: torch.Tensor
     serial_evaluations: int
     total_evaluations: int
+    widest_tick: int
     exact: bool
     damping: float
     image_change: float | None
@@ -136,7 +137,7 @@ class Sample:
     seconds = property(lambda self: self.refinements[-1].seconds)
 
 
-def measured(iterate, image, earlier):
+def measured(iterate, image, widest_tick, earlier):
     """The `Refinement` that an iterate and its image are, after the one before it (None for k = 0).
 
     Verdict and seconds are left open.
@@ -147,7 +148,7 @@ def measured(iterate, image, earlier):
         moved = trajectory_change(iterate.states, earlier.states)
         # Changes shrink superlinearly, so this is too high rather than too low.
         predicted = change * change / before if before else change if before == 0 else None
-    counts = iterate.ticks, iterate.lane_steps, iterate.exact, 127.5 * float(iterate.damping)
+    counts = iterate.ticks, iterate.lane_steps, widest_tick, iterate.exact, 127.5 * float(iterate.damping)
     return Refinement(iterate.k, image, iterate.states, *counts, change, moved, predicted, "", 0.0, iterate.settled)
 
 

@@ -139,18 +139,24 @@ class Sampler:
         """Yield the initialisation and each refinement as it is known; the last is where the stop rule is met.
 
         prompt: a text, or what `encode` made of one. seed: None for the settings' own. on_tick: called before each
-        network call. start: a `Trajectory` to begin from, of an earlier sample by this model: of another prompt,
-        guidance, number of steps or solver, or of the same.
+        network call with the number of its lanes. start: a `Trajectory` to begin from, of an earlier sample by this
+        model: of another prompt, guidance, number of steps or solver, or of the same.
 
         Raises FloatingPointError where a sample's last state or its image is not finite, and SettingError for a start
         that does not fit.
         """
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
-        prompt, earlier, seconds = self.encode(prompt), None, 0.0
-        with contextlib.closing(self.iterates(prompt, seed, on_tick, start)) as iterates:
+        prompt, earlier, seconds, lanes = self.encode(prompt), None, 0.0, []
+
+        def ticked(count):
+            lanes.append(count)
+            if on_tick:
+                on_tick(count)
+
+        with contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates:
             started = time.perf_counter()
             for iterate in iterates:
-                refinement = measured(iterate, self.image(iterate.states), earlier)
+                refinement = measured(iterate, self.image(iterate.states), max(lanes, default=0), earlier)
                 verdict = "converged" if iterate.exact else judge(refinement, earlier, rule, tolerance)
                 seconds += time.perf_counter() - started
                 earlier = refinement._replace(verdict=verdict, seconds=seconds)
@@ -159,16 +165,25 @@ class Sampler:
                     break
                 started = time.perf_counter()
 
-    def sequential(self, prompt, seed=None, coarse=False, on_tick=None) -> Sequential:
+    def sequential(self, prompt, seed=None, coarse=False, on_tick=None, kept=None) -> Sequential:
         """Sample step by step: the ground truth that refinements approach; with `coarse`, by the B coarse steps alone.
 
-        prompt, seed, on_tick: as in `refine`, and the same may be raised.
+        prompt, seed, on_tick: as in `refine`, and the same may be raised. kept: the grid points whose states are
+        returned, rising, 0 to N; None: the boundaries.
         """
         denoise, step = self._counted(self.denoiser(prompt), on_tick), self._solver(seed).step
         points = self.boundaries if coarse else range(self.settings.fine_steps + 1)
         x, started = self.noise(seed), time.perf_counter()
-        states = diffusion.sequential(x, denoise, step, points, self.boundaries)
+        states = diffusion.sequential(x, denoise, step, points, kept or self.boundaries)
         return Sequential(states, self.image(states), time.perf_counter() - started)
+
+    @property
+    def truth_depends_on(self):
+        """What a ground truth depends on beside prompt and seed; samplers that are alike in it can share one."""
+        settings = self.settings
+        batch = (self.widest, settings.max_batch) if settings.fixed_batch else None
+        steps = settings.fine_steps, settings.solver, settings.eta, tuple(self.solver.extrapolation.tolist())
+        return *steps, *self.encoded_for, batch
 
     def trajectory(self, states, seed=None) -> Trajectory:
         """What `refine` can start from, of a sample's or a ground truth's states, and of the seed that they have.
@@ -208,19 +223,20 @@ class Sampler:
 
         After a change of the pipeline's adapters or text encoders, encode again. Raises SettingError for no text.
         """
-        settings, family = self.settings, self.model.family
-        size = settings.height, settings.width
-        encoded_for = self.pipeline, settings.negative_prompt, settings.guidance_scale, size
         if isinstance(prompt, Prompt):
-            if prompt.encoded_for == encoded_for:
+            if prompt.encoded_for == self.encoded_for:
                 return prompt
             prompt = prompt.text
         prompt = text(empty=True)("prompt", prompt)
         self._offload()  # or the first encoder would share the device with the network
-        conditions = family.encode(
-            self.pipeline, prompt, settings.negative_prompt, settings.guidance_scale, size, self.device
-        )
-        return Prompt(prompt, conditions, self.ignored(prompt), encoded_for)
+        conditions = self.model.family.encode(self.pipeline, prompt, *self.encoded_for[1:], self.device)
+        return Prompt(prompt, conditions, self.ignored(prompt), self.encoded_for)
+
+    @property
+    def encoded_for(self):
+        """What a `Prompt` depends on beside the text: the pipeline, and of the settings what is encoded with it."""
+        settings = self.settings
+        return self.pipeline, settings.negative_prompt, settings.guidance_scale, (settings.height, settings.width)
 
     def ignored(self, words):
         """What is cut from the end of a text because the model reads no more; "" if nothing is."""
@@ -309,9 +325,9 @@ class Sampler:
             hook.offload()
 
     @staticmethod
-    def _counted(denoise, on_tick: Callable[[], object] | None):
+    def _counted(denoise, on_tick: Callable[[int], object] | None):
         def counted(x, n):
-            on_tick()
+            on_tick(len(x))
             return denoise(x, n)
 
         return counted if on_tick else denoise

@@ -46,6 +46,7 @@ CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 PARALLELS = ("lanes", "prompts")
+MEASURES = ("lpips", "clip", "scene")
 MOST_GUIDANCE = 1000  # far above what makes an image
 MOST_PIXELS = 2**16  # on a side
 MOST_FLOW_STEPS = 4000  # flow matching sets no limit; the solver's tables have steps x steps entries
@@ -79,6 +80,16 @@ def out_of_memory(error):
     """Whether an exception, of any of the libraries, says that memory ran out."""
     words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
+def number(text):
+    """A number from a word, or the word itself where it is none; the domains know what may be given."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 # Domains: each is called with a setting's name and value, and returns the value or raises SettingError.

@@ -36,7 +36,7 @@ def png(image, text):
 
 def parameters(result, about):
     """A sample's settings in the words of AUTOMATIC1111's web UI, which others read as well."""
-    settings = about["settings"]
+    settings = settings_of(result, about)
     size = f"{settings['width']}x{settings['height']}"
     words = {
         "Steps": settings["fine_steps"], "Sampler": SAMPLERS.get(settings["solver"], settings["solver"]),
@@ -57,34 +57,55 @@ def mosaic(images):
     return rows.reshape(-1, columns * width, 3)[:-GAP, :-GAP]
 
 
-def filmstrip(results, images, names, steps):
+def filmstrip(results, images, names, about):
     """How each prompt's image converges: a row a prompt, captioned columns from the initialisation to the truth."""
     names = [name for name in names if name not in ("srds_ddim_course", "srds_final")]  # the last iteration is final
     height, width = images(names[0])[0].shape[:2]
-    size = (CELL, round(CELL * height / width))
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
+    size, font = (CELL, round(CELL * height / width)), _font()
     line, gap = 18, 8
     row = line + 6 + size[1] + 3 * line + 2 * gap
     strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(results)), "white")
     draw = ImageDraw.Draw(strip)
     for r, result in enumerate(results):
-        draw.text((gap, r * row + gap), _name(result, results, 160), "black", font)
+        draw.text((gap, r * row + gap), name_of(result, results, 160), "black", font)
     for c, name in enumerate(names):
         left = gap + c * (CELL + gap)
         for r, (result, image) in enumerate(zip(results, images(name))):
             top = r * row + gap + line + 6
             strip.paste(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), (left, top))
-            caption = "\n".join(_caption(name, result, steps))
+            caption = "\n".join(_caption(name, result, settings_of(result, about)["fine_steps"]))
             draw.multiline_text((left, top + size[1] + 2), caption, "black", font, spacing=2)
     return np.asarray(strip)
 
 
-def _name(result, results, most):
-    """A sample's prompt, cut, with its seed where there are others of that prompt."""
+def captioned(image, lines):
+    """An image, at least 256 pixels wide, with lines of text below: uint8 (height, width, 3)."""
+    picture, font, line = Image.fromarray(image), _font(), 18
+    times = -(-256 // picture.width)
+    picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
+    whole = Image.new("RGB", (picture.width, picture.height + line * len(lines) + GAP), "white")
+    whole.paste(picture)
+    for i, text in enumerate(lines):
+        ImageDraw.Draw(whole).text((GAP, picture.height + i * line), in_one_line(text), "black", font)
+    return np.asarray(whole)
+
+
+def _font():
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
+
+
+def name_of(result, results, most):
+    """A sample's prompt, cut, with its seed where others of that prompt have another, and its settings in a sweep."""
     text = in_one_line(result["prompt"], most + 1)
     text = text if len(text) <= most else text[: most - 3] + "..."
-    alike = sum(other["prompt"] == result["prompt"] for other in results)
-    return f"{text}, seed {result['seed']}" if alike > 1 else text
+    seeds = {other["seed"] for other in results if other["prompt"] == result["prompt"]}
+    parts = [text, *([f"seed {result['seed']}"] if len(seeds) > 1 else []), result.get("setting")]
+    return ", ".join(filter(None, parts))
+
+
+def settings_of(result, about):
+    """The settings of a sample: the run's, and in a sweep its own."""
+    return about["settings"] | result.get("settings", {})
 
 
 def _caption(name, result, steps):
@@ -119,25 +140,6 @@ def similarity(image, truth):
         "psnr": None if (image == truth).all() else float(peak_signal_noise_ratio(truth, image)),
         "ssim": float(structural_similarity(truth, image, channel_axis=2, win_size=window)),
     }
-
-
-def results_rows(results, about):
-    """A row for each prompt, seed and refinement, or one with the error of a prompt that failed: a list of dicts."""
-    settings, environment, rows = about["settings"], about["environment"], []
-    names = ("method", "solver", "fine_steps", "coarse_steps", "guidance_scale", "tolerance", "stop_rule")
-    run = {name: settings[name] for name in names}
-    run |= {"model": about["model"]["name"], "device": environment["device"], "dtype": environment["dtype"]}
-    for result in results:
-        sample = {"prompt": result["prompt"], "seed": result["seed"]}
-        ends = {"error": result.get("error"), "folder": result["folder"]}
-        truth = {"sequential_seconds": result["seconds"]["ground_truth"]} if "seconds" in result else {}
-        rows += [sample | run | entry | truth | ends for entry in result.get("iterations", [{}])]
-    return rows
-
-
-def results_table(results, about):
-    """`results.csv`, with the rows of `results_rows`."""
-    return pd.DataFrame(results_rows(results, about)).to_csv(index=False, lineterminator="\n")
 
 
 def mean_points(samples):
@@ -230,30 +232,3 @@ def report(entry, state):
     measured += [f"damping {entry['damping']:.2f}"] if entry["damping"] >= 0.005 else []
     measured = [_evaluations(entry["serial_evaluations"]), *measured, state]
     return f"  {stage_name(entry['iteration'])}: {', '.join(measured)}"
-
-
-def summary(results, steps, keeps_bits=True):
-    """The closing table: a row a prompt, as `run.json` has it; without `keeps_bits`, exact is up to rounding."""
-    header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
-    rows = [header.split("|")]
-    for result in results:
-        text = _name(result, results, 40)
-        if "error" in result:
-            rows.append((text, *"-------", "failed"))
-            continue
-        error, truth = result["image_error"], result["seconds"]["ground_truth"]
-        reason = result["stop_reason"] + " to rounding" * (result["stop_reason"] == "exact" and not keeps_bits)
-        rows.append((
-            text,
-            str(len(result["iterations"]) - 1),
-            f"{result['serial_evaluations']} of {steps}",
-            str(result["total_evaluations"]),
-            f"{result['seconds']['srds']:.2f}",
-            "-" if truth is None else f"{truth:.2f}",
-            "-" if error is None else f"{error:.3f}",
-            f"{result['damping']:.2f}" if result["damping"] else "-",
-            f"{'yes' if result['converged'] else 'no'} ({reason})",
-        ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines))

@@ -56,9 +56,10 @@ def read_run(path):
     found = read(path)
     whole = _has(found, run=str, begun=str, settings=dict, folders=list, prompts=list, overview=dict, files=list)
     whole = whole and _has(found, made_by=dict) and _has(found["made_by"], common=dict, each=dict)
-    if not whole or not _are_files(found["overview"]) or ("plan" in found and not _has(found, plan=dict)):
+    plans = found.get("plans", [])
+    if not whole or not _are_files(found["overview"]) or not isinstance(plans, list):
         return {}
-    planned = "plan" not in found or PLANNED <= found["plan"].keys()
+    planned = all(plan is None or (isinstance(plan, dict) and PLANNED <= plan.keys()) for plan in plans)
     made = all(isinstance(each, dict) for each in found["made_by"]["each"].values())
     folders = all(isinstance(name, str) and (not name or FOLDER.fullmatch(name)) for name in found["folders"])
     return found if planned and made and folders and all(map(_is_ours, found["files"])) else {}

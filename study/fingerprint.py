@@ -1,6 +1,7 @@
 """What a result depends on, so that a later run can tell whether it would be the same."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -15,18 +16,20 @@ CODE += ["models/checks.py", "models/loading.py", "models/adapters.py"]
 READ = {".json", ".txt", ".model", ".safetensors", ".bin"}  # what a model consists of
 # Settings that may differ in a run that resumes another: results depend on them by rounding at most. Of a model, what
 # is in it counts, not where it lies.
-NOT_COMPARED = {"output_dir", "prompts", "prompt", "seeds", "parallel", "device", "offload", "model"}
+NOT_COMPARED = {"output_dir", "prompts", "prompt", "seeds", "sweep", "parallel", "device", "offload", "model"}
 SAMPLE, SAMPLES = 2**16, 64  # bytes and number of what is read of a large file
 
 
 def made_by(settings, model, adapters, texts, seeds, starts):
-    """For each prompt, what its result depends on, as JSON reads it back.
+    """For each sample, what its result depends on, as JSON reads it back.
 
-    settings: as `run.json` has them, resolved. model: a `models.loading.Model`. adapters: paths or hub ids. texts,
-    seeds, starts: of the prompts; a start is a `refinement.Trajectory`, or None.
+    settings: those that the samples take in turn, as `run.json` has them, resolved. model: a `models.loading.Model`.
+    adapters: paths or hub ids. texts, seeds, starts: of the samples; a start is a `refinement.Trajectory`, or None.
     """
-    free = NOT_COMPARED if settings["fixed_batch"] else NOT_COMPARED | {"max_batch", "compile"}
-    common = {key: value for key, value in settings.items() if key not in free}
+    compared = []
+    for each in settings:
+        free = NOT_COMPARED if each["fixed_batch"] else NOT_COMPARED | {"max_batch", "compile"}
+        compared.append({key: value for key, value in each.items() if key not in free})
     others = {
         "model's files": model.commit or digest(model.folder),
         "adapters' files": [digest(Path(path)) for path in adapters if Path(path).exists()],
@@ -39,7 +42,7 @@ def made_by(settings, model, adapters, texts, seeds, starts):
     digests = {key: start.digest for key, start in distinct.items()}
     return [
         {**common, "text": text, "seed": seed, **others, "earlier trajectory": digests.get(id(start))}
-        for text, seed, start in zip(texts, seeds, starts)
+        for common, text, seed, start in zip(itertools.cycle(compared), texts, seeds, starts)
     ]
 
 

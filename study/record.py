@@ -15,6 +15,7 @@ from settings import SettingError
 from study.directory import WriteError, checksum, name_of, pack, read_run, read_set, reporting, stage, write
 from study.earlier import Earlier
 from study.report import page
+from study.results import results_table
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
 KEPT = "trajectory.safetensors"
@@ -46,7 +47,11 @@ def compare(folder, folders, made_by, resume):
     if resume and difference:
         name, now, before = difference
         if difference == OTHER_PROMPTS:
-            raise SettingError("resume", True, "finds other prompts in the earlier run; give the same, or leave it out")
+            raise SettingError(
+                "resume",
+                True,
+                "finds other prompts, seeds or a sweep in the earlier run; give the same, or leave it out",
+            )
         if " " in name:  # no setting
             raise SettingError(
                 "resume", True, f"finds another {name} ({now}) than the earlier run had ({before}); leave it out"
@@ -81,16 +86,17 @@ class Record:
     folder: the directory, which is there. about: what `run.json` says of the run: its "run", an id, when it was
     "begun", "settings", "environment", "model", and "plan". folders: of the prompts, in it; several have one each, and
     an overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
+    varied: what results say of the settings that differ in a sweep, which the samples take in turn.
     overwrite: to remove an earlier run of other results in place of setting it aside. report: to write the page at the
     end. takes_over: whether this process is the one to set aside or remove; another one returns False when it is done.
     """
 
     def __init__(
-        self, folder, about, folders, made_by, earlier=(), difference=None, overwrite=False, report=True,
-        takes_over=lambda: True,
+        self, folder, about, folders, made_by, earlier=(), difference=None, *, varied=({},), overwrite=False,
+        report=True, takes_over=lambda: True,
     ):  # fmt: skip
         self.folder, self.about, self.folders = Path(folder), about, folders
-        self.made_by, self.earlier, self.difference = made_by, earlier, difference
+        self.made_by, self.earlier, self.difference, self.varied = made_by, earlier, difference, varied
         self.overwrite, self.report, self.takes_over = overwrite, report, takes_over
         self.failures, self.seen = {}, False
 
@@ -118,7 +124,7 @@ class Record:
         Returns what became of an earlier run of other results, a line, where that was the first; else None.
         """
         folder = self.folders[i]
-        entry = {"result": {**result, "folder": folder}, "errors": errors, "made_by": self.made_by[i]}
+        entry = {"result": {**result, **self._of(i), "folder": folder}, "errors": errors, "made_by": self.made_by[i]}
         entry |= {"run": self.about["run"], "begun": self.about["begun"]}
 
         def announce(files, complete=False):
@@ -137,7 +143,11 @@ class Record:
 
     def fail(self, i, seed, error):
         """Note that prompt i failed, and why."""
-        self.failures[i] = {"prompt": self.made_by[i]["text"], "seed": seed, "error": error, "folder": self.folders[i]}
+        result = {"prompt": self.made_by[i]["text"], "seed": seed, "error": error, "folder": self.folders[i]}
+        self.failures[i] = result | self._of(i)
+
+    def _of(self, i):
+        return self.varied[i % len(self.varied)]
 
     def finish(self):
         """Write the overview of several prompts, and `run.json` with all results; returns the results."""
@@ -152,7 +162,7 @@ class Record:
         with self._staged("") as stage_one:
             if entries and len(self.folders) > 1:
                 self._render(stage_one, entries, self._saved_images)
-            stage_one("results.csv", utils.results_table(results, self.about).encode())
+            stage_one("results.csv", results_table(results, self.about).encode())
             if self.report:
                 stage_one("report.html", page([({**self.about, "prompts": results}, "")]).encode())
             of_a_set = read_set(self.folder / "result.json").get("files", ())
@@ -276,22 +286,21 @@ class Record:
             return [images_of(entry)(utils.stage(name, entry["result"])) for entry in entries[:most]]
 
         text = self._png_text(results[:SHOWN])
-        strip = utils.filmstrip(results[:ROWS], lambda name: images(name, ROWS), names, self._steps)
+        strip = utils.filmstrip(results[:ROWS], lambda name: images(name, ROWS), names, self.about)
         stage_one("srds_filmstrip.png", utils.png(strip, text))
+        if len(entries) > 1 and "setting" in results[0]:
+            return  # what is of several settings has no common size, steps or boundaries
         for name in names:
             stage_one(f"{name}.png", utils.png(utils.mosaic(images(name)), text))
         if truth:
             together = utils.combine_errors([np.asarray(error) for error in errors])
             stage_one("trajectory_errors_table.csv", utils.error_table(together).encode())
-            stage_one("trajectory_errors_plot.png", utils.error_plot(together, results, self._steps))
-
-    @property
-    def _steps(self):
-        return self.about["settings"]["fine_steps"]
+            steps = utils.settings_of(results[0], self.about)["fine_steps"]
+            stage_one("trajectory_errors_plot.png", utils.error_plot(together, results, steps))
 
     def _png_text(self, results):
         """What an image says of itself; of one sample also as the web UIs for Stable Diffusion read it."""
-        settings = self.about["settings"]
+        settings = utils.settings_of(results[0], self.about) if len(results) == 1 else self.about["settings"]
         prompts = [prompt[: utils.MOST_TEXT] for prompt in (settings.get("prompt") or [])[:SHOWN]]
         found = {
             "prompt": "\n".join(result["prompt"][: utils.MOST_TEXT] for result in results),
@@ -301,12 +310,16 @@ class Record:
         return found | ({"parameters": utils.parameters(results[0], self.about)} if len(results) == 1 else {})
 
 
-def folder_names(texts, seeds=None):
-    """The folder of each prompt, with its seed where there are several; a single one has none of its own."""
+def folder_names(texts, seeds=None, settings=1):
+    """The folder of each sample, with its seed and its settings' number where there are several.
+
+    A single one has none of its own.
+    """
     if len(texts) == 1:
         return [""]
     names = [folder_name(i, text) for i, text in enumerate(texts)]
-    return [f"{name}-seed-{seed}" for name, seed in zip(names, seeds)] if seeds else names
+    names = [f"{name}-seed-{seed}" for name, seed in zip(names, seeds)] if seeds else names
+    return [f"{name}-setting-{i % settings}" for i, name in enumerate(names)] if settings > 1 else names
 
 
 def folder_name(index, prompt):

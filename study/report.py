@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 import utils
 from settings import Failure, in_one_line
 from study.directory import read_run
+from study.results import results_rows
 
 COLUMNS = [
-    "prompt", "run", "seed", "iteration", "serial_evaluations", "total_evaluations", "seconds", "image_change",
-    "trajectory_change", "image_error", "psnr", "ssim", "verdict", "error",
+    "iteration", "serial_evaluations", "total_evaluations", "widest_tick", "seconds", "peak_memory_mib", "image_change",
+    "trajectory_change", "image_error", "psnr", "ssim", "lpips", "clip", "clip_difference", "scene", "scene_difference",
+    "verdict", "error",
 ]  # fmt: skip
 MARKERS = "osD^v<>pX*"
 
@@ -33,36 +35,46 @@ def page(runs, link=True):
     are; else they are in the page.
     """
     names = _names([record for record, _ in runs])
-    rows, samples = [], {}  # the runs' images of a prompt together
+    rows, samples = [], {}  # the images of a prompt and seed together, of all runs and settings
     for (record, place), name in zip(runs, names):
-        rows += [{"run": name, **row} for row in utils.results_rows(record["prompts"], record)]
+        run = name if len(runs) > 1 else ""
+        for row in results_rows(record["prompts"], record):
+            rows.append({"run": run, "line": ", ".join(filter(None, (run, row["setting"]))), **row})
         for result in record["prompts"]:
             title = f"{in_one_line(result['prompt'], 300)}, seed {result['seed']}"
-            sample = samples.setdefault(title, {"name": title, "errors": [], "images": []})
-            sample["errors"] += [result["error"]] if "error" in result else []
-            sample["images"] += _images(result, record, place, f" ({name})" if len(runs) > 1 else "", link)
-    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    columns = [name for name in columns if name != "run" or len(runs) > 1]
+            sample = samples.setdefault(title, {"name": title, "errors": [], "strips": []})
+            of = ", ".join(filter(None, (run, result.get("setting"))))
+            sample["errors"] += [f"{of}: {result['error']}" if of else result["error"]] if "error" in result else []
+            images = _images(result, record, place, link)
+            sample["strips"].append({"name": of, "images": images, "count": len(images)})
+    swept = dict.fromkeys(name for record, _ in runs for name in record["settings"]["sweep"])
+    columns = ["prompt", "run", "setting", *swept, "seed", *COLUMNS]
+    columns = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["cell"] = _cell
     settings, count = runs[0][0]["settings"], sum(len(record["prompts"]) for record, _ in runs)
-    title = f"{settings['method']}, N = {settings['fine_steps']}" if len(runs) == 1 else f"{len(runs)} runs"
+    alone = f"sweep of {', '.join(settings['sweep'])}" if settings["sweep"] else _what(settings)
+    title = alone if len(runs) == 1 else f"{len(runs)} runs"
     failed = sum("error" in result for record, _ in runs for result in record["prompts"])
     how = [{"name": name, **_how(record)} for (record, _), name in zip(runs, names)]
     return environment.get_template("report.html.jinja").render(
         title=f"{title}: {count} samples",
         summary=f"{failed} of {count} samples failed." if failed else "All samples are complete.",
-        runs=how, plots=_plots(rows, names), columns=columns,
+        runs=how, plots=_plots(rows), columns=columns,
         rows=[{name: _plain(row.get(name)) for name in columns} for row in rows],
         samples=samples.values(),
     )  # fmt: skip
 
 
+def _what(settings):
+    return f"{settings['method']}, N = {settings['fine_steps']}"
+
+
 def _names(records):
     """What tells the runs apart: the settings that differ, or a number."""
-    keys = [key for key in records[0]["settings"] if key not in ("output_dir", "prompts", "prompt", "seeds")]
+    keys = [key for key in records[0]["settings"] if key not in ("output_dir", "prompts", "prompt", "seeds", "sweep")]
     values = {key: [record["settings"].get(key) for record in records] for key in keys}
     differing = [key for key in keys if len({str(value) for value in values[key]}) > 1]
     # What only one of two methods has says no more than the method.
@@ -83,7 +95,7 @@ def _how(record):
     }
 
 
-def _images(result, record, place, run, link):
+def _images(result, record, place, link):
     """A sample's images, in order, with what the page says of them; none of one that failed."""
     if "error" in result:
         return []
@@ -94,11 +106,11 @@ def _images(result, record, place, run, link):
     ]
     if result["seconds"]["ground_truth"] is not None:
         stages.append(("ground truth", "srds_ddim_gt", []))
-    images, size = [], {name: record["settings"][name] for name in ("width", "height")}
+    images, size = [], {name: utils.settings_of(result, record)[name] for name in ("width", "height")}
     for title, file, facts in stages:
         path = os.path.join(place, result["folder"], f"{file}.png")
         source = quote(Path(path).as_posix()) if link else _embedded(path)
-        images.append({"name": title + run, "src": source, "facts": ", ".join(facts), **size})
+        images.append({"name": title, "src": source, "facts": ", ".join(facts), **size})
     return images
 
 
@@ -115,16 +127,17 @@ def _cell(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:120]
 
 
-def _plots(rows, names):
-    """Difference against serial evaluations and seconds, a line a run of means over its samples: SVG, or ""."""
+def _plots(rows):
+    """Difference against serial evaluations and seconds, a line a run and setting of means over samples: SVG, or ""."""
     known = [row for row in rows if row.get("image_error") is not None]
     if not known:
         return ""
+    names = [*dict.fromkeys(row["line"] for row in known)]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         for axes, across in zip(figure.subplots(1, 2, sharey=True), ("serial_evaluations", "seconds")):
             for i, name in enumerate(names):
-                points = _means([row for row in known if row["run"] == name], across)
+                points = _means([row for row in known if row["line"] == name], across)
                 shade = str(0.6 * i / max(len(names) - 1, 1))
                 label = " " + name.replace("$", r"\$")  # no formula, and no name that a legend leaves out
                 line = {"linestyle": ("-", "--", ":")[i % 3], "marker": MARKERS[i % 10], "label": label}
@@ -134,18 +147,18 @@ def _plots(rows, names):
             axes.grid(True, color="0.9")
         figure.axes[0].set_ylabel("grey levels of 255")
         if len(names) > 1:
-            figure.axes[1].legend(fontsize=8)
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 def _means(rows, across):
-    """The means by iteration of two columns, `across` and the difference; none where there are no rows."""
+    """The means by iteration of two columns, `across` and the difference."""
     samples = {}
     for row in rows:
         samples.setdefault((row["prompt"], row["seed"]), []).append((row[across], row["image_error"]))
-    return utils.mean_points(list(samples.values())).T if samples else ([], [])
+    return utils.mean_points(list(samples.values())).T
 
 
 def main(argv=None):

@@ -1,61 +1,77 @@
-"""One run of the command: the prompts that are left, each prompt's files, the closing table."""
+"""One run of the command: the samples that are left, each one's files, the closing table."""
 
 import contextlib
-import sys
+import functools
 import time
+from collections import Counter
 from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
-import utils
 from models.loading import ModelError
-from refinement import difference
 from settings import Failure, SettingError, in_one_line, out_of_memory
 from study.directory import WriteError
 from study.earlier import is_locked_by
-from study.preparation import prepare, seed_of
+from study.preparation import prepare
 from study.processes import ProcessError, wait_until
+from study.results import paired, summary
+from study.samples import label
+from study.sampling import GroundTruths, sample, warn_if_cut
 
 
-def run(command, processes):
-    """Load, sample and write what a `main.Command` asks for. What can fail without being a bug ends in a Failure."""
+def run(command, processes, metrics=None):
+    """Load, sample and write what a `main.Command` asks for. What can fail without being a bug ends in a Failure.
+
+    metrics: `study.metrics.Metrics`, where the command asks for some, as it takes a second to import.
+    """
     try:
         processes.check_alike(without_places(command))
         with contextlib.ExitStack() as stack:
-            sampler, record, left, starts, pending = prepare(command, processes, stack)
-            if left:
-                try_out(command, sampler)
-            if processes.first and not pending:
-                record.begin()
+            study = prepare(command, processes, stack, metrics)
+            failing = try_out(command, study.samplers) if study.left else {}
+            if processes.first and not study.pending:
+                study.record.begin()
             if processes.parallel == "prompts":
-                check_shared(record.folder, record.about["run"])
-            sample_all(command, sampler, record, left, starts)
+                check_shared(study.record.folder, study.record.about["run"])
+            sample_all(command, study, failing)
             processes.close()
     except Failure:
         raise
     except Exception as error:
-        message = explain(command, error)
+        message = explain(command.settings[0], command.loading, error)
         if not message:
             raise
         raise Failure(message) from error
 
 
-def try_out(command, sampler):
-    """Warm up. What fails there, where all that is put in is the model's own, is told as the model's failure."""
-    try:
-        sampler.warm_up()
-    except Exception as error:
-        if isinstance(error, Failure) or explain(command, error):
-            raise
-        why = in_one_line(f"{type(error).__name__}: {error}")
-        raise ModelError(f"{sampler.model.name}: it cannot be run with what its configs say: {why}") from error
+def try_out(command, samplers):
+    """Warm up. Returns what fails at some of a sweep's settings, a line by number; what fails at all is raised.
+
+    Where all that is put in is the model's own, it is told as the model's failure.
+    """
+    failing = {}
+    for which, sampler in enumerate(samplers):
+        try:
+            sampler.warm_up()
+        except Failure as error:
+            failing[which] = error
+        except Exception as error:
+            message = explain(command.settings[which], command.loading, error)
+            if not message:
+                why = in_one_line(f"{type(error).__name__}: {error}")
+                message = f"{sampler.model.name}: it cannot be run with what its configs say: {why}"
+            failing[which] = ModelError(message)
+            failing[which].__cause__ = error
+    if len(failing) == len(samplers):
+        raise failing[0]
+    return {which: str(failure) for which, failure in failing.items()}
 
 
 def without_places(command):
     """What all processes of a launch must have been given alike; folders may have other names on other machines."""
     asked = command.ground_truth, command.resume, command.overwrite, command.keep_trajectories, command.parallel
-    settings = asdict(command.settings), asdict(command.loading), bool(command.start_from)
+    settings = [*map(asdict, command.settings)], asdict(command.loading), bool(command.start_from), command.metrics
     return [*settings, command.texts, command.seeds, *asked]
 
 
@@ -66,9 +82,8 @@ def check_shared(folder, run):
         raise SettingError("output_dir", str(folder), remedy)
 
 
-def explain(command, error):
+def explain(settings, loading, error):
     """What went wrong in the network or on the device, and the remedy, in one line; None for a bug."""
-    settings, loading = command.settings, command.loading
     if isinstance(error, FloatingPointError):
         if "float32" in str(error):
             return f"{error}; try other settings, such as a lower --guidance-scale, or other weights"
@@ -82,44 +97,55 @@ def explain(command, error):
         return f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out"
 
 
-def sample_all(command, sampler, record, left, starts):
-    """Sample the prompts that are left, by number, and write their files. A prompt that fails does not end the run.
+class Forecast:
+    """What a run will take, from what the samples at each of its settings have taken so far.
 
-    starts: of each prompt, see `preparation.prepare`.
+    left: the numbers of its samples, which take the settings in turn. settings: how many there are. sharing: among how
+    many processes they are dealt out.
     """
-    texts, processes = command.texts, sampler.processes
-    if len(left) < len(texts):
-        print(f"{len(texts) - len(left)} of {len(texts)} prompts are complete")
+
+    def __init__(self, left, settings, sharing):
+        self.left, self.settings, self.sharing = Counter(i % settings for i in left), settings, sharing
+        self.taken = {}
+
+    def add(self, i, seconds, evaluations):
+        """Note what sample i took, with its part of what is made once for several."""
+        self.taken.setdefault(i % self.settings, []).append((seconds, evaluations))
+
+    def whole(self):
+        """Seconds and evaluations of the whole run; None until there is a sample of each setting."""
+        if self.taken.keys() < self.left.keys():
+            return None
+        means = {which: [sum(column) / len(taken) for column in zip(*taken)] for which, taken in self.taken.items()}
+        seconds, evaluations = (sum(count * means[which][j] for which, count in self.left.items()) for j in (0, 1))
+        return seconds / self.sharing, evaluations
+
+
+def sample_all(command, study, failing):
+    """Sample what is left, by number, and write its files. A sample that fails does not end the run.
+
+    failing: why the settings of some samples cannot be used, by number.
+    """
+    processes, left, count = study.processes, study.left, len(command.texts)
+    if len(left) < count:
+        print(f"{count - len(left)} of {count} {command.kind} are complete")
     try:
         if processes.parallel == "lanes" and not processes.first:
-            return follow(sampler, starts)
-        if not sampler.model.family.prompted and len(texts) > 1 and not command.seeds:
-            name, seed = in_one_line(sampler.model.name), sampler.settings.seed
-            print(f"{name} reads no prompts: seeds rise from {seed}, one a line")
-        if command.settings.negative_prompt:
-            warn_if_cut(command.settings.negative_prompt, sampler.ignored(command.settings.negative_prompt))
-        with tqdm(desc="prompts", total=len(left), unit="prompt", disable=None) as bar:
-            for i in processes.take(left):
-                seed = seed_of(i, command, sampler.model)
-                named = f"{in_one_line(texts[i])}, seed {seed}" if command.seeds else in_one_line(texts[i])
-                tqdm.write(f"prompt {i + 1} of {len(texts)}: {named}")
-                try:
-                    result, refinement, *files = sample(sampler, texts[i], seed, command.ground_truth, starts[i], i)
-                    trajectory = sampler.trajectory(refinement.states, seed) if command.keep_trajectories else None
-                    said = record.add(i, result, *files, trajectory)
-                    processes.tell("begun", True)
-                    if said:
-                        tqdm.write(said)
-                except (WriteError, ProcessError):
-                    raise
-                except Exception as error:
-                    message = explain(command, error)
-                    if not message or processes.broken:
-                        raise
-                    processes.tell(f"failed/{i}", [seed, message])
-                    tqdm.write(f"  failed: {in_one_line(message, 1000)}")
-                bar.n = processes.count("sampled")
-                bar.refresh()
+            return follow(study)
+        announce(command, study)
+        forecast = Forecast(left, len(study.samplers), processes.size if processes.parallel == "prompts" else 1)
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        with tqdm(desc=command.kind, total=len(left), bar_format=layout, disable=None) as bar:
+            for group in processes.take(together(left, len(study.samplers))):
+                shared = GroundTruths(command.texts[group[0]], study.seeds[group[0]], study.samplers)
+                for i in group:
+                    attempt(command, study, shared, i, failing, forecast)
+                    bar.n = processes.count("sampled")
+                    if foretold := forecast.whole():
+                        bar.set_postfix_str(f"about {duration(foretold[0] * (1 - bar.n / len(left)))} left", False)
+                    bar.refresh()
+                    if len(study.samplers) > 1 and bar.n == len(forecast.left) < len(left):
+                        tqdm.write(f"foretold from one sample of each: {told(*forecast.whole())}")
             while processes.first and bar.n < len(left):
                 time.sleep(0.5)
                 bar.n = processes.count("sampled", 0)
@@ -127,120 +153,100 @@ def sample_all(command, sampler, record, left, starts):
         if processes.parallel == "lanes":
             processes.broadcast(None)
         if processes.first:
-            sum_up(command, record, left, processes)
+            sum_up(command, study)
     except KeyboardInterrupt:
-        results = record.save() if processes.first else record.results()
+        results = study.record.save() if processes.first else study.record.results()
         complete = sum("error" not in result for result in results)
-        message = f"interrupted; {complete} of {len(texts)} prompts are complete in {command.output_dir}"
+        message = f"interrupted; {complete} of {count} {command.kind} are complete in {command.output_dir}"
         raise Failure(message, status=130) from None
 
 
-def follow(sampler, starts):
-    """Take part in the ticks of each prompt that the first process samples, until it says that there are no more."""
-    while called := sampler.processes.broadcast():
+def announce(command, study):
+    """Say what is about to be sampled, where that is not plain."""
+    family, asked = study.samplers[0].model.family, command.settings[0]
+    if not family.prompted and len(command.texts) > 1 and not command.seeds:
+        print(f"{in_one_line(study.samplers[0].model.name)} reads no prompts: seeds rise from {asked.seed}, one a line")
+    for negative in {settings.negative_prompt for settings in command.settings} - {""}:
+        warn_if_cut(negative, study.samplers[0].ignored(negative))
+    if (V := len(study.samplers)) > 1:
+        groups = together(study.left, V)
+        keys = {sampler.truth_depends_on: sampler.settings.fine_steps for sampler in study.samplers}
+        truths = f", {len(groups) * len(keys)} ground truths of {len(groups) * sum(keys.values())} evaluations"
+        print(f"sweep: {V} settings of {len(command.texts) // V} samples: {len(study.left)} runs left"
+              f"{truths if command.ground_truth else ''}")  # fmt: skip
+
+
+def together(left, settings):
+    """Numbers of samples in groups of one prompt and seed, whose settings are next to each other."""
+    groups = {}
+    for i in left:
+        groups.setdefault(i // settings, []).append(i)
+    return [*groups.values()]
+
+
+def attempt(command, study, shared, i, failing, forecast):
+    """Sample number i and write its files, or note why it failed."""
+    which, processes, record = i % len(study.samplers), study.processes, study.record
+    sampler, started, evaluations = study.samplers[which], time.monotonic(), 0
+    named = [in_one_line(shared.text), *([f"seed {shared.seed}"] if command.seeds else [])]
+    named += [label(command.swept[which])] if len(study.samplers) > 1 else []
+    tqdm.write(f"{command.kind[:-1]} {i + 1} of {len(command.texts)}: {', '.join(named)}")
+    try:
+        if which in failing:
+            raise Failure(failing[which])
+        result, refinement, *files = sample(
+            sampler, shared, i, ground_truth=command.ground_truth, start=study.starts[i], metrics=study.metrics,
+            show=study.show and functools.partial(study.show, named),
+        )  # fmt: skip
+        trajectory = sampler.trajectory(refinement.states, shared.seed) if command.keep_trajectories else None
+        said = record.add(i, result, *files, trajectory)
+        evaluations = result["total_evaluations"]
+        processes.tell("begun", True)
+        if said:
+            tqdm.write(said)
+    except (WriteError, ProcessError):
+        raise
+    except Exception as error:
+        message = failing.get(which) or explain(command.settings[which], command.loading, error)
+        if not message or processes.broken:
+            raise
+        processes.tell(f"failed/{i}", [shared.seed, message])
+        tqdm.write(f"  failed: {in_one_line(message, 1000)}")
+    forecast.add(i, time.monotonic() - started, evaluations)
+
+
+def told(seconds, evaluations):
+    """What is foretold of a run."""
+    return f"{evaluations:,.0f} evaluations but for ground truths, {duration(seconds)}"
+
+
+def duration(seconds):
+    """A time to wait, as a person says it."""
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+    return next(
+        (f"{seconds / size:.1f} {unit}" for size, unit in units if seconds >= 2 * size), f"{seconds:.0f} seconds"
+    )
+
+
+def follow(study):
+    """Take part in the ticks of each sample that the first process makes, until it says that there are no more."""
+    while called := study.processes.broadcast():
         text, seed, i = called
+        sampler = study.samplers[i % len(study.samplers)]
         prompt = sampler.encode(text)
-        sampler.processes.wait()
-        for _ in sampler.iterates(prompt, seed, start=starts[i]):
+        study.processes.wait()
+        for _ in sampler.iterates(prompt, seed, start=study.starts[i]):
             pass
 
 
-def sample(sampler, text, seed, ground_truth, start, i):
-    """One prompt's entry in `run.json`, last refinement, images by file name, trajectory errors (None without truth).
-
-    start: a `refinement.Trajectory`, or None. i: the prompt's number.
-    """
-    settings, processes = sampler.settings, sampler.processes
-    prompt, images, truth, errors = sampler.encode(text), {}, None, None
-    warn_if_cut(text, prompt.ignored)
-    if start and start.seed != seed:
-        tqdm.write(
-            f"  note: what it starts from has seed {start.seed}, not {seed}; other noise costs more than it saves"
-        )
-    if ground_truth:
-        with ticking("ground truth", settings.fine_steps) as on_tick:
-            truth, errors = sampler.sequential(prompt, seed, on_tick=on_tick), []
-        images["srds_ddim_gt"] = truth.image
-        images["srds_ddim_course"] = sampler.sequential(prompt, seed, coarse=True).image
-    if processes.parallel == "lanes":
-        processes.call([text, seed, i])  # they encode the prompt first: that is not the sampler's time
-
-    iterations = []
-    most = None if settings.schedule == "sweep" else settings.fine_steps
-    with contextlib.ExitStack() as stack:
-        on_tick = stack.enter_context(ticking(settings.method, most))
-        for refinement in stack.enter_context(contextlib.closing(sampler.refine(prompt, seed, on_tick, start))):
-            images["srds_initialized" if refinement.k == 0 else f"srds_iteration_{refinement.k - 1}"] = refinement.image
-            iterations.append(iteration_entry(refinement, truth))
-            if truth:
-                errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
-            tqdm.write(utils.report(iterations[-1], refinement.verdict))
-    images["srds_final"] = refinement.image
-
-    if not refinement.settled:
-        tqdm.write(
-            f"  note: it did not settle within {settings.fine_steps} serial evaluations, which is what the sequential "
-            "sampler takes; that one is better here"
-        )
-    unsettled = refinement.trajectory_change is not None and refinement.trajectory_change >= settings.tolerance
-    if settings.stop_rule == "final" and refinement.stop_reason == "tolerance" and unsettled:
-        tqdm.write(
-            f"  note: the image has settled, but the trajectory still changes by {refinement.trajectory_change:.3f}; "
-            "--stop-rule trajectory waits for both"
-        )
-    last = iterations[-1]
-    result = {
-        "prompt": text,
-        "ignored": prompt.ignored or None,
-        "seed": seed,
-        "converged": refinement.stop_reason != "max-iterations",
-        "stop_reason": refinement.stop_reason,
-        **{key: last[key] for key in ("serial_evaluations", "total_evaluations", "image_error", "trajectory_change")},
-        "damping": max(entry["damping"] for entry in iterations),
-        "seconds": {"srds": refinement.seconds, "ground_truth": truth.seconds if truth else None},
-        "iterations": iterations,
-    }
-    return result, refinement, images, errors
-
-
-def iteration_entry(refinement, truth):
-    """A refinement as `result.json` has it; PSNR and SSIM are to the ground truth, PSNR null where it is that image."""
-    entry = {
-        "iteration": refinement.k - 1,
-        "serial_evaluations": refinement.serial_evaluations,
-        "total_evaluations": refinement.total_evaluations,
-        "image_change": refinement.image_change,
-        "trajectory_change": refinement.trajectory_change,
-        "predicted_change": refinement.predicted_change,
-        "damping": refinement.damping,
-        "image_error": difference(refinement.image, truth.image) if truth else None,
-        "seconds": refinement.seconds,
-        "verdict": refinement.verdict,
-    }
-    return entry | (utils.similarity(refinement.image, truth.image) if truth else {"psnr": None, "ssim": None})
-
-
-def warn_if_cut(text, ignored):
-    """Say what the model's limit in tokens cuts from a text, if it does."""
-    if ignored:
-        cut = in_one_line(ignored) + "..." * (len(ignored) > 200)
-        tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def ticking(name, most):
-    """A progress bar of network calls, at `most` so many; to be called at each."""
-    with tqdm(desc=name, total=most, unit="tick", leave=False, disable=None) as bar:
-        yield bar.update
-
-
-def sum_up(command, record, left, processes):
-    """Write the overview and print the closing table; raises Failure where a prompt failed."""
+def sum_up(command, study):
+    """Write the overview and print the closing table; raises Failure where a sample failed."""
+    record, processes = study.record, study.processes
 
     def gather():
-        for i in left:
-            if told := processes.told(f"failed/{i}"):
-                record.fail(i, *told)
+        for i in study.left:
+            if failed := processes.told(f"failed/{i}"):
+                record.fail(i, *failed)
         return len(record.results()) == len(command.texts)
 
     if processes.size > 1:
@@ -248,7 +254,10 @@ def sum_up(command, record, left, processes):
     if not gather() and processes.size > 1:
         wait_until(gather)  # what others have written shows up here
     results = record.finish()
-    print(utils.summary(results, command.settings.fine_steps, record.about.get("keeps_bits", True)))
+    print(summary(results, record.about))
+    if command.kind == "samples" or command.metrics:
+        for line in paired(results, record.about):
+            print(line)
     failures = [result["error"] for result in results if "error" in result]
     if failures:
-        raise Failure(f"{len(failures)} of {len(command.texts)} prompts failed; the first: {failures[0]}")
+        raise Failure(f"{len(failures)} of {len(command.texts)} {command.kind} failed; the first: {failures[0]}")

@@ -97,15 +97,15 @@ def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
         "image_error", "trajectory_change", "damping", "seconds", "iterations", "folder",
     ]  # fmt: skip
     assert list(record["prompts"][0]["iterations"][0]) == [
-        "iteration", "serial_evaluations", "total_evaluations", "image_change", "trajectory_change",
-        "predicted_change", "damping", "image_error", "seconds", "verdict", "psnr", "ssim",
+        "iteration", "serial_evaluations", "total_evaluations", "widest_tick", "image_change", "trajectory_change",
+        "predicted_change", "damping", "image_error", "seconds", "peak_memory_mib", "verdict", "psnr", "ssim",
     ]  # fmt: skip
     assert record["settings"].keys() == {
         "prompts", "prompt", "output_dir", "no_ground_truth", "parallel", "model", "device", "dtype", "variant", "lora",
         "textual_inversion", "offload", "vae_tiling", "compile", "fine_steps", "coarse_steps", "solver", "eta",
         "tolerance", "schedule", "correction", "stop_rule", "max_iterations", "method", "nodes", "window",
         "guidance_scale", "negative_prompt", "height", "width", "seed", "max_batch", "fixed_batch", "keep_trajectories",
-        "start_from", "seeds",
+        "start_from", "seeds", "sweep", "metrics",
     }  # fmt: skip
 
 
@@ -344,7 +344,7 @@ def test_a_fixed_batch_is_promised_bits_only_where_the_device_keeps_them(run, mo
 def test_several_seeds_are_a_sample_each(run, tiny, tmp_path):
     prompts = ["--prompt", "a moon", "--prompt", "a sun", "--no-ground-truth"]
     status, out, printed = run(*prompts, "--seeds", "7-8,3")
-    assert status == 0 and "prompt 2 of 6: a moon, seed 8" in printed
+    assert status == 0 and "sample 2 of 6: a moon, seed 8" in printed
     assert [line.split("  ")[0] for line in printed.splitlines()[-2:]] == ["a sun, seed 8", "a sun, seed 3"]
     results = run_record(out)["prompts"]
     assert [(result["prompt"][2:], result["seed"]) for result in results] == [
@@ -352,7 +352,7 @@ def test_several_seeds_are_a_sample_each(run, tiny, tmp_path):
     ]
     assert results[5]["folder"] == "005-a-sun-seed-3" and run_record(out)["settings"]["seeds"] == [7, 8, 3]
     assert len(pd.read_csv(out / "results.csv").groupby(["prompt", "seed"])) == 6
-    assert run(*prompts, "--seeds", "7-8,3", "--resume")[2].startswith("6 of 6 prompts are complete")
+    assert run(*prompts, "--seeds", "7-8,3", "--resume")[2].startswith("6 of 6 samples are complete")
     alone = arguments(tmp_path / "alone", tiny, "-gs", "2", "--seed", "3", "--no-ground-truth", prompts=["a sun"])
     assert main.main(alone) == 0
     assert (pixels(tmp_path / "alone" / "srds_final.png") == pixels(out / "005-a-sun-seed-3" / "srds_final.png")).all()
@@ -381,7 +381,7 @@ def test_damping_is_recorded_and_shown(run):
 
 def test_a_plan_is_printed_and_recorded(run):
     status, out, printed = run("--prompt", "a", "-fs", "16", "-cs", "auto", "--no-ground-truth")
-    plan, settings = run_record(out)["plan"], run_record(out)["settings"]
+    plan, settings = run_record(out)["plans"][0], run_record(out)["settings"]
     assert status == 0 and f"plan: {plan['blocks']} blocks, {plan['schedule']}: about" in printed
     assert (settings["coarse_steps"], settings["schedule"]) == (plan["blocks"], plan["schedule"])
 
@@ -527,7 +527,7 @@ def test_no_command_line_ends_in_anything_but_a_command_or_one_line(words):
     parser, flags = main.make_parser()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            main.parse_arguments(parser, ["-o", "out", *words])
+            main.parse_arguments(parser, flags, ["-o", "out", *words])
     except Failure as error:
         assert error.status == 2 and "\n" not in in_one_line(main.one_line(error, flags))
     except SystemExit as shown:

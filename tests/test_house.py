@@ -15,23 +15,26 @@ LOADING = {"settings", "models.families", "models.adapters", "models.checks"}
 SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
 PREPARATION = {
     "settings", "refinement", "sampler", "models.loading", "study.directory", "study.earlier", "study.fingerprint",
-    "study.planning", "study.processes", "study.record",
+    "study.planning", "study.preview", "study.processes", "study.record", "study.samples",
 }  # fmt: skip
 STUDY = {
-    "settings", "utils", "refinement", "models.loading", "study.directory", "study.earlier", "study.preparation",
-    "study.processes",
+    "settings", "models.loading", "study.directory", "study.earlier", "study.preparation", "study.processes",
+    "study.results", "study.samples", "study.sampling",
 }  # fmt: skip
+RECORD = {"settings", "utils", "study.directory", "study.earlier", "study.report", "study.results"}
+EAGER = {"settings", "study.samples", "study.terminal"}  # main's, which need no torch
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": {"settings"},
     "refinement": {"settings"}, "models.families": set(),
     "models.adapters": {"settings"}, "models.checks": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.directory": {"settings"}, "study.earlier": {"settings", "study.directory"}, "study.fingerprint": set(),
-    "study.report": {"settings", "utils", "study.directory"},
-    "study.record": {"settings", "utils", "study.directory", "study.earlier", "study.report"}, "study.run": STUDY,
-    "study.preparation": PREPARATION,
-    "study.terminal": set(),
-    "main": {"settings", "study.terminal", "study.quiet", "study.processes", "study.run"},
+    "study.results": {"utils"}, "study.report": {"settings", "utils", "study.directory", "study.results"},
+    "study.record": RECORD, "study.preview": {"settings", "utils", "study.directory"},
+    "study.samples": {"settings"}, "study.metrics": {"settings", "models.scenes"},
+    "study.sampling": {"settings", "utils", "refinement"}, "study.run": STUDY, "study.preparation": PREPARATION,
+    "study.terminal": set(), "models.scenes": set(),
+    "main": EAGER | {"study.quiet", "study.metrics", "study.processes", "study.run"},
 }  # fmt: skip
 
 
@@ -56,6 +59,7 @@ def test_arrows_run_one_way(room):
 
 def test_nothing_imports_main_but_the_tests_of_the_command():
     allowed = {"test_command.py", "test_resume.py", "test_processes.py", "test_families.py", "test_house.py"}
+    allowed |= {"test_sweep.py"}
     rooms = [path for folder in ("", "models", "study", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")]
     for path in rooms:
         if path.name not in allowed:
@@ -72,7 +76,7 @@ def test_imports_are_at_the_top_but_for_the_commands_late_ones(room):
         if imported(node)
     ]
     found = set().union(*map(imported, late))
-    late_ones = MAY_IMPORT["main"] - {"settings", "study.terminal"} if room == "main" else set()
+    late_ones = MAY_IMPORT["main"] - EAGER if room == "main" else set()
     assert found & MAY_IMPORT.keys() == late_ones
     assert room == "main" or not found
 

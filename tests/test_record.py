@@ -22,7 +22,8 @@ from study.record import Record, compare, folder_name, folder_names
 ABOUT = {
     "begun": "2026-01-02T03:04:05", "model": {"name": "tiny"}, "environment": {"device": "cpu", "dtype": "float32"},
     "settings": {"method": "srds", "solver": "ddim", "fine_steps": 8, "coarse_steps": 2, "guidance_scale": 1.0,
-                 "tolerance": 0.1, "stop_rule": "final", "width": 16, "height": 16, "negative_prompt": ""},
+                 "tolerance": 0.1, "stop_rule": "final", "width": 16, "height": 16, "negative_prompt": "",
+                 "sweep": {}},
 }  # fmt: skip
 NAMES = ("srds_initialized", "srds_final", "srds_ddim_gt", "srds_ddim_course")
 
@@ -452,7 +453,7 @@ def test_an_overview_without_its_sets_is_set_aside(tmp_path):
         ("result.json", {"result": {"folder": "../../victim"}}),
         *(
             ("run.json", {key: value})
-            for key in ("files", "overview", "begun", "plan", "made_by")
+            for key in ("files", "overview", "begun", "plans", "made_by")
             for value in (5, [5])
         ),
         ("run.json", {"folders": ["../victim"]}),

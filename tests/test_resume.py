@@ -165,7 +165,7 @@ def test_a_planned_run_is_resumed_with_its_plan(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(door, "make_plan", lambda *args: pytest.fail("a plan was made again"))
     for _ in range(2):
         assert main.main([*argv, "--resume"]) == 0
-        assert run_record(out)["plan"]
+        assert run_record(out)["plans"]
 
 
 @pytest.mark.parametrize("record", ['{"settings": 3}', '{"complete": true}', "[" * 100_000, ""])

@@ -332,20 +332,20 @@ def test_a_seed_that_is_passed_is_the_settings_seed(settings, sampler):
 
 def test_refinements_are_lazy_and_each_tick_is_told(sampler):
     ticks = []
-    refinements = sampler.vary(tolerance=0).refine("a", on_tick=lambda: ticks.append(1))
+    refinements = sampler.vary(tolerance=0).refine("a", on_tick=lambda lanes: ticks.append(1))
     assert not ticks
     assert next(refinements).serial_evaluations == len(ticks) == 3
     assert next(refinements).serial_evaluations == len(ticks) == 5
     refinements.close()
     ticks.clear()
-    sampler.sequential("a", on_tick=lambda: ticks.append(1))
+    sampler.sequential("a", on_tick=lambda lanes: ticks.append(1))
     assert len(ticks) == 9
 
 
 def test_what_the_caller_does_between_refinements_is_not_in_its_seconds(sampler, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(door, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    for refinement in sampler.refine("a", on_tick=lambda: now.__setitem__(0, now[0] + 1)):
+    for refinement in sampler.refine("a", on_tick=lambda lanes: now.__setitem__(0, now[0] + 1)):
         assert refinement.seconds == refinement.serial_evaluations
         now[0] += 100
 

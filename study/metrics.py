@@ -1,0 +1,90 @@
+"""Measures of images beside the usual ones, by torchmetrics: LPIPS, CLIP score, and what the demo's scenes show.
+
+A score of an image comes with its difference to the same sample's ground truth: paired, as prompts differ by more.
+"""
+
+import torch
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchmetrics.multimodal.clip_score import CLIPScore
+from transformers import CLIPModel, CLIPProcessor
+
+from models import scenes
+from settings import SettingError, in_one_line
+
+CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' usual one
+WANTED = {
+    "lpips": "torchvision, built for the torch that is here, and AlexNet's weights, which it downloads",
+    "clip": f"the weights of {CLIP}, from the hub or its cache",
+}
+
+
+class Metrics:
+    """Some measures by name: "lpips" (Zhang et al., 2018, AlexNet), "clip" (Hessel et al., 2021), "scene".
+
+    device: where their networks run. Raises SettingError for weights that cannot be had.
+    """
+
+    def __init__(self, names, device):
+        self.device, self.names, self.networks = device, names, {}
+        for name in set(names) & WANTED.keys():
+            try:
+                self.networks[name] = {"lpips": lpips, "clip": clip}[name]().to(device)
+            except (ImportError, OSError, RuntimeError) as error:
+                why = in_one_line(error).split(". ")[0]
+                raise SettingError("metrics", name, f"needs {WANTED[name]} ({why}); leave it out") from error
+
+    def measure(self, image, truth, text):
+        """An image's measures by column, None where there is nothing to measure.
+
+        image: uint8 (height, width, 3). truth: that of the ground truth, or None. text: the prompt.
+        """
+        found = {}
+        for name in self.names:
+            if name == "lpips":
+                found[name] = self._lpips(image, truth)
+                continue
+            score = {"clip": self._clip, "scene": scene}[name]
+            found[name] = score(image, text)
+            known = truth is not None and found[name] is not None
+            found[f"{name}_difference"] = found[name] - score(truth, text) if known else None
+        return found
+
+    def _lpips(self, image, truth):
+        with torch.no_grad():
+            return float(self.networks["lpips"](self._tensor(image)[None] / 255, self._tensor(truth)[None] / 255))
+
+    def _clip(self, image, text):
+        with torch.no_grad():
+            return float(self.networks["clip"](self._tensor(image), text))
+
+    def _tensor(self, image):
+        return torch.from_numpy(image.copy()).permute(2, 0, 1).to(self.device)
+
+
+def lpips():
+    return LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
+
+
+def clip():
+    return CLIPScore(lambda: (Features(CLIPModel.from_pretrained(CLIP)), CLIPProcessor.from_pretrained(CLIP)))
+
+
+class Features(torch.nn.Module):
+    """A CLIP model whose features are tensors, which torchmetrics expects and transformers no longer returns."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model.eval(), model.config
+
+    def get_image_features(self, pixels):
+        return self.model.get_image_features(pixels).pooler_output
+
+    def get_text_features(self, ids, mask):
+        return self.model.get_text_features(ids, mask).pooler_output
+
+
+def scene(image, text):
+    """The share of what a prompt asks of the demo's sky, light and land that its image, uint8 (64, 64, 3), shows."""
+    asked = {name: [value for value in values if value in text] for name, values in scenes.ATTRIBUTES.items()}
+    shown = [value in asked[name] for name, value in scenes.read(image).items() if asked[name]]
+    return sum(shown) / len(shown) if shown else None

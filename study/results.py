@@ -1,0 +1,103 @@
+"""The results of a run as tables: the CSV, the closing table, and paired differences."""
+
+import numpy as np
+import pandas as pd
+
+from utils import name_of, settings_of
+
+# What compares an image with its own ground truth, and what a person calls it.
+TRUTHS = {
+    "image_error": "difference to sequential", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS",
+    "clip_difference": "CLIP score minus sequential's", "scene_difference": "scene score minus sequential's",
+}  # fmt: skip
+SETTINGS = ("method", "solver", "fine_steps", "coarse_steps", "guidance_scale", "tolerance", "stop_rule")
+
+
+def results_rows(results, about):
+    """A row for each sample and refinement, or one with the error of a sample that failed: a list of dicts.
+
+    "setting" names the combination of a sweep, "" without one; the last refinement of a sample is "final".
+    """
+    environment, rows = about["environment"], []
+    machine = {"model": about["model"]["name"], "device": environment["device"], "dtype": environment["dtype"]}
+    for result in results:
+        settings = settings_of(result, about)
+        own = {"prompt": result["prompt"], "seed": result["seed"], "setting": result.get("setting", "")}
+        own |= {name: settings[name] for name in dict.fromkeys([*SETTINGS, *result.get("settings", {})])}
+        ends = {"error": result.get("error"), "folder": result["folder"]}
+        truth = {"sequential_seconds": result["seconds"]["ground_truth"]} if "seconds" in result else {}
+        entries = result.get("iterations", [{}])
+        rows += [own | machine | entry | {"final": entry is entries[-1]} | truth | ends for entry in entries]
+    return rows
+
+
+def results_table(results, about):
+    """`results.csv`, with the rows of `results_rows`."""
+    return pd.DataFrame(results_rows(results, about)).to_csv(index=False, lineterminator="\n")
+
+
+def summary(results, about):
+    """The closing table: a row a sample, or of a sweep a row a setting."""
+    if any("setting" in result for result in results):
+        return _of_settings(results, about)
+    header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
+    rows = [header.split("|")]
+    for result in results:
+        text = name_of(result, results, 40)
+        if "error" in result:
+            rows.append((text, *"-------", "failed"))
+            continue
+        error, truth = result["image_error"], result["seconds"]["ground_truth"]
+        rounded = result["stop_reason"] == "exact" and not about.get("keeps_bits", True)
+        rows.append((
+            text,
+            str(len(result["iterations"]) - 1),
+            f"{result['serial_evaluations']} of {about['settings']['fine_steps']}",
+            str(result["total_evaluations"]),
+            f"{result['seconds']['srds']:.2f}",
+            "-" if truth is None else f"{truth:.2f}",
+            "-" if error is None else f"{error:.3f}",
+            f"{result['damping']:.2f}" if result["damping"] else "-",
+            f"{'yes' if result['converged'] else 'no'} ({result['stop_reason']}{' to rounding' * rounded})",
+        ))  # fmt: skip
+    return _table(rows)
+
+
+def _of_settings(results, about):
+    """A row a setting: means over its samples, the worst difference, and how many failed."""
+    table = pd.DataFrame(results_rows(results, about))
+    table = table[table.final]
+    header = "setting|samples|failed|iterations|serial evaluations|total|seconds|sequential s|difference|worst"
+    rows = [header.split("|")]
+    for name, part in table.groupby("setting", sort=False):
+        digits = {"serial_evaluations": 1, "total_evaluations": 0, "seconds": 2, "sequential_seconds": 2}
+        known = {column: part[column] if column in part else pd.Series([np.nan]) for column in (*digits, *TRUTHS)}
+        means = [_number(known[column].mean(), count) for column, count in digits.items()]
+        error = known["image_error"].astype(float)
+        counts = str(len(part)), str(part.error.notna().sum()), _number(part.iteration.mean() + 1, 1)
+        rows.append((name, *counts, *means, _number(error.mean(), 3), _number(error.max(), 3)))
+    return _table(rows)
+
+
+def paired(results, about):
+    """Lines on what else was measured against each sample's own ground truth: mean, standard deviation, pairs."""
+    table = pd.DataFrame(results_rows(results, about))
+    table, lines = table[table.final], []
+    for column in (column for column in TRUTHS if column in table and column != "psnr"):  # that is infinite of equals
+        for name, part in table.groupby("setting", sort=False):
+            values = part[column].dropna().astype(float)
+            if len(values) > 1:
+                spread = f"{values.mean():.5g} ± {values.std():.2g} ({len(values)} pairs)"
+                lines.append(f"{TRUTHS[column]}{f', {name}' if name else ''}: {spread}")
+    return lines
+
+
+def _number(value, digits):
+    return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
+def _table(rows):
+    """Rows of texts, the header first, in columns; all but the first are flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines))
