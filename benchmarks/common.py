@@ -4,16 +4,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 from models import scenes
-from refinement import difference
 from sampler import Sampler
 from settings import SEED, Settings
 from study.quiet import quiet_libraries
+from study.sampling import GroundTruths, entry_of
 
 quiet_libraries()  # before a script imports what remarks on being imported
 TEXTS = (ROOT / "prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -24,10 +25,19 @@ def load(model="demo", **settings):
     return Sampler.from_pretrained(model, Settings(**settings), device="cpu")
 
 
-def errors(sampler, prompt, seed, truth):
-    """Difference to the image `truth`, in grey levels, and ticks, after refinements 0, 1, ...: (2, K + 1)."""
-    iterates = sampler.iterates(prompt, seed)
-    return np.array([(difference(sampler.image(iterate.states), truth), iterate.ticks) for iterate in iterates]).T
+def sweep(sampler, settings, pairs):
+    """A row for each prompt and seed, setting and refinement, as in the command's `results.csv`: a DataFrame.
+
+    settings: dicts of what differs from the sampler's own.
+    """
+    samplers, rows = [sampler.vary(**each) for each in settings], []
+    for text, seed in pairs:
+        shared = GroundTruths(text, seed, samplers)
+        for each, varied in zip(settings, samplers):
+            truth, _ = shared.truth(varied)
+            for refinement in varied.refine(shared.prompt(varied), seed):
+                rows.append({"prompt": text, "seed": seed, **each, **entry_of(refinement, truth, text)})
+    return pd.DataFrame(rows)
 
 
 def prompts(rng, count):

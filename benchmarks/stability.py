@@ -9,6 +9,7 @@ refinements that were run do not bring there (then there is no mean).
 """
 
 import argparse
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -18,36 +19,33 @@ from matplotlib.figure import Figure
 import common
 
 GUIDANCE = {"demo": (1.0, 3.0, 5.0, 7.5, 12.0), "fashion": (None,)}
+LIMIT = 1  # grey levels
 GRID = ((25, 5), (25, 8), (25, 10), (50, 7), (50, 10), (50, 14), (100, 10), (100, 14), (100, 20))
 
 
-def ticks_within(error, ticks, limit=1):
-    """Ticks of the first refinement from which on the error stays within the limit; nan where the run is too short."""
-    outside = np.flatnonzero(error > limit)
-    first = outside[-1] + 1 if len(outside) else 0
-    return ticks[first] if first < len(ticks) else np.nan
-
-
 def measure(model, count, most):
-    sampler, rows = common.load(model), []
-    for guidance in GUIDANCE[model]:
-        for N in sorted({N for N, _ in GRID}):
-            varied = sampler.vary(guidance_scale=guidance, fine_steps=N)
-            pairs = [(varied.encode(text), seed) for text, seed in common.pairs(count)]
-            truths = [(*pair, varied.sequential(*pair).image) for pair in pairs]
-            for B in (B for n, B in GRID if n == N):
-                for correction in ("paper", "damped"):
-                    blocks = varied.vary(coarse_steps=B, correction=correction, max_iterations=most)
-                    runs = [common.errors(blocks, *truth) for truth in truths]
-                    error = np.array([run[0] for run in runs])
-                    within = [ticks_within(*run) for run in runs]
-                    rows.append({"model": model, "guidance": guidance or 0.0, "N": N, "B": B, "correction": correction})
-                    rows[-1] |= {"excess": (error[:, 1:] - error[:, :1]).max(), "ticks": np.mean(within)}
-                    rows[-1]["never"] = np.isnan(within).sum()
-                    for name, values in (("worst", error.max(0)), ("mean", error.mean(0))):
-                        rows[-1] |= {f"{name} k={k}": value for k, value in enumerate(values)}
-                    print(*rows[-1].values(), flush=True)
-    return pd.DataFrame(rows)
+    """A row for each guidance, N, B and correction."""
+    varied = itertools.product(GUIDANCE[model], GRID, ("paper", "damped"))
+    names = "guidance_scale", "fine_steps", "coarse_steps", "correction"
+    settings = [dict(zip(names, (guidance, *grid, correction))) for guidance, grid, correction in varied]
+    sampler = common.load(model, tolerance=0, max_iterations=most)
+    rows = common.sweep(sampler, settings, common.pairs(count)).fillna({"guidance_scale": 0.0})
+    return pd.DataFrame([summary(model, key, part) for key, part in rows.groupby([*names], sort=False)])
+
+
+def summary(model, key, part):
+    """One setting's row, of its samples' refinements."""
+    error, ticks = (
+        part.pivot(index="seed", columns="iteration", values=name) for name in ("image_error", "serial_evaluations")
+    )
+    outside = (error > LIMIT).iloc[:, ::-1].cummax(axis=1).iloc[:, ::-1]
+    within = ticks.mask(outside).min(axis=1)  # nan where the refinements that were run do not come there
+    row = dict(zip(("model", "guidance", "N", "B", "correction"), (model, *key)))
+    row |= {"excess": error.drop(columns=-1).sub(error[-1], axis=0).max(axis=None), "ticks": within.mean(skipna=False)}
+    row["never"] = within.isna().sum()
+    for name, values in (("worst", error.max()), ("mean", error.mean())):
+        row |= {f"{name} k={k + 1}": value for k, value in values.items()}
+    return row
 
 
 def plot(table, path):

@@ -14,12 +14,11 @@ then does so there. A stop is wrong where the image is more than one grey level 
 import argparse
 from itertools import pairwise
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 import common
-from refinement import difference, judge
+from refinement import judge
 from settings import STOP_RULES
 
 SETTINGS = {  # the model, and what of its settings is not the default
@@ -36,28 +35,27 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def stop(refinements, *rule):
-    """The refinement at which a rule ends a run; the last where it does not."""
+    """The refinement at which a rule ends a run, a row; the last where it does not."""
     stops = (later for earlier, later in pairwise([None, *refinements]) if judge(later, earlier, *rule) == "converged")
     return next(stops, refinements[-1])
 
 
-def evaluate(runs, name):
-    """A row for each rule and tolerance, from each run's refinements and the image of its sequential sample."""
-    rows = []
+def evaluate(table, name):
+    """A row for each rule and tolerance, from the refinements of a setting."""
+    runs, rows = [[*part.itertuples()] for _, part in table.groupby("seed")], []
     for rule in STOP_RULES:
         for tolerance in TOLERANCES:
-            stops = [stop(refinements, rule, tolerance) for refinements, _ in runs]
-            error = np.array([difference(last.image, truth) for last, (_, truth) in zip(stops, runs)])
+            stops = pd.DataFrame([stop(refinements, rule, tolerance) for refinements in runs])
             rows.append({
                 "setting": name,
                 "pairs": len(runs),
                 "rule": rule,
                 "tolerance": tolerance,
-                "refinements": np.mean([last.k for last in stops]),
-                "serial evaluations": np.mean([last.serial_evaluations for last in stops]),
-                "wrong, %": 100 * (error > 1).mean(),
-                "above tolerance, %": 100 * (error > tolerance).mean(),
-                "worst": error.max(),
+                "refinements": stops.iteration.mean() + 1,
+                "serial evaluations": stops.serial_evaluations.mean(),
+                "wrong, %": 100 * (stops.image_error > 1).mean(),
+                "above tolerance, %": 100 * (stops.image_error > tolerance).mean(),
+                "worst": stops.image_error.max(),
             })  # fmt: skip
     return rows
 
@@ -86,9 +84,9 @@ if __name__ == "__main__":
     table = pd.read_csv(path) if path.exists() else pd.DataFrame({"setting": []})
     for name in args.settings:
         model, settings = SETTINGS[name]
-        varied = common.load(model, tolerance=0, max_iterations=6, **settings)
-        pairs = [(varied.encode(text), seed) for text, seed in common.pairs(args.pairs)]
-        runs = [([*varied.refine(*pair)], varied.sequential(*pair).image) for pair in pairs]
-        table = pd.concat([table[table.setting != name], pd.DataFrame(evaluate(runs, name))])
+        refinements = common.sweep(
+            common.load(model, tolerance=0, max_iterations=6), [settings], common.pairs(args.pairs)
+        )
+        table = pd.concat([table[table.setting != name], pd.DataFrame(evaluate(refinements, name))])
         common.save(table, "stopping")
     plot(table, common.RESULTS / "stopping.png")

@@ -50,7 +50,7 @@ def compare(folder, folders, made_by, resume):
             raise SettingError(
                 "resume",
                 True,
-                "finds other prompts, seeds or a sweep in the earlier run; give the same, or leave it out",
+                "finds other prompts in the earlier run, or seeds or settings; give the same, or leave it out",
             )
         if " " in name:  # no setting
             raise SettingError(

@@ -107,7 +107,7 @@ def sample(sampler, shared, i, *, ground_truth, start=None, metrics=None, show=N
     return result, refinement, images, errors
 
 
-def entry_of(refinement, truth, text, metrics):
+def entry_of(refinement, truth, text, metrics=None):
     """A refinement as `result.json` has it; PSNR and SSIM are to the ground truth, PSNR null where it is that image."""
     on_gpu = refinement.states.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(refinement.states.device) / 2**20 if on_gpu else None
@@ -124,6 +124,7 @@ def entry_of(refinement, truth, text, metrics):
         "seconds": refinement.seconds,
         "peak_memory_mib": peak,
         "verdict": refinement.verdict,
+        "settled": refinement.settled,
     }
     entry |= utils.similarity(refinement.image, truth.image) if truth else {"psnr": None, "ssim": None}
     return entry | (metrics.measure(refinement.image, truth and truth.image, text) if metrics else {})

@@ -1,6 +1,9 @@
 """Problems with known solutions, a tiny Stable Diffusion pipeline on disk, and runs of the command on it."""
 
 import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as tests run side by side, one a core; for what they start as well
 
 import numpy as np
 import pandas as pd

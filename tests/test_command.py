@@ -98,7 +98,8 @@ def test_the_keys_of_the_records_are_those_of_earlier_versions(exact_run):
     ]  # fmt: skip
     assert list(record["prompts"][0]["iterations"][0]) == [
         "iteration", "serial_evaluations", "total_evaluations", "widest_tick", "image_change", "trajectory_change",
-        "predicted_change", "damping", "image_error", "seconds", "peak_memory_mib", "verdict", "psnr", "ssim",
+        "predicted_change", "damping", "image_error", "seconds", "peak_memory_mib", "verdict", "settled", "psnr",
+        "ssim",
     ]  # fmt: skip
     assert record["settings"].keys() == {
         "prompts", "prompt", "output_dir", "no_ground_truth", "parallel", "model", "device", "dtype", "variant", "lora",
