@@ -73,7 +73,7 @@ def prepare(command, processes, stack, metrics=None):
             start.check(model.family.shape(settings.height, settings.width), model.name)
         check_size(settings, command.loading, model.family, device)
     metrics = metrics and metrics(command.metrics, device)
-    folders = folder_names(command.texts, command.seeds, len(command.swept))
+    folders = folder_names(command.texts, command.seeds, [label(each) for each in command.swept])
     seeds = [seed_of(i, command, model) for i in range(len(command.texts))]
     run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
     if processes.first:

@@ -1,6 +1,7 @@
 """The record of a run: which sets of files are whole, what made them, and what becomes of an earlier run's."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -219,7 +220,11 @@ class Record:
                 earlier.remove()
             elif self.difference and earlier.files:
                 name, now, before = self.difference
-                had = "other prompts" if self.difference == OTHER_PROMPTS else f"{name} {before!r}, not {now!r},"
+                had = (
+                    "other prompts or settings"
+                    if self.difference == OTHER_PROMPTS
+                    else f"{name} {before!r}, not {now!r},"
+                )
                 place = self.folder / earlier.set_aside(self.about["run"])
                 said = f"the earlier run of {self.folder} had {had} and is now in {place}"
             self.begin()
@@ -310,20 +315,24 @@ class Record:
         return found | ({"parameters": utils.parameters(results[0], self.about)} if len(results) == 1 else {})
 
 
-def folder_names(texts, seeds=None, settings=1):
-    """The folder of each sample, with its seed and its settings' number where there are several.
+def folder_names(texts, seeds=None, settings=("",)):
+    """The folder of each sample, with its seed where there are several, and its settings, which are taken in turn.
 
-    A single one has none of its own.
+    A single sample has none of its own.
     """
     if len(texts) == 1:
         return [""]
     names = [folder_name(i, text) for i, text in enumerate(texts)]
     names = [f"{name}-seed-{seed}" for name, seed in zip(names, seeds)] if seeds else names
-    return [f"{name}-setting-{i % settings}" for i, name in enumerate(names)] if settings > 1 else names
+    return ["-".join([name, *_words(setting, 60)]) for name, setting in zip(names, itertools.cycle(settings))]
 
 
 def folder_name(index, prompt):
     """A prompt's folder: its number and first words, in ASCII that every file system takes, at most 80 characters."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    words = re.findall(r"[a-z0-9]+", plain)[:8] or ["prompt"]
-    return f"{index:03d}-{'-'.join(words)}"[:80].rstrip("-")
+    return "-".join([f"{index:03d}", *(_words(prompt, 76)[:8] or ["prompt"])])[:80].rstrip("-")
+
+
+def _words(text, most):
+    """Words in lower-case ASCII, of so many characters in all."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.findall(r"[a-z0-9]+", "-".join(re.findall(r"[a-z0-9]+", plain))[:most])

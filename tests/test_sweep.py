@@ -57,6 +57,7 @@ def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_
     settings = [(result["settings"]["coarse_steps"], result["settings"]["tolerance"]) for result in results]
     assert settings == [(2, 0), (2, 100), (3, 0), (3, 100)] * 2
     assert results[6]["setting"] == "coarse_steps=3, tolerance=0" and results[6]["seed"] == 5
+    assert results[6]["folder"] == "006-a-moon-seed-5-coarse-steps-3-tolerance-0"
     alone = ["-cs", "3", "-tol", "0", "--seed", "5", *SHORT]
     assert main.main(sweep(tmp_path / "alone", tiny, *alone, prompts=PROMPTS[:1])) == 0
     single, own = tmp_path / "alone", tmp_path / "sweep" / results[6]["folder"]
@@ -160,7 +161,7 @@ def test_a_sweep_that_is_cut_short_resumes_to_what_a_whole_one_leaves(tiny, tmp_
         monkeypatch.setattr(door, "make_plan", lambda *args: pytest.fail("a plan was made again"))
     assert made.count("sample") == 4 and contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert main.main(sweep(tmp_path / "out", tiny, *argv[2:], "--sweep", "cs=2,4", "--resume")) == 2
-    assert "argument --coarse-steps/-cs: 4 differs from the run to resume, which has 3" in capsys.readouterr().err
+    assert "--resume: finds other prompts in the earlier run, or seeds or settings" in capsys.readouterr().err
 
 
 def test_scores_are_paired_with_each_samples_own_ground_truth(tmp_path, capsys):
