@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -80,13 +81,14 @@ def filmstrip(results, images, names, about):
 
 def captioned(image, lines):
     """An image, at least 256 pixels wide, with lines of text below: uint8 (height, width, 3)."""
-    picture, font, line = Image.fromarray(image), _font(), 18
+    picture, line = Image.fromarray(image), 18
     times = -(-256 // picture.width)
     picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
-    whole = Image.new("RGB", (picture.width, picture.height + line * len(lines) + GAP), "white")
+    lines = [part for text in lines for part in textwrap.wrap(in_one_line(text), picture.width // 8)]
+    whole = Image.new("RGB", (picture.width, picture.height + line * len(lines) + 2 * GAP), "white")
     whole.paste(picture)
     for i, text in enumerate(lines):
-        ImageDraw.Draw(whole).text((GAP, picture.height + i * line), in_one_line(text), "black", font)
+        ImageDraw.Draw(whole).text((GAP, picture.height + GAP + i * line), text, "black", _font())
     return np.asarray(whole)
 
 
