@@ -67,7 +67,9 @@ def prepare(command, processes, stack, metrics=None):
     dtype = str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
     resolved, starts = [settings.resolve(model) for settings in command.settings], [None] * len(command.texts)
     if command.start_from is not None:
-        starts = kept_trajectories(command.start_from, len(command.texts), processes)
+        count = len(command.swept)
+        starts = kept_trajectories(command.start_from, len(command.texts) // count, processes)
+        starts = [start for start in starts for _ in range(count)]
     for settings in resolved:
         for start in filter(None, starts):
             start.check(model.family.shape(settings.height, settings.width), model.name)
@@ -144,7 +146,7 @@ def describe(command, samplers, device, dtype):
         print(describe_plan(plan))
     about = {
         "command": shlex.join(["python", "main.py", *command.argv]),
-        "settings": recorded_settings(command, first.settings, first.processes),
+        "settings": recorded_settings(command, first.settings, first.processes) | dict.fromkeys(command.swept[0]),
         "texts": command.texts,
         "environment": {
             "python": sys.version.split()[0],

@@ -139,13 +139,14 @@ def sample_all(command, study, failing):
             for group in processes.take(together(left, len(study.samplers))):
                 shared = GroundTruths(command.texts[group[0]], study.seeds[group[0]], study.samplers)
                 for i in group:
+                    before = forecast.whole()
                     attempt(command, study, shared, i, failing, forecast)
-                    bar.n = processes.count("sampled")
-                    if foretold := forecast.whole():
+                    bar.n, foretold = processes.count("sampled"), forecast.whole()
+                    if foretold:
                         bar.set_postfix_str(f"about {duration(foretold[0] * (1 - bar.n / len(left)))} left", False)
                     bar.refresh()
-                    if len(study.samplers) > 1 and bar.n == len(forecast.left) < len(left):
-                        tqdm.write(f"foretold from one sample of each: {told(*forecast.whole())}")
+                    if foretold and not before and 1 < len(study.samplers) < len(left):
+                        tqdm.write(f"foretold from one sample of each: {told(*foretold)}")
             while processes.first and bar.n < len(left):
                 time.sleep(0.5)
                 bar.n = processes.count("sampled", 0)

@@ -264,3 +264,11 @@ def test_a_preview_of_a_killed_run_goes_and_anothers_picture_stays(tiny, tmp_pat
     before = (tmp_path / preview.NAME).read_bytes()
     assert main.main(argv) == 0 and main.main([*argv, "--preview"]) == 2
     assert "is there and of no run" in capsys.readouterr().err and (tmp_path / preview.NAME).read_bytes() == before
+
+
+def test_a_forecast_counts_each_setting_by_what_there_is_of_it():
+    forecast = run.Forecast(left=[1, 2, 3, 4, 5], settings=2, sharing=2)
+    forecast.add(1, seconds=3.0, evaluations=30)
+    assert forecast.whole() is None, "there is no sample of the other setting yet"
+    forecast.add(2, seconds=1.0, evaluations=10)
+    assert forecast.whole() == ((3 * 3.0 + 2 * 1.0) / 2, 3 * 30 + 2 * 10)
