@@ -8,6 +8,7 @@ The defaults are in `settings.py`, to be edited for experiments.
 import argparse
 import contextlib
 import io
+import math
 import os
 import stat
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import settings as defaults
 from settings import Failure, Loading, SettingError, Settings, choice, in_one_line, number
-from study.samples import MOST_RUNS, check_prompt, read_metrics, read_prompts, read_seeds, read_sweep
+from study.samples import MOST_RUNS, check_prompt, combinations, read_metrics, read_prompts, read_seeds, read_sweep
 from study.terminal import Lasting, terminable
 
 
@@ -172,12 +173,14 @@ def parse_arguments(parser, flags, argv):
     """The `Command`, checked as far as it can be before the model is known. Raises Failure."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    given = {word.split("=")[0] for word in argv}
-    seeds, swept = args.seeds and read_seeds(args.seeds), read_sweep(args.sweep or (), flags)
-    for name, several in ([("seed", "seeds")] if seeds else []) + [(name, "sweep") for name in swept[0]]:
-        if given & set(flags[name].split("/")):
-            value = getattr(args, several)
-            raise SettingError(several, value, f"is given beside {flags[name].split('/')[0]}; give one of them")
+    seeds, values = args.seeds and read_seeds(args.seeds), read_sweep(args.sweep or (), flags)
+    several = {"seed": "seeds"} if seeds else {}
+    several |= dict.fromkeys(values, "sweep")
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(several, several)))  # which has no defaults
+    for name, other in several.items():
+        if getattr(given, name) is not several:
+            text = args.seeds if other == "seeds" else " ".join(args.sweep)
+            raise SettingError(other, text, f"is given beside {flags[name].split('/')[0]}; give one of them")
     if seeds:
         args.seed = seeds[0]
     args.lora, args.textual_inversion = args.lora or (), args.textual_inversion or ()
@@ -185,16 +188,18 @@ def parse_arguments(parser, flags, argv):
         given = "neither was given" if args.prompts is None else "both were given"
         raise Failure(f"argument --prompts/-p or --prompt: {given}; give one of them", status=2)
     base, loading = ({field.name: getattr(args, field.name) for field in fields(kind)} for kind in (Settings, Loading))
-    settings, loading = [Settings(**base | values) for values in swept], Loading(**loading)
+    texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
+    pairs = [(text, seed) for text in texts for seed in seeds or [None]]
+    count = len(pairs) * math.prod(map(len, values.values()))
+    if values and count > MOST_RUNS and not args.yes:
+        remedy = f"makes {count} samples, more than {MOST_RUNS}; give fewer values, or --yes"
+        raise SettingError("sweep", " ".join(args.sweep), remedy)
+    swept = combinations(values)
+    settings, loading = [Settings(**base | each) for each in swept], Loading(**loading)
     if loading.compile:
         for each in settings:
             each.check_compiled()
     choice(*defaults.PARALLELS, optional=True)("parallel", args.parallel)
-    texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
-    pairs = [(text, seed) for text in texts for seed in seeds or [None]]
-    if len(swept) > 1 and len(pairs) * len(swept) > MOST_RUNS and not args.yes:
-        remedy = f"makes {len(pairs) * len(swept)} samples, more than {MOST_RUNS}; give fewer values, or --yes"
-        raise SettingError("sweep", args.sweep, remedy)
     texts, seeds = ([pair[part] for pair in pairs for _ in swept] for part in (0, 1))
     check_output_dir(args.output_dir)
     if args.resume and args.overwrite:

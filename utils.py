@@ -67,8 +67,8 @@ def filmstrip(results, images, names, about):
     row = line + 6 + size[1] + 3 * line + 2 * gap
     strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(results)), "white")
     draw = ImageDraw.Draw(strip)
-    for r, result in enumerate(results):
-        draw.text((gap, r * row + gap), name_of(result, results, 160), "black", font)
+    for r, name in enumerate(names_of(results, 160)):
+        draw.text((gap, r * row + gap), name, "black", font)
     for c, name in enumerate(names):
         left = gap + c * (CELL + gap)
         for r, (result, image) in enumerate(zip(results, images(name))):
@@ -96,13 +96,18 @@ def _font():
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
 
 
-def name_of(result, results, most):
-    """A sample's prompt, cut, with its seed where others of that prompt have another, and its settings in a sweep."""
-    text = in_one_line(result["prompt"], most + 1)
-    text = text if len(text) <= most else text[: most - 3] + "..."
-    seeds = {other["seed"] for other in results if other["prompt"] == result["prompt"]}
-    parts = [text, *([f"seed {result['seed']}"] if len(seeds) > 1 else []), result.get("setting")]
-    return ", ".join(filter(None, parts))
+def names_of(results, most):
+    """Samples' prompts, cut, with their seeds where a prompt has several, and their settings in a sweep."""
+    seeds = {}
+    for result in results:
+        seeds.setdefault(result["prompt"], set()).add(result["seed"])
+    names = []
+    for result in results:
+        text = in_one_line(result["prompt"], most + 1)
+        parts = [text if len(text) <= most else text[: most - 3] + "...", result.get("setting")]
+        parts[1:1] = [f"seed {result['seed']}"] if len(seeds[result["prompt"]]) > 1 else []
+        names.append(", ".join(filter(None, parts)))
+    return names
 
 
 def settings_of(result, about):

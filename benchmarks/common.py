@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -14,7 +15,7 @@ from models import scenes
 from sampler import Sampler
 from settings import SEED, Settings
 from study.quiet import quiet_libraries
-from study.sampling import GroundTruths, entry_of
+from study.sampling import Shared, entry_of
 
 quiet_libraries()  # before a script imports what remarks on being imported
 TEXTS = (ROOT / "prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -25,16 +26,16 @@ def load(model="demo", **settings):
     return Sampler.from_pretrained(model, Settings(**settings), device="cpu")
 
 
-def sweep(sampler, settings, pairs):
+def refinements(sampler, settings, pairs):
     """A row for each prompt and seed, setting and refinement, as in the command's `results.csv`: a DataFrame.
 
     settings: dicts of what differs from the sampler's own.
     """
     samplers, rows = [sampler.vary(**each) for each in settings], []
-    for text, seed in pairs:
-        shared = GroundTruths(text, seed, samplers)
+    for text, seed in tqdm(pairs, unit="pair"):
+        shared = Shared(text, seed, samplers)
         for each, varied in zip(settings, samplers):
-            truth, _ = shared.truth(varied)
+            truth = shared.truth(varied)
             for refinement in varied.refine(shared.prompt(varied), seed):
                 rows.append({"prompt": text, "seed": seed, **each, **entry_of(refinement, truth, text)})
     return pd.DataFrame(rows)

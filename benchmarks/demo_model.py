@@ -86,7 +86,7 @@ def benchmark():
     named = len(common.TEXTS)
     texts = common.TEXTS + common.prompts(np.random.default_rng(7), args.others)[0]
     pairs = list(zip(texts, [SEED] * named + list(range(args.others))))
-    refinements = common.sweep(sampler, [{"tolerance": 0}], pairs)
+    refinements = common.refinements(sampler, [{"tolerance": 0}], pairs)
     errors = (
         refinements.pivot(index=["prompt", "seed"], columns="iteration", values="image_error").loc[pairs].to_numpy()
     )

@@ -29,7 +29,7 @@ def measure(model, count, most):
     names = "guidance_scale", "fine_steps", "coarse_steps", "correction"
     settings = [dict(zip(names, (guidance, *grid, correction))) for guidance, grid, correction in varied]
     sampler = common.load(model, tolerance=0, max_iterations=most)
-    rows = common.sweep(sampler, settings, common.pairs(count)).fillna({"guidance_scale": 0.0})
+    rows = common.refinements(sampler, settings, common.pairs(count)).fillna({"guidance_scale": 0.0})
     return pd.DataFrame([summary(model, key, part) for key, part in rows.groupby([*names], sort=False)])
 
 

@@ -84,7 +84,7 @@ if __name__ == "__main__":
     table = pd.read_csv(path) if path.exists() else pd.DataFrame({"setting": []})
     for name in args.settings:
         model, settings = SETTINGS[name]
-        refinements = common.sweep(
+        refinements = common.refinements(
             common.load(model, tolerance=0, max_iterations=6), [settings], common.pairs(args.pairs)
         )
         table = pd.concat([table[table.setting != name], pd.DataFrame(evaluate(refinements, name))])

@@ -3,6 +3,8 @@
 A score of an image comes with its difference to the same sample's ground truth: paired, as prompts differ by more.
 """
 
+import warnings
+
 import torch
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchmetrics.multimodal.clip_score import CLIPScore
@@ -21,14 +23,15 @@ WANTED = {
 class Metrics:
     """Some measures by name: "lpips" (Zhang et al., 2018, AlexNet), "clip" (Hessel et al., 2021), "scene".
 
-    device: where their networks run. Raises SettingError for weights that cannot be had.
+    Their networks stay on the CPU, where they take nothing from the sampler's device, and add nothing to what is told
+    of its memory. Raises SettingError for weights that cannot be had.
     """
 
-    def __init__(self, names, device):
-        self.device, self.names, self.networks = device, names, {}
+    def __init__(self, names):
+        self.names, self.networks = names, {}
         for name in set(names) & WANTED.keys():
             try:
-                self.networks[name] = {"lpips": lpips, "clip": clip}[name]().to(device)
+                self.networks[name] = {"lpips": lpips, "clip": clip}[name]()
             except (ImportError, OSError, RuntimeError) as error:
                 why = in_one_line(error).split(". ")[0]
                 raise SettingError("metrics", name, f"needs {WANTED[name]} ({why}); leave it out") from error
@@ -51,14 +54,16 @@ class Metrics:
 
     def _lpips(self, image, truth):
         with torch.no_grad():
-            return float(self.networks["lpips"](self._tensor(image)[None] / 255, self._tensor(truth)[None] / 255))
+            return float(self.networks["lpips"](_tensor(image)[None] / 255, _tensor(truth)[None] / 255))
 
     def _clip(self, image, text):
-        with torch.no_grad():
-            return float(self.networks["clip"](self._tensor(image), text))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that CLIP reads no more of a long prompt
+            return float(self.networks["clip"](_tensor(image), text))
 
-    def _tensor(self, image):
-        return torch.from_numpy(image.copy()).permute(2, 0, 1).to(self.device)
+
+def _tensor(image):
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
 def lpips():
@@ -84,7 +89,12 @@ class Features(torch.nn.Module):
 
 
 def scene(image, text):
-    """The share of what a prompt asks of the demo's sky, light and land that its image, uint8 (64, 64, 3), shows."""
+    """The share of what a prompt asks of the demo's sky, light and land that its image, uint8 (64, 64, 3), shows.
+
+    None where it asks for nothing of these, or the image has another size, at which the scene cannot be read.
+    """
+    if image.shape != (scenes.SIZE, scenes.SIZE, 3):
+        return None
     asked = {name: [value for value in values if value in text] for name, values in scenes.ATTRIBUTES.items()}
     shown = [value in asked[name] for name, value in scenes.read(image).items() if asked[name]]
     return sum(shown) / len(shown) if shown else None

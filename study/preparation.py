@@ -1,43 +1,40 @@
 """What a run needs before its first prompt: the model, the output directory, and what an earlier run left there."""
 
 import functools
+import math
 import secrets
-import shlex
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import diffusers
 import psutil
 import torch
 
-from models.loading import MIRRORS, choose_device, choose_dtype, find_model, load_pipeline
+from models.loading import choose_device, choose_dtype, find_model, load_pipeline
 from refinement import Trajectory
 from sampler import Sampler
 from settings import Failure, SettingError, split_scale
 from study import preview
+from study.description import describe, recorded_settings, varied
 from study.directory import WriteError, read_run
 from study.earlier import Lock
 from study.fingerprint import made_by
-from study.planning import describe_plan
 from study.processes import wait_until
 from study.record import KEPT, Record, compare, folder_names
 from study.samples import label
+from study.sampling import explain
 
-NO_BITS = (
-    "note: on this device a network call's bits depend on its other lanes, so --fixed-batch makes results equal to "
-    "float rounding only"
-)
+SMALLEST = 32  # pixels that the network of LPIPS leaves something of
 
 
 class Study(NamedTuple):
     """What a run works with once it is prepared.
 
-    samplers: one for each of the command's settings, which its samples take in turn. record: the output directory.
+    samplers: one for each of the command's settings, which its samples take in turn. failing: why some of these cannot
+    be used, a line by number. record: the output directory.
     left: the numbers of the samples that are to be made. seeds: of all samples. starts: what each starts from, a
     `refinement.Trajectory` or None. pending: whether another run's results are there until this one has some. metrics:
     a `study.metrics.Metrics`, or None. show: what shows a refinement's image while the run lasts, see `preview.show`,
@@ -45,6 +42,7 @@ class Study(NamedTuple):
     """
 
     samplers: list
+    failing: dict
     record: Record
     left: list
     seeds: list
@@ -58,23 +56,19 @@ class Study(NamedTuple):
         return self.samplers[0].processes
 
 
-def prepare(command, processes, stack, metrics=None):
-    """The command's `Study`. `stack` lets go of the output directory. metrics: `study.metrics.Metrics`, or None."""
+def prepare(command, processes, stack, measures=None):
+    """The command's `Study`. `stack` lets go of the output directory. measures: `study.metrics.Metrics`, or None."""
     device, folder = processes.own_device(choose_device(command.loading)), Path(command.output_dir)
-    processes.join(device.type == "cpu", command.parallel or default_parallel(command.texts, processes))
+    pairs = len(command.texts) // len(command.swept)
+    processes.join(device.type == "cpu", command.parallel or ("prompts" if pairs > processes.size else "lanes"))
     with processes.in_turn():
         model = find_model(command.loading.model)
     dtype = str(choose_dtype(command.loading, model, device)).removeprefix("torch.")
-    resolved, starts = [settings.resolve(model) for settings in command.settings], [None] * len(command.texts)
-    if command.start_from is not None:
-        count = len(command.swept)
-        starts = kept_trajectories(command.start_from, len(command.texts) // count, processes)
-        starts = [start for start in starts for _ in range(count)]
-    for settings in resolved:
-        for start in filter(None, starts):
-            start.check(model.family.shape(settings.height, settings.width), model.name)
-        check_size(settings, command.loading, model.family, device)
-    metrics = metrics and metrics(command.metrics, device)
+    resolved, starts = [settings.resolve(model) for settings in command.settings], kept_starts(command, processes)
+    check_model(command, resolved, starts, model, device)
+    with processes.in_turn():
+        measured = processes.first or processes.parallel == "prompts"
+        metrics = measures(command.metrics) if measures and measured else None
     folders = folder_names(command.texts, command.seeds, [label(each) for each in command.swept])
     seeds = [seed_of(i, command, model) for i in range(len(command.texts))]
     run, begun = processes.broadcast([secrets.token_hex(8), datetime.now().astimezone().isoformat()])
@@ -84,13 +78,9 @@ def prepare(command, processes, stack, metrics=None):
         stack.callback(lambda: lock.release() if processes.size == 1 or processes.closed else None)
         preview.clear(folder, command.preview)
         stack.callback(preview.clear, folder)
-    before = processes.broadcast(read_run(folder / "run.json").get("plans") if command.resume else None)
-    plans = before if before and len(before) == len(resolved) else [None] * len(resolved)
-    resolved = [
-        replace(settings, coarse_steps=plan["blocks"], schedule=plan["schedule"])
-        if plan and settings.coarse_steps == "auto" else settings
-        for settings, plan in zip(resolved, plans)
-    ]  # fmt: skip
+    plans = processes.broadcast(read_run(folder / "run.json").get("plans") if command.resume else None)
+    plans = plans if plans and len(plans) == len(resolved) else [None] * len(resolved)
+    resolved = [planned(settings, plan) for settings, plan in zip(resolved, plans)]
 
     def earlier(settings):
         """What each result depends on, and what the directory holds of an earlier run."""
@@ -104,23 +94,56 @@ def prepare(command, processes, stack, metrics=None):
             raise Failure(f"{error.filename} cannot be read: {error.strerror}") from error
         return processes.broadcast([made, *compare(folder, folders, made, command.resume)])
 
-    planned = any(settings.coarse_steps == "auto" for settings in resolved)
-    found = None if planned else earlier(resolved)
+    found = None if any(settings.coarse_steps == "auto" for settings in resolved) else earlier(resolved)
     with processes.in_turn():
         pipeline = load_pipeline(model, replace(command.loading, device=str(device)))
-    samplers = [
-        Sampler(pipeline, settings, processes=processes, plan=plan) for settings, plan in zip(command.settings, plans)
-    ]
+    samplers, failing = make_samplers(command, pipeline, processes, plans)
     made, files, difference, whole = found or earlier([sampler.settings for sampler in samplers])
     about = {"run": run, "begun": begun, **describe(command, samplers, device, dtype)}
-    takes_over = functools.partial(is_to_take_over, folder, run, processes)
     record = Record(
         folder, about, folders, made, files, difference, varied=varied(command, samplers), overwrite=command.overwrite,
-        report=command.report, takes_over=takes_over,
+        report=command.report, takes_over=functools.partial(is_to_take_over, folder, run, processes),
     )  # fmt: skip
     left = [i for i in range(len(command.texts)) if i not in whole]
     show = functools.partial(preview.show, folder, run) if command.preview and processes.first else None
-    return Study(samplers, record, left, seeds, starts, bool(files) and not command.resume, metrics, show)
+    return Study(samplers, failing, record, left, seeds, starts, bool(files) and not command.resume, metrics, show)
+
+
+def planned(settings, plan):
+    """Settings as an earlier run has planned them, where they are those of a plan."""
+    if not plan or settings.coarse_steps != "auto":
+        return settings
+    return replace(settings, coarse_steps=plan["blocks"], schedule=plan["schedule"])
+
+
+def make_samplers(command, pipeline, processes, plans):
+    """A sampler for each of the command's settings, and why some of a sweep's cannot be planned, a line by number."""
+    samplers, failing = [], {}
+    for which, (settings, plan) in enumerate(zip(command.settings, plans)):
+        try:
+            samplers.append(Sampler(pipeline, settings, processes=processes, plan=plan))
+        except Exception as error:
+            failing[which] = explain(settings, command.loading, error)
+            if not failing[which] or len(command.settings) == 1 or processes.size > 1:
+                raise
+            samplers.append(Sampler(pipeline, replace(settings, coarse_steps=1), processes=processes))
+    return samplers, failing
+
+
+def check_model(command, resolved, starts, model, device):
+    """Raise SettingError for what the model, or the device, cannot do; `resolved` are the settings for it."""
+    family = model.family
+    if command.seeds and not family.prompted and len({*command.texts}) > 1:
+        remedy = f"makes the same samples for each line, as {model.name} reads no prompts; give one line"
+        raise SettingError("seeds", ",".join(map(str, dict.fromkeys(command.seeds))), remedy)
+    if "clip" in command.metrics and not family.prompted:
+        raise SettingError("metrics", "clip", f"scores prompts, and {model.name} reads none; leave it out")
+    for settings in resolved:
+        if "lpips" in command.metrics and min(settings.height, settings.width) < SMALLEST:
+            raise SettingError("metrics", "lpips", f"needs images of {SMALLEST} pixels or more a side; leave it out")
+        for start in {id(start): start for start in starts if start}.values():
+            start.check(family.shape(settings.height, settings.width), model.name)
+        check_size(settings, command.loading, family, device)
 
 
 def check_size(settings, loading, family, device):
@@ -137,54 +160,8 @@ def check_size(settings, loading, family, device):
         raise SettingError(side, getattr(settings, side), remedy)
 
 
-def describe(command, samplers, device, dtype):
-    """What `run.json` says of a run from its start on; what of it is not plain is printed."""
-    first, plans = samplers[0], [sampler.plan for sampler in samplers]
-    if first.model.name == MIRRORS.get(command.loading.model):
-        print(f"{command.loading.model} was withdrawn from the hub by its owner; using its mirror {first.model.name}")
-    for plan in filter(None, plans):
-        print(describe_plan(plan))
-    about = {
-        "command": shlex.join(["python", "main.py", *command.argv]),
-        "settings": recorded_settings(command, first.settings, first.processes) | dict.fromkeys(command.swept[0]),
-        "texts": command.texts,
-        "environment": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "device": str(device),
-            "dtype": dtype,
-            "processes": first.processes.size,
-        },
-        "model": {
-            "name": first.model.name,
-            "family": type(first.model.family).__name__,
-            "prediction_type": first.grid.prediction_type,
-            "native_height": first.model.family.native_size[0],
-            "native_width": first.model.family.native_size[1],
-        },
-    }
-    if any(plans):
-        about["plans"] = plans
-    if fixed := [sampler for sampler in samplers if sampler.settings.fixed_batch]:
-        about["keeps_bits"] = all(sampler.keeps_bits() for sampler in fixed)
-        if not about["keeps_bits"]:
-            print(NO_BITS)
-    return about
-
-
-def varied(command, samplers):
-    """What results say of the settings that differ in a sweep, for each sampler: a name, and values as resolved."""
-    if len(samplers) == 1 and not command.swept[0]:
-        return [{}]
-    return [
-        {"setting": label(swept), "settings": {name: getattr(sampler.settings, name) for name in swept}}
-        for swept, sampler in zip(command.swept, samplers)
-    ]
-
-
 def seed_of(i, command, model):
-    """The seed of prompt i. Without prompts, only the noise can make samples differ."""
+    """The seed of sample i. Without prompts, only the noise can make samples differ."""
     seed = command.settings[0].seed
     if command.seeds:
         return command.seeds[i]
@@ -202,48 +179,35 @@ def is_to_take_over(folder, run, processes):
     return False
 
 
-def kept_trajectories(folder, count, processes):
-    """The trajectories that an earlier run kept, one for each of `count` prompts: of each, or all of its only one.
+def kept_starts(command, processes):
+    """What each sample starts from, a `refinement.Trajectory` or None: all from an earlier run's only one, or each from
+    that of its prompt and seed, or from its own of the same sweep.
 
     Raises SettingError where there are none, or as many others, or others than the first process finds.
     """
-    remedy = "give the output directory of a --keep-trajectories run"
+    folder, settings, remedy = (
+        command.start_from,
+        len(command.swept),
+        "give the output directory of a run that kept them",
+    )
+    if folder is None:
+        return [None] * len(command.texts)
+    record, pairs = read_run(Path(folder, "run.json")), len(command.texts) // settings
+    swept = math.prod(map(len, record.get("settings", {}).get("sweep", {}).values()))
     try:
-        folders = read_run(Path(folder, "run.json")).get("folders", ())
-        found = [Trajectory.read(Path(folder, name, KEPT)) for name in folders]
+        found = [Trajectory.read(Path(folder, name, KEPT)) for name in record.get("folders", ())]
     except (ValueError, TypeError) as error:
         raise SettingError("start_from", folder, f"does not serve: {error}; {remedy}") from None
     if not found:
         raise SettingError("start_from", folder, f"holds no run; {remedy}")
-    if len(found) not in (1, count):
-        raise SettingError("start_from", folder, f"has {len(found)} prompts; give a run of one, or of {count} as here")
+    if swept > 1 and (swept, len(found)) != (settings, len(command.texts)):
+        raise SettingError("start_from", folder, "is of another sweep; give a run of one setting, or of this sweep")
+    if swept == 1 and len(found) not in (1, pairs):
+        remedy = f"has {len(found)} prompts; give a run of one, or of {pairs} as here"
+        raise SettingError("start_from", folder, remedy)
     if processes.size > 1:
         digests = [start.digest for start in found]
         if processes.broadcast(digests) != digests:
             remedy = "holds other trajectories than the first process finds; give one directory that all share"
             raise SettingError("start_from", folder, remedy)
-    return found * count if len(found) == 1 else found
-
-
-def default_parallel(texts, processes):
-    """What several processes share where they are not told."""
-    return "prompts" if len(texts) > processes.size else "lanes"
-
-
-def recorded_settings(command, settings, processes):
-    """The settings as `run.json` has them, as JSON reads them back."""
-    loading, swept = asdict(command.loading), command.swept[0]
-    return {
-        "prompts": command.prompts,
-        "prompt": command.prompt,
-        "seeds": command.seeds and list(dict.fromkeys(command.seeds)),
-        "sweep": {name: list(dict.fromkeys(each[name] for each in command.swept)) for name in swept},
-        "metrics": command.metrics,
-        "output_dir": command.output_dir,
-        "no_ground_truth": not command.ground_truth,
-        "keep_trajectories": command.keep_trajectories,
-        "start_from": command.start_from,
-        "parallel": processes.parallel or command.parallel,
-        **asdict(settings),
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in loading.items()},
-    }
+    return [start for start in found for _ in range(len(command.texts) // len(found))]

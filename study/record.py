@@ -85,7 +85,7 @@ class Record:
     and alone says that the set is complete. `run.json` describes the run, and repeats the results at its end.
 
     folder: the directory, which is there. about: what `run.json` says of the run: its "run", an id, when it was
-    "begun", "settings", "environment", "model", and "plan". folders: of the prompts, in it; several have one each, and
+    "begun", "settings", "environment", "model", and "plans". folders: of the prompts, in it; several have one each, and
     an overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
     varied: what results say of the settings that differ in a sweep, which the samples take in turn.
     overwrite: to remove an earlier run of other results in place of setting it aside. report: to write the page at the
@@ -162,7 +162,7 @@ class Record:
             return results
         with self._staged("") as stage_one:
             if entries and len(self.folders) > 1:
-                self._render(stage_one, entries, self._saved_images)
+                self._render(stage_one, entries, self._saved_images, alike=not self.about["settings"].get("sweep"))
             stage_one("results.csv", results_table(results, self.about).encode())
             if self.report:
                 stage_one("report.html", page([({**self.about, "prompts": results}, "")]).encode())
@@ -276,10 +276,11 @@ class Record:
         folder = self.folder / entry["result"]["folder"]
         return lambda name: np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
 
-    def _render(self, stage_one, entries, images_of):
-        """Stage the pictures, table and plot of `entries`, with one cell a prompt.
+    def _render(self, stage_one, entries, images_of, alike=True):
+        """Stage the pictures, table and plot of `entries`, with one cell a sample.
 
-        images_of(entry) gives a function from a file's name to its image.
+        images_of(entry) gives a function from a file's name to its image. alike: whether all have the same settings;
+        samples of several have no common size, steps or boundaries, and are shown by the filmstrip alone.
         """
         results, errors = [entry["result"] for entry in entries], [entry["errors"] for entry in entries]
         longest = max(len(result["iterations"]) for result in results) - 1
@@ -293,8 +294,8 @@ class Record:
         text = self._png_text(results[:SHOWN])
         strip = utils.filmstrip(results[:ROWS], lambda name: images(name, ROWS), names, self.about)
         stage_one("srds_filmstrip.png", utils.png(strip, text))
-        if len(entries) > 1 and "setting" in results[0]:
-            return  # what is of several settings has no common size, steps or boundaries
+        if not alike:
+            return
         for name in names:
             stage_one(f"{name}.png", utils.png(utils.mosaic(images(name)), text))
         if truth:

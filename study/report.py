@@ -26,6 +26,9 @@ COLUMNS = [
     "verdict", "error",
 ]  # fmt: skip
 MARKERS = "osD^v<>pX*"
+# Settings that change no sample, or are those of the samples.
+SAME = {"output_dir", "prompts", "prompt", "seed", "seeds", "sweep", "metrics", "no_ground_truth", "keep_trajectories"}
+SAME |= {"parallel"}
 
 
 def page(runs, link=True):
@@ -47,7 +50,7 @@ def page(runs, link=True):
             sample["errors"] += [f"{of}: {result['error']}" if of else result["error"]] if "error" in result else []
             images = _images(result, record, place, link)
             sample["strips"].append({"name": of, "images": images, "count": len(images)})
-    swept = dict.fromkeys(name for record, _ in runs for name in record["settings"]["sweep"])
+    swept = dict.fromkeys(name for record, _ in runs for name in record["settings"].get("sweep", ()))
     columns = ["prompt", "run", "setting", *swept, "seed", *COLUMNS]
     columns = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
     environment = jinja2.Environment(
@@ -55,7 +58,7 @@ def page(runs, link=True):
     )
     environment.filters["cell"] = _cell
     settings, count = runs[0][0]["settings"], sum(len(record["prompts"]) for record, _ in runs)
-    alone = f"sweep of {', '.join(settings['sweep'])}" if settings["sweep"] else _what(settings)
+    alone = f"sweep of {', '.join(settings['sweep'])}" if settings.get("sweep") else _what(settings)
     title = alone if len(runs) == 1 else f"{len(runs)} runs"
     failed = sum("error" in result for record, _ in runs for result in record["prompts"])
     how = [{"name": name, **_how(record)} for (record, _), name in zip(runs, names)]
@@ -74,7 +77,7 @@ def _what(settings):
 
 def _names(records):
     """What tells the runs apart: the settings that differ, or a number."""
-    keys = [key for key in records[0]["settings"] if key not in ("output_dir", "prompts", "prompt", "seeds", "sweep")]
+    keys = [key for key in records[0]["settings"] if key not in SAME]
     values = {key: [record["settings"].get(key) for record in records] for key in keys}
     differing = [key for key in keys if len({str(value) for value in values[key]}) > 1]
     # What only one of two methods has says no more than the method.
@@ -134,7 +137,7 @@ def _plots(rows):
         return ""
     names = [*dict.fromkeys(row["line"] for row in known)]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}):
-        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        figure = Figure(figsize=(10, 3.6 + 0.25 * -(-len(names) // 3)), layout="constrained")
         for axes, across in zip(figure.subplots(1, 2, sharey=True), ("serial_evaluations", "seconds")):
             for i, name in enumerate(names):
                 points = _means([row for row in known if row["line"] == name], across)
@@ -147,7 +150,7 @@ def _plots(rows):
             axes.grid(True, color="0.9")
         figure.axes[0].set_ylabel("grey levels of 255")
         if len(names) > 1:
-            figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=3)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return file.getvalue()[file.getvalue().index("<svg") :]

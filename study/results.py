@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from utils import name_of, settings_of
+from utils import names_of, settings_of
 
 # What compares an image with its own ground truth, and what a person calls it.
-TRUTHS = {
+PAIRED = {
     "image_error": "difference to sequential", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS",
     "clip_difference": "CLIP score minus sequential's", "scene_difference": "scene score minus sequential's",
 }  # fmt: skip
@@ -32,8 +32,9 @@ def results_rows(results, about):
 
 
 def results_table(results, about):
-    """`results.csv`, with the rows of `results_rows`."""
-    return pd.DataFrame(results_rows(results, about)).to_csv(index=False, lineterminator="\n")
+    """`results.csv`, with the rows of `results_rows`; what is not of a sweep has the setting "as given"."""
+    table = pd.DataFrame(results_rows(results, about)).replace({"setting": {"": "as given"}})
+    return table.to_csv(index=False, lineterminator="\n")
 
 
 def summary(results, about):
@@ -42,8 +43,7 @@ def summary(results, about):
         return _of_settings(results, about)
     header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
     rows = [header.split("|")]
-    for result in results:
-        text = name_of(result, results, 40)
+    for result, text in zip(results, names_of(results, 40)):
         if "error" in result:
             rows.append((text, *"-------", "failed"))
             continue
@@ -69,13 +69,13 @@ def _of_settings(results, about):
     table = table[table.final]
     header = "setting|samples|failed|iterations|serial evaluations|total|seconds|sequential s|difference|worst"
     rows = [header.split("|")]
+    digits = {"iteration": 1, "serial_evaluations": 1, "total_evaluations": 0, "seconds": 2, "sequential_seconds": 2}
     for name, part in table.groupby("setting", sort=False):
-        digits = {"serial_evaluations": 1, "total_evaluations": 0, "seconds": 2, "sequential_seconds": 2}
-        known = {column: part[column] if column in part else pd.Series([np.nan]) for column in (*digits, *TRUTHS)}
+        known = part.reindex(columns=[*digits, "image_error"]).astype(float)
+        known["iteration"] += 1
         means = [_number(known[column].mean(), count) for column, count in digits.items()]
-        error = known["image_error"].astype(float)
-        counts = str(len(part)), str(part.error.notna().sum()), _number(part.iteration.mean() + 1, 1)
-        rows.append((name, *counts, *means, _number(error.mean(), 3), _number(error.max(), 3)))
+        errors = [_number(value, 3) for value in (known.image_error.mean(), known.image_error.max())]
+        rows.append((name, str(len(part)), str(part.error.notna().sum()), *means, *errors))
     return _table(rows)
 
 
@@ -83,17 +83,17 @@ def paired(results, about):
     """Lines on what else was measured against each sample's own ground truth: mean, standard deviation, pairs."""
     table = pd.DataFrame(results_rows(results, about))
     table, lines = table[table.final], []
-    for column in (column for column in TRUTHS if column in table and column != "psnr"):  # that is infinite of equals
+    for column in (column for column in PAIRED if column in table and column != "psnr"):  # that is infinite of equals
         for name, part in table.groupby("setting", sort=False):
             values = part[column].dropna().astype(float)
             if len(values) > 1:
                 spread = f"{values.mean():.5g} ± {values.std():.2g} ({len(values)} pairs)"
-                lines.append(f"{TRUTHS[column]}{f', {name}' if name else ''}: {spread}")
+                lines.append(f"{PAIRED[column]}{f', {name}' if name else ''}: {spread}")
     return lines
 
 
 def _number(value, digits):
-    return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def _table(rows):

@@ -3,21 +3,20 @@
 import contextlib
 import functools
 import time
-from collections import Counter
 from dataclasses import asdict
 
-import torch
 from tqdm import tqdm
 
 from models.loading import ModelError
-from settings import Failure, SettingError, in_one_line, out_of_memory
+from settings import Failure, SettingError, in_one_line
 from study.directory import WriteError
 from study.earlier import is_locked_by
+from study.forecast import Forecast
 from study.preparation import prepare
 from study.processes import ProcessError, wait_until
 from study.results import paired, summary
 from study.samples import label
-from study.sampling import GroundTruths, sample, warn_if_cut
+from study.sampling import Shared, explain, sample, warn_if_cut
 
 
 def run(command, processes, metrics=None):
@@ -29,7 +28,7 @@ def run(command, processes, metrics=None):
         processes.check_alike(without_places(command))
         with contextlib.ExitStack() as stack:
             study = prepare(command, processes, stack, metrics)
-            failing = try_out(command, study.samplers) if study.left else {}
+            failing = try_out(command, study) if study.left else {}
             if processes.first and not study.pending:
                 study.record.begin()
             if processes.parallel == "prompts":
@@ -45,27 +44,35 @@ def run(command, processes, metrics=None):
         raise Failure(message) from error
 
 
-def try_out(command, samplers):
+def try_out(command, study):
     """Warm up. Returns what fails at some of a sweep's settings, a line by number; what fails at all is raised.
 
     Where all that is put in is the model's own, it is told as the model's failure.
     """
-    failing = {}
-    for which, sampler in enumerate(samplers):
-        try:
-            sampler.warm_up()
-        except Failure as error:
-            failing[which] = error
-        except Exception as error:
-            message = explain(command.settings[which], command.loading, error)
-            if not message:
-                why = in_one_line(f"{type(error).__name__}: {error}")
-                message = f"{sampler.model.name}: it cannot be run with what its configs say: {why}"
-            failing[which] = ModelError(message)
-            failing[which].__cause__ = error
-    if len(failing) == len(samplers):
+    failing, warm = {which: Failure(message) for which, message in study.failing.items()}, {}
+    for which, (settings, sampler) in enumerate(zip(command.settings, study.samplers)):
+        calls = *sampler.encoded_for, sampler.widest, settings.max_batch, settings.fixed_batch
+        if which not in failing and calls not in warm:
+            warm[calls] = warm_up(sampler, settings, command.loading)
+        if failure := warm.get(calls):
+            failing.setdefault(which, failure)
+    if len(failing) == len(study.samplers):
         raise failing[0]
     return {which: str(failure) for which, failure in failing.items()}
+
+
+def warm_up(sampler, settings, loading):
+    """Warm up; returns why that cannot be, a Failure, or None."""
+    try:
+        sampler.warm_up()
+    except Failure as failure:
+        return failure
+    except Exception as error:
+        why = in_one_line(f"{type(error).__name__}: {error}")
+        unknown = f"{sampler.model.name}: it cannot be run with what its configs say: {why}"
+        failure = ModelError(explain(settings, loading, error) or unknown)
+        failure.__cause__ = error
+        return failure
 
 
 def without_places(command):
@@ -82,45 +89,6 @@ def check_shared(folder, run):
         raise SettingError("output_dir", str(folder), remedy)
 
 
-def explain(settings, loading, error):
-    """What went wrong in the network or on the device, and the remedy, in one line; None for a bug."""
-    if isinstance(error, FloatingPointError):
-        if "float32" in str(error):
-            return f"{error}; try other settings, such as a lower --guidance-scale, or other weights"
-        return f"argument --dtype: {loading.dtype!r}: {error}; try --dtype float32 or bfloat16"
-    if out_of_memory(error):
-        nowhere = loading.device == "cpu" or not torch.accelerator.is_available()
-        useless = {"a smaller --max-batch": settings.max_batch == 1, "--offload": loading.offload or nowhere}
-        remedies = [remedy for remedy in useless if not useless[remedy]]
-        return f"out of memory; try {' or '.join([*remedies, 'a smaller image'])}"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out"
-
-
-class Forecast:
-    """What a run will take, from what the samples at each of its settings have taken so far.
-
-    left: the numbers of its samples, which take the settings in turn. settings: how many there are. sharing: among how
-    many processes they are dealt out.
-    """
-
-    def __init__(self, left, settings, sharing):
-        self.left, self.settings, self.sharing = Counter(i % settings for i in left), settings, sharing
-        self.taken = {}
-
-    def add(self, i, seconds, evaluations):
-        """Note what sample i took, with its part of what is made once for several."""
-        self.taken.setdefault(i % self.settings, []).append((seconds, evaluations))
-
-    def whole(self):
-        """Seconds and evaluations of the whole run; None until there is a sample of each setting."""
-        if self.taken.keys() < self.left.keys():
-            return None
-        means = {which: [sum(column) / len(taken) for column in zip(*taken)] for which, taken in self.taken.items()}
-        seconds, evaluations = (sum(count * means[which][j] for which, count in self.left.items()) for j in (0, 1))
-        return seconds / self.sharing, evaluations
-
-
 def sample_all(command, study, failing):
     """Sample what is left, by number, and write its files. A sample that fails does not end the run.
 
@@ -133,20 +101,22 @@ def sample_all(command, study, failing):
         if processes.parallel == "lanes" and not processes.first:
             return follow(study)
         announce(command, study)
-        forecast = Forecast(left, len(study.samplers), processes.size if processes.parallel == "prompts" else 1)
+        steps, dealt = [each.settings.fine_steps for each in study.samplers], processes.parallel == "prompts"
+        forecast, shared = Forecast(left, steps, processes.size if dealt else 1), None
         layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         with tqdm(desc=command.kind, total=len(left), bar_format=layout, disable=None) as bar:
             for group in processes.take(together(left, len(study.samplers))):
-                shared = GroundTruths(command.texts[group[0]], study.seeds[group[0]], study.samplers)
+                text, seed = command.texts[group[0]], study.seeds[group[0]]
+                prompts = shared.prompts if shared and shared.text == text else {}
+                shared = Shared(text, seed, study.samplers, prompts)
                 for i in group:
-                    before = forecast.whole()
+                    known = forecast.known
                     attempt(command, study, shared, i, failing, forecast)
-                    bar.n, foretold = processes.count("sampled"), forecast.whole()
-                    if foretold:
-                        bar.set_postfix_str(f"about {duration(foretold[0] * (1 - bar.n / len(left)))} left", False)
+                    bar.n = processes.count("sampled")
+                    bar.set_postfix_str(forecast.time_left(), False)
                     bar.refresh()
-                    if foretold and not before and 1 < len(study.samplers) < len(left):
-                        tqdm.write(f"foretold from one sample of each: {told(*foretold)}")
+                    if forecast.known > known and 1 < len(study.samplers) < len(left):
+                        tqdm.write(f"foretold from one sample of each: {forecast}")
             while processes.first and bar.n < len(left):
                 time.sleep(0.5)
                 bar.n = processes.count("sampled", 0)
@@ -165,16 +135,21 @@ def sample_all(command, study, failing):
 def announce(command, study):
     """Say what is about to be sampled, where that is not plain."""
     family, asked = study.samplers[0].model.family, command.settings[0]
-    if not family.prompted and len(command.texts) > 1 and not command.seeds:
+    count, pairs = len(study.samplers), len(command.texts) // len(study.samplers)
+    if not family.prompted and pairs > 1 and not command.seeds:
         print(f"{in_one_line(study.samplers[0].model.name)} reads no prompts: seeds rise from {asked.seed}, one a line")
     for negative in {settings.negative_prompt for settings in command.settings} - {""}:
         warn_if_cut(negative, study.samplers[0].ignored(negative))
-    if (V := len(study.samplers)) > 1:
-        groups = together(study.left, V)
-        keys = {sampler.truth_depends_on: sampler.settings.fine_steps for sampler in study.samplers}
-        truths = f", {len(groups) * len(keys)} ground truths of {len(groups) * sum(keys.values())} evaluations"
-        print(f"sweep: {V} settings of {len(command.texts) // V} samples: {len(study.left)} runs left"
-              f"{truths if command.ground_truth else ''}")  # fmt: skip
+    if count > 1:
+        truths = [each for group in together(study.left, count) for each in truths_of(group, study.samplers)]
+        shared = f"; {len(truths)} ground truths, {sum(truths)} evaluations" if command.ground_truth else ""
+        print(f"sweep: {count} settings of {pairs} samples, {len(study.left)} to sample{shared}")
+
+
+def truths_of(group, samplers):
+    """Evaluations of each ground truth of a group of samples, by their numbers."""
+    own = [samplers[i % len(samplers)] for i in group]
+    return {sampler.truth_depends_on: sampler.settings.fine_steps for sampler in own}.values()
 
 
 def together(left, settings):
@@ -214,19 +189,6 @@ def attempt(command, study, shared, i, failing, forecast):
         processes.tell(f"failed/{i}", [shared.seed, message])
         tqdm.write(f"  failed: {in_one_line(message, 1000)}")
     forecast.add(i, time.monotonic() - started, evaluations)
-
-
-def told(seconds, evaluations):
-    """What is foretold of a run."""
-    return f"{evaluations:,.0f} evaluations but for ground truths, {duration(seconds)}"
-
-
-def duration(seconds):
-    """A time to wait, as a person says it."""
-    units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
-    return next(
-        (f"{seconds / size:.1f} {unit}" for size, unit in units if seconds >= 2 * size), f"{seconds:.0f} seconds"
-    )
 
 
 def follow(study):

@@ -28,7 +28,7 @@ def read_seeds(words):
 
 
 def read_sweep(sweeps, flags):
-    """All combinations of the values in texts such as "coarse_steps=5,10,auto": a list of dicts, [{}] of no texts.
+    """The values in texts such as "coarse_steps=5,10,auto", a list by setting.
 
     flags: of each setting by its name, of which a text may have any. The values are for `Settings` to check. Raises
     SettingError.
@@ -47,6 +47,11 @@ def read_sweep(sweeps, flags):
         swept[name] = [_value(name, word.strip()) for word in values.split(",")]
         if len(set(swept[name])) < len(swept[name]):
             raise SettingError("sweep", sweep, "has a value twice; give each once")
+    return swept
+
+
+def combinations(swept):
+    """All combinations of a sweep's values: a list of dicts, [{}] of no sweep."""
     return [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
 
 

@@ -9,17 +9,18 @@ from tqdm import tqdm
 
 import utils
 from refinement import difference
-from settings import in_one_line
+from settings import in_one_line, out_of_memory
 
 
-class GroundTruths:
+class Shared:
     """What the samples of one prompt and seed share, at the settings of several samplers: each is made once.
 
-    seed: of the noise; text: the prompt.
+    text: the prompt. seed: of the noise. prompts: what is encoded of that text already, by what it is encoded for.
     """
 
-    def __init__(self, text, seed, samplers):
-        self.text, self.seed, self.samplers, self.prompts, self.truths = text, seed, samplers, {}, {}
+    def __init__(self, text, seed, samplers, prompts=None):
+        self.text, self.seed, self.samplers = text, seed, samplers
+        self.prompts, self.truths, self.coarse = {} if prompts is None else prompts, {}, {}
 
     def prompt(self, sampler):
         """The `Prompt` as a sampler reads it."""
@@ -28,25 +29,36 @@ class GroundTruths:
         return self.prompts[sampler.encoded_for]
 
     def truth(self, sampler):
-        """A sampler's `Sequential`, and its coarse steps' image."""
+        """A sampler's `Sequential`. What fails does so again, without being tried again."""
         key = sampler.truth_depends_on
         if key not in self.truths:
-            alike = [other for other in self.samplers if other.truth_depends_on == key]
-            kept = sorted({point for other in alike for point in other.boundaries})
+            self.truths[key] = self._truth(sampler)
+        kept, truth = self.truths[key]
+        if isinstance(truth, Exception):
+            raise truth
+        return truth._replace(states=truth.states[[kept.index(point) for point in sampler.boundaries]])
+
+    def _truth(self, sampler):
+        alike = [other for other in self.samplers if other.truth_depends_on == sampler.truth_depends_on]
+        kept = sorted({point for other in alike for point in other.boundaries})
+        try:
             with ticking("ground truth", sampler.settings.fine_steps) as on_tick:
-                truth = sampler.sequential(self.prompt(sampler), self.seed, on_tick=on_tick, kept=kept)
-            self.truths[key] = kept, truth, {}
-        kept, truth, coarse = self.truths[key]
-        blocks = tuple(sampler.boundaries)
-        if blocks not in coarse:
-            coarse[blocks] = sampler.sequential(self.prompt(sampler), self.seed, coarse=True).image
-        return truth._replace(states=truth.states[[kept.index(point) for point in blocks]]), coarse[blocks]
+                return kept, sampler.sequential(self.prompt(sampler), self.seed, on_tick=on_tick, kept=kept)
+        except Exception as error:
+            return kept, error
+
+    def coarse_image(self, sampler):
+        """The image of a sampler's coarse steps alone."""
+        key = *sampler.truth_depends_on, *sampler.boundaries
+        if key not in self.coarse:
+            self.coarse[key] = sampler.sequential(self.prompt(sampler), self.seed, coarse=True).image
+        return self.coarse[key]
 
 
 def sample(sampler, shared, i, *, ground_truth, start=None, metrics=None, show=None):
     """One sample's entry in `run.json`, last refinement, images by file name, trajectory errors (None without truth).
 
-    shared: the `GroundTruths` of its prompt and seed. i: the sample's number. ground_truth: whether to make one. start:
+    shared: the `Shared` of its prompt and seed. i: the sample's number. ground_truth: whether to make one. start:
     a `refinement.Trajectory`, or None. metrics: `study.metrics.Metrics`, or None. show: called with each refinement's
     image and line, as it is known; or None.
     """
@@ -58,8 +70,8 @@ def sample(sampler, shared, i, *, ground_truth, start=None, metrics=None, show=N
             f"  note: what it starts from has seed {start.seed}, not {seed}; other noise costs more than it saves"
         )
     if ground_truth:
-        truth, images["srds_ddim_course"] = shared.truth(sampler)
-        images["srds_ddim_gt"], errors = truth.image, []
+        truth, errors = shared.truth(sampler), []
+        images |= {"srds_ddim_gt": truth.image, "srds_ddim_course": shared.coarse_image(sampler)}
     measure = functools.partial(entry_of, truth=truth, text=shared.text, metrics=metrics)
     if processes.parallel == "lanes":
         processes.call([shared.text, seed, i])  # they encode the prompt first: that is not the sampler's time
@@ -81,17 +93,7 @@ def sample(sampler, shared, i, *, ground_truth, start=None, metrics=None, show=N
                 show(refinement.image, line.strip())
     images["srds_final"] = refinement.image
 
-    if not refinement.settled:
-        tqdm.write(
-            f"  note: it did not settle within {settings.fine_steps} serial evaluations, which is what the sequential "
-            "sampler takes; that one is better here"
-        )
-    unsettled = refinement.trajectory_change is not None and refinement.trajectory_change >= settings.tolerance
-    if settings.stop_rule == "final" and refinement.stop_reason == "tolerance" and unsettled:
-        tqdm.write(
-            f"  note: the image has settled, but the trajectory still changes by {refinement.trajectory_change:.3f}; "
-            "--stop-rule trajectory waits for both"
-        )
+    note(refinement, settings)
     last = iterations[-1]
     result = {
         "prompt": shared.text,
@@ -105,6 +107,21 @@ def sample(sampler, shared, i, *, ground_truth, start=None, metrics=None, show=N
         "iterations": iterations,
     }
     return result, refinement, images, errors
+
+
+def note(refinement, settings):
+    """Say what a person should know of how a sample has ended."""
+    if not refinement.settled:
+        tqdm.write(
+            f"  note: it did not settle within {settings.fine_steps} serial evaluations, which is what the sequential "
+            "sampler takes; that one is better here"
+        )
+    unsettled = refinement.trajectory_change is not None and refinement.trajectory_change >= settings.tolerance
+    if settings.stop_rule == "final" and refinement.stop_reason == "tolerance" and unsettled:
+        tqdm.write(
+            f"  note: the image has settled, but the trajectory still changes by {refinement.trajectory_change:.3f}; "
+            "--stop-rule trajectory waits for both"
+        )
 
 
 def entry_of(refinement, truth, text, metrics=None):
@@ -142,3 +159,18 @@ def ticking(name, most):
     """A progress bar of network calls, at `most` so many; to be called at each."""
     with tqdm(desc=name, total=most, unit="tick", leave=False, disable=None) as bar:
         yield lambda lanes: bar.update()
+
+
+def explain(settings, loading, error):
+    """What went wrong in the network or on the device, and the remedy, in one line; None for a bug."""
+    if isinstance(error, FloatingPointError):
+        if "float32" in str(error):
+            return f"{error}; try other settings, such as a lower --guidance-scale, or other weights"
+        return f"argument --dtype: {loading.dtype!r}: {error}; try --dtype float32 or bfloat16"
+    if out_of_memory(error):
+        nowhere = loading.device == "cpu" or not torch.accelerator.is_available()
+        useless = {"a smaller --max-batch": settings.max_batch == 1, "--offload": loading.offload or nowhere}
+        remedies = [remedy for remedy in useless if not useless[remedy]]
+        return f"out of memory; try {' or '.join([*remedies, 'a smaller image'])}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out"

@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LOADING = {"settings", "models.families", "models.adapters", "models.checks"}
 SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
 PREPARATION = {
-    "settings", "refinement", "sampler", "models.loading", "study.directory", "study.earlier", "study.fingerprint",
-    "study.planning", "study.preview", "study.processes", "study.record", "study.samples",
+    "settings", "refinement", "sampler", "models.loading", "study.description", "study.directory", "study.earlier",
+    "study.fingerprint", "study.preview", "study.processes", "study.record", "study.samples", "study.sampling",
 }  # fmt: skip
 STUDY = {
-    "settings", "models.loading", "study.directory", "study.earlier", "study.preparation", "study.processes",
-    "study.results", "study.samples", "study.sampling",
+    "settings", "models.loading", "study.directory", "study.earlier", "study.forecast", "study.preparation",
+    "study.processes", "study.results", "study.samples", "study.sampling",
 }  # fmt: skip
 RECORD = {"settings", "utils", "study.directory", "study.earlier", "study.report", "study.results"}
 EAGER = {"settings", "study.samples", "study.terminal"}  # main's, which need no torch
@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
     "study.directory": {"settings"}, "study.earlier": {"settings", "study.directory"}, "study.fingerprint": set(),
     "study.results": {"utils"}, "study.report": {"settings", "utils", "study.directory", "study.results"},
-    "study.record": RECORD, "study.preview": {"settings", "utils", "study.directory"},
+    "study.record": RECORD, "study.preview": {"settings", "utils", "study.directory", "study.earlier"},
+    "study.description": {"models.loading", "study.planning", "study.samples", "study.sampling"},
+    "study.forecast": set(),
     "study.samples": {"settings"}, "study.metrics": {"settings", "models.scenes"},
     "study.sampling": {"settings", "utils", "refinement"}, "study.run": STUDY, "study.preparation": PREPARATION,
     "study.terminal": set(), "models.scenes": set(),

@@ -327,3 +327,14 @@ def test_waiting_ends_when_it_is_over(monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
     monkeypatch.setattr(study_processes, "time", clock)
     assert study_processes.wait_until(lambda: now[0] > 3) and not study_processes.wait_until(lambda: False, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["lanes", "prompts"])
+def test_a_sweep_of_several_processes_equals_that_of_one(parallel, tiny, tmp_path):
+    texts = ["--prompt", "a moon", "--prompt", "a sun"]
+    argv = ["--model", str(tiny), "--device", "cpu", "--no-report", "-fs", "6", "--sweep", "cs=2,3", *texts]
+    assert main.main(["-o", str(tmp_path / "one"), *argv]) == 0
+    status, lines, errors = finish(start(2, "-o", str(tmp_path / "two"), *argv, "--parallel", parallel))
+    assert status == 0 and not errors and "4 to sample" in "".join(lines)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")

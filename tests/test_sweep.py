@@ -1,5 +1,7 @@
 """Experiments in one command: sweeps over settings, measures of images, the preview."""
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,8 +17,11 @@ from models import scenes
 from models.families import StableDiffusion
 from sampler import Sampler, Settings
 from study import metrics, preparation, preview, run
+from study.earlier import LOCK
+from study.forecast import Forecast
 
 PROMPTS = ["a moon", "a sun"]
+CLIP_SEED = 8
 SHORT = ["-fs", "6", "--max-iterations", "2"]
 
 
@@ -49,7 +54,7 @@ def counted(monkeypatch):
 def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_path, counted, capsys):
     swept = ["--sweep", "coarse-steps=2,3", "--sweep", "tol=0,100", *SHORT]
     assert main.main(sweep(tmp_path / "sweep", tiny, *swept, "--seeds", "3,5", prompts=PROMPTS[:1])) == 0
-    assert counted() == {"load_pipeline": 1, "sequential": 2, "encode": 2}
+    assert counted() == {"load_pipeline": 1, "sequential": 2, "encode": 1}
     printed = capsys.readouterr().out
     assert "sweep: 4 settings of 2 samples: 8 runs left, 2 ground truths of 12 evaluations" in printed
     assert "foretold from one sample of each: " in printed and "SSIM, coarse_steps=2, tolerance=0: " in printed
@@ -65,6 +70,21 @@ def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_
         same = pixels if name.endswith(".png") else lambda path: pd.read_csv(path, index_col=0).to_numpy()
         named = "filmstrip" in name or "plot" in name  # in the pictures of a sweep
         assert named or np.allclose(same(single / name), same(own / name), atol=1e-4)
+
+
+def test_a_sweep_starts_from_its_prompts_or_from_the_same_sweep(tiny, tmp_path, capsys):
+    kept = ["--keep-trajectories", "--no-ground-truth", *SHORT]
+    assert main.main(sweep(tmp_path / "plain", tiny, "-cs", "2", *kept)) == 0
+    swept = ["--sweep", "cs=2,3", "--no-ground-truth", *SHORT]
+    assert (
+        main.main(
+            sweep(tmp_path / "sweep", tiny, *swept, "--keep-trajectories", "--start-from", str(tmp_path / "plain"))
+        )
+        == 0
+    )
+    assert main.main(sweep(tmp_path / "again", tiny, *swept, "--start-from", str(tmp_path / "sweep"))) == 0
+    assert main.main(sweep(tmp_path / "other", tiny, "-cs", "2", "--start-from", str(tmp_path / "sweep"))) == 2
+    assert "is of another sweep" in capsys.readouterr().err
 
 
 def test_a_sweep_is_one_tidy_table(tiny, tmp_path):
@@ -96,7 +116,7 @@ def test_the_widest_tick_is_what_the_network_sees(tiny, monkeypatch):
         (["cs=2,200"], "--coarse-steps/-cs: 200 is more than the 100 fine steps"),
         (["cs=2,2"], "'cs=2,2' has a value twice"),
         (["cs=2", "coarse_steps=3"], "'coarse_steps=3' is of coarse_steps, as another is"),
-        (["guidance_scale=1,2"], "is given beside --guidance-scale; give one of them"),
+        (["guidance_scale=1,2"], "'guidance_scale=1,2' is given beside --guidance-scale; give one of them"),
         (["solver=ddim,euler"], "--solver: 'euler' cannot be used with"),
         (["method=srds,collocation", "nodes=4,5"], "--nodes: 4 is of collocation, not srds"),
         ([f"tolerance={','.join(map(str, range(501)))}"], "makes 1002 samples, more than 1000; give fewer values, or"),
@@ -130,6 +150,30 @@ def test_a_setting_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny,
     assert "not finite" in errors[3] and "out of memory" in errors[4] and pd.isna(errors[2])
     assert table[table.coarse_steps == 2].image_error.notna().all()
     assert "4 of 6 samples failed" in capsys.readouterr().err
+
+
+def test_a_plan_that_fails_is_a_failed_setting(tiny, tmp_path, monkeypatch):
+    def no_memory(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(door, "make_plan", no_memory)
+    assert main.main(sweep(tmp_path, tiny, "--sweep", "cs=2,auto", *SHORT, prompts=PROMPTS[:1])) == 1
+    errors = pd.read_csv(tmp_path / "results.csv").groupby("setting").error.first()
+    assert "out of memory" in errors["coarse_steps=auto"] and pd.isna(errors["coarse_steps=2"])
+
+
+def test_a_truth_that_fails_does_so_once_and_a_sweep_of_failures_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def fail(*args, **how):
+        made.append(1)
+        raise MemoryError
+
+    monkeypatch.setattr(Sampler, "sequential", fail)
+    assert main.main(sweep(tmp_path, tiny, "--sweep", "tolerance=1,2,3", "-cs", "2", *SHORT, prompts=PROMPTS[:1])) == 1
+    captured = capsys.readouterr()
+    assert len(made) == 1 and captured.err.count("\n") == 1 and "3 of 3 samples failed" in captured.err
+    assert "tolerance=3" in captured.out.splitlines()[-1]
 
 
 def test_a_sweep_that_fails_at_all_settings_leaves_what_was_there(tiny, tmp_path, monkeypatch, capsys):
@@ -185,7 +229,8 @@ def test_the_share_of_a_scene_is_that_of_what_the_prompt_asks():
 
 @pytest.fixture
 def tiny_clip(monkeypatch):
-    """In place of the hub's CLIP, one with random weights."""
+    """In place of the hub's CLIP, one with random weights, of a seed whose scores are above 0, where they are cut."""
+    torch.manual_seed(CLIP_SEED)
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     words = {"vocab_size": 54, "max_position_embeddings": 24, "eos_token_id": 53, **size}
     config = CLIPConfig(text_config=words, vision_config={"image_size": 32, "patch_size": 16, **size}, projection_dim=8)
@@ -193,16 +238,22 @@ def tiny_clip(monkeypatch):
     processor = CLIPProcessor(images, pipelines.clip()[1])
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda name: model)
     monkeypatch.setattr(CLIPProcessor, "from_pretrained", lambda name: processor)
+    return model.eval(), processor
 
 
 def test_clip_scores_are_cosines_of_image_and_prompt(tiny_clip):
-    measure = metrics.Metrics(["clip"], "cpu").measure
+    measure = metrics.Metrics(["clip"]).measure
     images = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 3), np.uint8)
     found = measure(images[0], images[1], "a cat")
     other = measure(images[1], None, "a cat")
-    assert 0 <= found["clip"] <= 100 and other["clip_difference"] is None
+    assert 0 < found["clip"] < 100 and found["clip_difference"] != 0 and other["clip_difference"] is None
     assert found["clip_difference"] == pytest.approx(found["clip"] - other["clip"], abs=1e-4)
-    assert measure(images[0], images[0], "a dog")["clip_difference"] == 0
+    model, processor = tiny_clip
+    read = processor(images=[images[0]], text=["a cat"], return_tensors="pt")
+    with torch.no_grad():
+        features = model(**read)
+    cosine = torch.cosine_similarity(features.image_embeds, features.text_embeds)
+    assert found["clip"] == pytest.approx(100 * float(cosine), abs=1e-3)
 
 
 def test_lpips_is_the_distance_to_the_ground_truth(monkeypatch):
@@ -213,7 +264,7 @@ def test_lpips_is_the_distance_to_the_ground_truth(monkeypatch):
 
     monkeypatch.setattr(metrics, "LearnedPerceptualImagePatchSimilarity", lambda *args, **how: Network())
     image = np.full((8, 8, 3), 255, np.uint8)
-    assert metrics.Metrics(["lpips"], "cpu").measure(image, image // 5, "a")["lpips"] == pytest.approx(0.8)
+    assert metrics.Metrics(["lpips"]).measure(image, image // 5, "a")["lpips"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("name", ["lpips", "clip"])
@@ -258,17 +309,30 @@ def test_a_preview_is_there_while_the_run_lasts_and_shows_the_last_refinement(ti
 
 def test_a_preview_of_a_killed_run_goes_and_anothers_picture_stays(tiny, tmp_path, capsys):
     argv = sweep(tmp_path, tiny, "-cs", "2", *SHORT, "--no-ground-truth")
-    preview.show(tmp_path, "0" * 16, ["a"], np.zeros((8, 8, 3), np.uint8), "iteration 0")
+    shown = ["a"], np.zeros((8, 8, 3), np.uint8), "iteration 0"
+    preview.show(tmp_path, "0" * 16, *shown)
+    assert files(tmp_path) == set(), "the run has no lock, or no longer"
+    (tmp_path / LOCK).write_text("0" * 16)
+    preview.show(tmp_path, "0" * 16, *shown)
+    assert preview.NAME in files(tmp_path)
     assert main.main(argv) == 0 and preview.NAME not in files(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / preview.NAME)
     before = (tmp_path / preview.NAME).read_bytes()
     assert main.main(argv) == 0 and main.main([*argv, "--preview"]) == 2
     assert "is there and of no run" in capsys.readouterr().err and (tmp_path / preview.NAME).read_bytes() == before
+    (tmp_path / preview.NAME).unlink()
+    os.mkfifo(tmp_path / preview.NAME)
+    assert main.main(argv) == 0 and (tmp_path / preview.NAME).is_fifo()
 
 
 def test_a_forecast_counts_each_setting_by_what_there_is_of_it():
-    forecast = run.Forecast(left=[1, 2, 3, 4, 5], settings=2, sharing=2)
-    forecast.add(1, seconds=3.0, evaluations=30)
-    assert forecast.whole() is None, "there is no sample of the other setting yet"
-    forecast.add(2, seconds=1.0, evaluations=10)
-    assert forecast.whole() == ((3 * 3.0 + 2 * 1.0) / 2, 3 * 30 + 2 * 10)
+    forecast = Forecast(left=[0, 1, 2, 3, 4], steps=[10, 100])
+    assert forecast.time_left() == "" and not forecast.known
+    forecast.add(0, seconds=1.0, evaluations=20)
+    assert not forecast.known and forecast.time_left() == "roughly 22 seconds left", "by their steps"
+    forecast.add(1, seconds=30.0, evaluations=150)
+    assert forecast.known and forecast.time_left() == "about 32 seconds left"
+    assert str(forecast) == "360 evaluations but for ground truths, 63 seconds"
+    forecast.add(2, seconds=1.0, evaluations=20)
+    forecast.add(3, seconds=30.0, evaluations=150)
+    assert forecast.time_left() == "about 1 seconds left"
