@@ -56,7 +56,7 @@ def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_
     assert main.main(sweep(tmp_path / "sweep", tiny, *swept, "--seeds", "3,5", prompts=PROMPTS[:1])) == 0
     assert counted() == {"load_pipeline": 1, "sequential": 2, "encode": 1}
     printed = capsys.readouterr().out
-    assert "sweep: 4 settings of 2 samples: 8 runs left, 2 ground truths of 12 evaluations" in printed
+    assert "sweep: 4 settings of 2 samples, 8 to sample; 2 ground truths, 12 evaluations" in printed
     assert "foretold from one sample of each: " in printed and "SSIM, coarse_steps=2, tolerance=0: " in printed
     results = run_record(tmp_path / "sweep")["prompts"]
     settings = [(result["settings"]["coarse_steps"], result["settings"]["tolerance"]) for result in results]
