@@ -84,6 +84,21 @@ def test_runs_side_by_side_are_told_apart_by_what_differs(study, tmp_path, capsy
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_settings_of_a_sweep_are_columns_lines_and_strips_of_their_own(tmp_path):
+    varied = [{"setting": f"coarse_steps={B}", "settings": {"coarse_steps": B}} for B in (2, 4, 8)]
+    record = make(tmp_path, ["a", "a", "a"], varied=varied)
+    record.about["settings"] = {**record.about["settings"], "sweep": {"coarse_steps": [2, 4, 8]}}
+    for i in range(2):
+        add(record, i)
+    record.fail(2, 0, "out of memory")
+    record.finish()
+    page = (tmp_path / "report.html").read_text()
+    assert "sweep of coarse_steps: 3 samples" in page and "failed: coarse_steps=8: out of memory" in page
+    assert page.count("<section>") == 1 and page.count("<h4>coarse_steps=2</h4>") == 1
+    assert '<optgroup label="coarse_steps=2">' in page and ">coarse steps</button>" in page
+    assert " coarse_steps=4</text>" in page and "coarse_steps=8</text>" not in page, "a line for what there is"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
 def test_the_page_works_in_a_browser(study):
