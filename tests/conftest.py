@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as tests run side by side, one a core; for what they start as well
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +17,8 @@ import diffusion
 from pipelines import stable_diffusion
 from study.quiet import quiet_libraries
 
+hypothesis.settings.register_profile("srds", deadline=None)  # a machine may be busy
+hypothesis.settings.load_profile("srds")
 PROMPTS = ["a red sun", "a moon", "snow at night", "the sea"]
 
 
