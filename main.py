@@ -173,7 +173,7 @@ def parse_arguments(parser, flags, argv):
     """The `Command`, checked as far as it can be before the model is known. Raises Failure."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    seeds, values = args.seeds and read_seeds(args.seeds), read_sweep(args.sweep or (), flags)
+    seeds, values = None if args.seeds is None else read_seeds(args.seeds), read_sweep(args.sweep or (), flags)
     several = {"seed": "seeds"} if seeds else {}
     several |= dict.fromkeys(values, "sweep")
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(several, several)))  # which has no defaults

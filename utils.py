@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from settings import in_one_line
@@ -73,7 +73,7 @@ def filmstrip(results, images, names, about):
         left = gap + c * (CELL + gap)
         for r, (result, image) in enumerate(zip(results, images(name))):
             top = r * row + gap + line + 6
-            strip.paste(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), (left, top))
+            strip.paste(ImageOps.contain(Image.fromarray(image), size, Image.Resampling.BICUBIC), (left, top))
             caption = "\n".join(_caption(name, result, settings_of(result, about)["fine_steps"]))
             draw.multiline_text((left, top + size[1] + 2), caption, "black", font, spacing=2)
     return np.asarray(strip)

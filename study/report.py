@@ -8,6 +8,7 @@ import base64
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 import utils
 from settings import Failure, in_one_line
-from study.directory import read_run
+from study.directory import read_run, read_set
 from study.results import results_rows
 
 COLUMNS = [
@@ -64,11 +65,17 @@ def page(runs, link=True):
     how = [{"name": name, **_how(record)} for (record, _), name in zip(runs, names)]
     return environment.get_template("report.html.jinja").render(
         title=f"{title}: {count} samples",
-        summary=f"{failed} of {count} samples failed." if failed else "All samples are complete.",
+        summary=_state(count, failed, sum(len(record.get("folders", record["prompts"])) for record, _ in runs)),
         runs=how, plots=_plots(rows), columns=columns,
         rows=[{name: _plain(row.get(name)) for name in columns} for row in rows],
         samples=samples.values(),
     )  # fmt: skip
+
+
+def _state(count, failed, asked):
+    """In a sentence, what became of the samples: how many there are, of these failed, and were asked for."""
+    missing = f"; {asked - count} of {asked} are missing, as the run has not ended" if count < asked else ""
+    return f"{failed} of {count} samples failed{missing}." if failed or missing else "All samples are complete."
 
 
 def _what(settings):
@@ -83,7 +90,10 @@ def _names(records):
     # What only one of two methods has says no more than the method.
     differing = [key for key in differing if None not in values[key]] or differing
     names = [
-        ", ".join(f"{key} {record['settings'][key]}" for key in differing if record["settings"].get(key) is not None)
+        ", ".join(
+            [f"{key} {record['settings'][key]}" for key in differing if record["settings"].get(key) is not None]
+            + [f"sweep of {name}" for name in record["settings"].get("sweep", ())]
+        )
         for record in records
     ]
     return [name if name and names.count(name) == 1 else f"run {i + 1} {name}".strip() for i, name in enumerate(names)]
@@ -136,7 +146,11 @@ def _plots(rows):
     if not known:
         return ""
     names = [*dict.fromkeys(row["line"] for row in known)]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}):
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}),
+    ):
+        warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks: the browser's has them
         figure = Figure(figsize=(10, 3.6 + 0.25 * -(-len(names) // 3)), layout="constrained")
         for axes, across in zip(figure.subplots(1, 2, sharey=True), ("serial_evaluations", "seconds")):
             for i, name in enumerate(names):
@@ -160,8 +174,18 @@ def _means(rows, across):
     """The means by iteration of two columns, `across` and the difference."""
     samples = {}
     for row in rows:
-        samples.setdefault((row["prompt"], row["seed"]), []).append((row[across], row["image_error"]))
+        samples.setdefault((row["run"], row["folder"]), []).append((row[across], row["image_error"]))
     return utils.mean_points(list(samples.values())).T
+
+
+def _results(folder, record):
+    """A run's results, with those of sets that a run which was killed has not come to record."""
+    found = {result["folder"]: result for result in record["prompts"]}
+    for name in record["folders"]:
+        entry = read_set(folder / name / "result.json")
+        if entry.get("complete") and entry["run"] == record["run"]:
+            found.setdefault(name, entry["result"])
+    return [found[name] for name in record["folders"] if name in found]
 
 
 def main(argv=None):
@@ -172,11 +196,14 @@ def main(argv=None):
     parser.add_argument("--link", action="store_true", help="leave images where they are, in place of embedding them")
     args = parser.parse_args(argv)
     try:
+        if Path(args.output).suffix != ".html":
+            raise Failure(f"argument --output: {args.output} is no page; give a name that ends in .html")
         runs = []
         for folder in args.folders:
             record = read_run(Path(folder) / "run.json")
             if not record:
                 raise Failure(f"{folder} holds no whole record of a run; give its output directory")
+            record["prompts"] = _results(Path(folder), record)
             beside = os.path.relpath(folder, Path(args.output).parent)
             runs.append((record, beside if args.link else folder))
         Path(args.output).write_text(page(runs, args.link), encoding="utf-8")

@@ -26,7 +26,7 @@ def results_rows(results, about):
         own |= {name: settings[name] for name in dict.fromkeys([*SETTINGS, *result.get("settings", {})])}
         ends = {"error": result.get("error"), "folder": result["folder"]}
         truth = {"sequential_seconds": result["seconds"]["ground_truth"]} if "seconds" in result else {}
-        entries = result.get("iterations", [{}])
+        entries = result.get("iterations", [{"verdict": "failed"}])
         rows += [own | machine | entry | {"final": entry is entries[-1]} | truth | ends for entry in entries]
     return rows
 

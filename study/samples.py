@@ -5,7 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from settings import MEASURES, SettingError, Settings, choice, number, text
+from settings import MEASURES, SettingError, Settings, choice, in_one_line, number, text
 
 MOST_SEEDS = 10_000
 MOST_RUNS = 1000  # of a sweep that begins without being asked again
@@ -80,7 +80,7 @@ def read_metrics(words, loading, ground_truth):
 
 def label(variation):
     """A combination of a sweep, as a person reads it."""
-    return ", ".join(f"{name}={value}" for name, value in variation.items())
+    return ", ".join(f"{name}={in_one_line(value)}" for name, value in variation.items())
 
 
 def check_prompt(prompt):

@@ -99,6 +99,16 @@ def test_settings_of_a_sweep_are_columns_lines_and_strips_of_their_own(tmp_path)
     assert " coarse_steps=4</text>" in page and "coarse_steps=8</text>" not in page, "a line for what there is"
 
 
+def test_a_run_that_was_killed_is_shown_as_far_as_it_came(tmp_path):
+    record = make(tmp_path / "out", ["a", "a", "b"])  # a prompt twice
+    for i in range(2):
+        add(record, i, errors=(3.0 + i, 1.0))
+    assert report.main([str(tmp_path / "out"), "-o", str(tmp_path / "page.html"), "--link"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "0 of 2 samples failed; 1 of 3 are missing" in page and page.count("<tr><td") == 4
+    assert report.main([str(tmp_path / "out"), "-o", str(tmp_path / "out" / "run.json")]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
 def test_the_page_works_in_a_browser(study):
