@@ -330,7 +330,7 @@ def test_waiting_ends_when_it_is_over(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["lanes", "prompts"])
+@pytest.mark.parametrize("parallel", ["prompts", pytest.param("lanes", marks=pytest.mark.long)])
 def test_a_sweep_of_several_processes_equals_that_of_one(parallel, tiny, tmp_path):
     texts = ["--prompt", "a moon", "--prompt", "a sun"]
     argv = ["--model", str(tiny), "--device", "cpu", "--no-report", "-fs", "6", "--sweep", "cs=2,3", *texts]
