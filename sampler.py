@@ -177,7 +177,7 @@ class Sampler:
         states = diffusion.sequential(x, denoise, step, points, kept or self.boundaries)
         return Sequential(states, self.image(states), time.perf_counter() - started)
 
-    @property
+    @functools.cached_property
     def truth_depends_on(self):
         """What a ground truth depends on beside prompt and seed; samplers that are alike in it can share one."""
         settings = self.settings

@@ -81,14 +81,15 @@ def filmstrip(results, images, names, about):
 
 def captioned(image, lines):
     """An image, at least 256 pixels wide, with lines of text below: uint8 (height, width, 3)."""
-    picture, line = Image.fromarray(image), 18
+    picture, font, line = Image.fromarray(image), _font(), 18
     times = -(-256 // picture.width)
     picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
     lines = [part for text in lines for part in textwrap.wrap(in_one_line(text), picture.width // 8)]
     whole = Image.new("RGB", (picture.width, picture.height + line * len(lines) + 2 * GAP), "white")
     whole.paste(picture)
+    draw = ImageDraw.Draw(whole)
     for i, text in enumerate(lines):
-        ImageDraw.Draw(whole).text((GAP, picture.height + GAP + i * line), text, "black", _font())
+        draw.text((GAP, picture.height + GAP + i * line), text, "black", font)
     return np.asarray(whole)
 
 

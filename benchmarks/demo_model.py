@@ -87,9 +87,8 @@ def benchmark():
     texts = common.TEXTS + common.prompts(np.random.default_rng(7), args.others)[0]
     pairs = list(zip(texts, [SEED] * named + list(range(args.others))))
     refinements = common.refinements(sampler, [{"tolerance": 0}], pairs)
-    errors = (
-        refinements.pivot(index=["prompt", "seed"], columns="iteration", values="image_error").loc[pairs].to_numpy()
-    )
+    errors = refinements.pivot(index=["prompt", "seed"], columns="iteration", values="image_error")
+    errors = errors.loc[pairs].to_numpy()
     table = pd.DataFrame(errors, columns=[f"k={k}" for k in range(errors.shape[1])])
     table.insert(0, "prompt", texts)
     table["good"] = (errors.max(1) <= errors[:, 0] + 0.5) & (errors[:, :4][:, -1] <= 1)

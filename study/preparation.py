@@ -34,11 +34,10 @@ class Study(NamedTuple):
     """What a run works with once it is prepared.
 
     samplers: one for each of the command's settings, which its samples take in turn. failing: why some of these cannot
-    be used, a line by number. record: the output directory.
-    left: the numbers of the samples that are to be made. seeds: of all samples. starts: what each starts from, a
-    `refinement.Trajectory` or None. pending: whether another run's results are there until this one has some. metrics:
-    a `study.metrics.Metrics`, or None. show: what shows a refinement's image while the run lasts, see `preview.show`,
-    or None.
+    be used, a line by number. record: the output directory. left: the numbers of the samples that are to be made.
+    seeds: of all samples. starts: what each starts from, a `refinement.Trajectory` or None. pending: whether another
+    run's results are there until this one has some. metrics: a `study.metrics.Metrics`, or None. show: what shows a
+    refinement's image while the run lasts, see `preview.show`, or None.
     """
 
     samplers: list
@@ -132,7 +131,7 @@ def make_samplers(command, pipeline, processes, plans):
 
 def check_model(command, resolved, starts, model, device):
     """Raise SettingError for what the model, or the device, cannot do; `resolved` are the settings for it."""
-    family = model.family
+    family, distinct = model.family, {id(start): start for start in starts if start}.values()  # one may be all samples'
     if command.seeds and not family.prompted and len({*command.texts}) > 1:
         remedy = f"makes the same samples for each line, as {model.name} reads no prompts; give one line"
         raise SettingError("seeds", ",".join(map(str, dict.fromkeys(command.seeds))), remedy)
@@ -141,7 +140,7 @@ def check_model(command, resolved, starts, model, device):
     for settings in resolved:
         if "lpips" in command.metrics and min(settings.height, settings.width) < SMALLEST:
             raise SettingError("metrics", "lpips", f"needs images of {SMALLEST} pixels or more a side; leave it out")
-        for start in {id(start): start for start in starts if start}.values():
+        for start in distinct:
             start.check(family.shape(settings.height, settings.width), model.name)
         check_size(settings, command.loading, family, device)
 
@@ -185,11 +184,8 @@ def kept_starts(command, processes):
 
     Raises SettingError where there are none, or as many others, or others than the first process finds.
     """
-    folder, settings, remedy = (
-        command.start_from,
-        len(command.swept),
-        "give the output directory of a run that kept them",
-    )
+    folder, settings = command.start_from, len(command.swept)
+    remedy = "give the output directory of a --keep-trajectories run"
     if folder is None:
         return [None] * len(command.texts)
     record, pairs = read_run(Path(folder, "run.json")), len(command.texts) // settings

@@ -48,11 +48,8 @@ def compare(folder, folders, made_by, resume):
     if resume and difference:
         name, now, before = difference
         if difference == OTHER_PROMPTS:
-            raise SettingError(
-                "resume",
-                True,
-                "finds other prompts in the earlier run, or seeds or settings; give the same, or leave it out",
-            )
+            remedy = "finds other prompts in the earlier run, or seeds or settings; give the same, or leave it out"
+            raise SettingError("resume", True, remedy)
         if " " in name:  # no setting
             raise SettingError(
                 "resume", True, f"finds another {name} ({now}) than the earlier run had ({before}); leave it out"
@@ -220,11 +217,8 @@ class Record:
                 earlier.remove()
             elif self.difference and earlier.files:
                 name, now, before = self.difference
-                had = (
-                    "other prompts or settings"
-                    if self.difference == OTHER_PROMPTS
-                    else f"{name} {before!r}, not {now!r},"
-                )
+                others = self.difference == OTHER_PROMPTS
+                had = "other prompts or settings" if others else f"{name} {before!r}, not {now!r},"
                 place = self.folder / earlier.set_aside(self.about["run"])
                 said = f"the earlier run of {self.folder} had {had} and is now in {place}"
             self.begin()

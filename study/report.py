@@ -49,8 +49,7 @@ def page(runs, link=True):
             sample = samples.setdefault(title, {"name": title, "errors": [], "strips": []})
             of = ", ".join(filter(None, (run, result.get("setting"))))
             sample["errors"] += [f"{of}: {result['error']}" if of else result["error"]] if "error" in result else []
-            images = _images(result, record, place, link)
-            sample["strips"].append({"name": of, "images": images, "count": len(images)})
+            sample["strips"].append({"name": of, "images": _images(result, record, place, link)})
     swept = dict.fromkeys(name for record, _ in runs for name in record["settings"].get("sweep", ()))
     columns = ["prompt", "run", "setting", *swept, "seed", *COLUMNS]
     columns = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
@@ -59,8 +58,8 @@ def page(runs, link=True):
     )
     environment.filters["cell"] = _cell
     settings, count = runs[0][0]["settings"], sum(len(record["prompts"]) for record, _ in runs)
-    alone = f"sweep of {', '.join(settings['sweep'])}" if settings.get("sweep") else _what(settings)
-    title = alone if len(runs) == 1 else f"{len(runs)} runs"
+    title = f"{settings['method']}, N = {settings['fine_steps']}" if len(runs) == 1 else f"{len(runs)} runs"
+    title = f"sweep of {', '.join(settings['sweep'])}" if len(runs) == 1 and settings.get("sweep") else title
     failed = sum("error" in result for record, _ in runs for result in record["prompts"])
     how = [{"name": name, **_how(record)} for (record, _), name in zip(runs, names)]
     return environment.get_template("report.html.jinja").render(
@@ -76,10 +75,6 @@ def _state(count, failed, asked):
     """In a sentence, what became of the samples: how many there are, of these failed, and were asked for."""
     missing = f"; {asked - count} of {asked} are missing, as the run has not ended" if count < asked else ""
     return f"{failed} of {count} samples failed{missing}." if failed or missing else "All samples are complete."
-
-
-def _what(settings):
-    return f"{settings['method']}, N = {settings['fine_steps']}"
 
 
 def _names(records):
@@ -146,10 +141,8 @@ def _plots(rows):
     if not known:
         return ""
     names = [*dict.fromkeys(row["line"] for row in known)]
-    with (
-        warnings.catch_warnings(),
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}),
-    ):
+    style = {"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}
+    with warnings.catch_warnings(), matplotlib.rc_context(style):
         warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks: the browser's has them
         figure = Figure(figsize=(10, 3.6 + 0.25 * -(-len(names) // 3)), layout="constrained")
         for axes, across in zip(figure.subplots(1, 2, sharey=True), ("serial_evaluations", "seconds")):

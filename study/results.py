@@ -5,9 +5,9 @@ import pandas as pd
 
 from utils import names_of, settings_of
 
-# What compares an image with its own ground truth, and what a person calls it.
+# What compares an image with its own ground truth, and what a person calls it; PSNR, infinite of equals, has no mean.
 PAIRED = {
-    "image_error": "difference to sequential", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS",
+    "image_error": "difference to sequential", "ssim": "SSIM", "lpips": "LPIPS",
     "clip_difference": "CLIP score minus sequential's", "scene_difference": "scene score minus sequential's",
 }  # fmt: skip
 SETTINGS = ("method", "solver", "fine_steps", "coarse_steps", "guidance_scale", "tolerance", "stop_rule")
@@ -63,14 +63,18 @@ def summary(results, about):
     return _table(rows)
 
 
+def _by_setting(results, about):
+    """Each setting's name and its samples' last refinements, a DataFrame."""
+    table = pd.DataFrame(results_rows(results, about))
+    return table[table.final].groupby("setting", sort=False)
+
+
 def _of_settings(results, about):
     """A row a setting: means over its samples, the worst difference, and how many failed."""
-    table = pd.DataFrame(results_rows(results, about))
-    table = table[table.final]
     header = "setting|samples|failed|iterations|serial evaluations|total|seconds|sequential s|difference|worst"
     rows = [header.split("|")]
     digits = {"iteration": 1, "serial_evaluations": 1, "total_evaluations": 0, "seconds": 2, "sequential_seconds": 2}
-    for name, part in table.groupby("setting", sort=False):
+    for name, part in _by_setting(results, about):
         known = part.reindex(columns=[*digits, "image_error"]).astype(float)
         known["iteration"] += 1
         means = [_number(known[column].mean(), count) for column, count in digits.items()]
@@ -81,14 +85,13 @@ def _of_settings(results, about):
 
 def paired(results, about):
     """Lines on what else was measured against each sample's own ground truth: mean, standard deviation, pairs."""
-    table = pd.DataFrame(results_rows(results, about))
-    table, lines = table[table.final], []
-    for column in (column for column in PAIRED if column in table and column != "psnr"):  # that is infinite of equals
-        for name, part in table.groupby("setting", sort=False):
-            values = part[column].dropna().astype(float)
+    parts, lines = [*_by_setting(results, about)], []
+    for column, words in PAIRED.items():
+        for name, part in parts:
+            values = part.get(column, pd.Series(dtype=float)).dropna().astype(float)
             if len(values) > 1:
                 spread = f"{values.mean():.5g} ± {values.std():.2g} ({len(values)} pairs)"
-                lines.append(f"{PAIRED[column]}{f', {name}' if name else ''}: {spread}")
+                lines.append(f"{words}{f', {name}' if name else ''}: {spread}")
     return lines
 
 
