@@ -28,6 +28,7 @@ from srds import Iterate
 
 MOVED = 1.0  # grey levels of the images' 255, shared by all nodes, that what they miss may change the sample by
 DENSELY_MOVED = 0.15  # where there are as many as DENSE, or all
+SHOWN = 0.1  # of what is missed, in samples whose nodes become dense: guidance has later steps forget the rest
 NODES = 13  # of the first solution
 DENSE = 100  # nodes, where interpolation between the first ones does not serve
 ROUGH = 5.0  # grey levels by which neighbours miss a first node's d, above which nodes are dense
@@ -39,7 +40,7 @@ BLOCK = 64  # nodes that are solved for together
 
 @torch.no_grad()
 def collocation(
-    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, start=None,
+    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, tolerance=0.0, start=None,
     agree=lambda chosen: chosen,
 ):  # fmt: skip
     """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
@@ -53,6 +54,8 @@ def collocation(
     dense: whether to begin with dense nodes, as where the sample depends on early states strongly, which it does in
         pixels. Nodes become dense as well where the first ones show d to be too rough for interpolation, and where a
         refinement changes the sample by much.
+    tolerance: grey levels that the sample may be off by; where nodes become dense, as they do with strong guidance, a
+        larger one takes fewer evaluations.
     start: what d is held at to begin with: float32 (B, E), and W, float64 (N, B). The first tick then evaluates all
         nodes.
     agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
@@ -71,6 +74,8 @@ def collocation(
     # What the steps between two nodes make of a change of d there that goes unseen, as d changes by 1 / (2 signal).
     effect = solver.gain / (2 * solver.signal[:-1].clamp(min=1e-3))
     system, chosen, at_once = System(t, chain.states(x, t), kept), [0], start is not None
+    begins_dense = dense or len(t) >= min(N, DENSE)
+    densely = DENSELY_MOVED if begins_dense else min(max(tolerance / SHOWN, DENSELY_MOVED), MOVED)
     last, ticks, lane_steps, k = None, 0, 0, 0
     if start:
         system.X, system.d = chain.held(x, t, *start), start[1][t].to(x) @ start[0]
@@ -80,7 +85,7 @@ def collocation(
         dense = dense or M >= min(N, DENSE)
         wide = window or usual_window(M, narrow=dense and k == 0 and not start)
         chosen = chosen if at_once else chosen[:wide]
-        matters = (DENSELY_MOVED if dense else MOVED) / N / effect[system.t] / 127.5
+        matters = (densely if dense else MOVED) / N / effect[system.t] / 127.5
         W = interpolation(N, system.t)
         C, free, bound = (chain.K[system.t] @ W).to(x), chain.states(x, system.t), min(N, ticks + 2 * M + 8)
         rough = False

@@ -1,6 +1,7 @@
 """Collocated refinement beside its peers on the demo model and on the model of real data.
 
     python benchmarks/collocation.py            # hours; writes benchmarks/results/collocation.{csv,png}
+    python benchmarks/collocation.py --own      # collocation's rows alone; the others stay as they were
     python benchmarks/collocation.py --brief    # minutes, on a quiet machine; writes benchmarks/results/seconds.csv
 
 For each model, N and guidance, on the same prompts and noise: where collocation's defaults stop (the final rule at
@@ -46,8 +47,8 @@ def paradigms(sampler, prompt, seed, window, tolerance):
     return states[-1:], serial, total
 
 
-def runs(sampler, prompt, seed, brief):
-    """Rows of every method on one prompt, or of each one's fastest way."""
+def runs(sampler, prompt, seed, brief, own):
+    """Rows of every method, or of collocation alone, on one prompt; or of each one's fastest way."""
     N = sampler.settings.fine_steps
     truth = sampler.sequential(prompt, seed)
 
@@ -78,6 +79,8 @@ def runs(sampler, prompt, seed, brief):
             if (window or 0) <= N <= 200:
                 every, shown = collocated.vary(nodes=N, window=window), f", window {window}" if window else ""
                 rows += refined(f"collocation, all nodes{shown}", every.refine(prompt, seed), each=False)
+    if own:
+        return rows
     for B in (root,) if brief else (root, 2 * root):
         rows += refined(f"SRDS {B}", sampler.vary(coarse_steps=B, max_iterations=4).refine(prompt, seed))
     for window in (root,) if brief else sorted({root, min(32, N), min(N, 200)}):
@@ -138,6 +141,7 @@ if __name__ == "__main__":
         "--guidance", type=float, nargs="*", default=[1, 2, 4, 7.5, 12], help="of the demo (%(default)s)"
     )
     parser.add_argument("--samples", type=int, default=8, help="prompts, or seeds, a cell (%(default)s)")
+    parser.add_argument("--own", action="store_true", help="collocation's rows alone; the others stay")
     parser.add_argument("--brief", action="store_true", help="each method's fastest way, for its seconds")
     args = parser.parse_args()
     path = common.RESULTS / ("seconds.csv" if args.brief else "collocation.csv")
@@ -147,7 +151,7 @@ if __name__ == "__main__":
         for N, guidance in ((N, guidance) for N in args.steps for guidance in guidances):
             sampler, rows = loaded.vary(fine_steps=N, coarse_steps=1, guidance_scale=guidance), []
             for text, seed in common.pairs(args.samples):
-                rows += runs(sampler, sampler.encode(text), seed, args.brief)
+                rows += runs(sampler, sampler.encode(text), seed, args.brief, args.own)
             groups = pd.DataFrame(rows).groupby("method", sort=False)
             table = (
                 groups[["serial", "total", "difference"]]
@@ -161,6 +165,7 @@ if __name__ == "__main__":
             table.insert(0, "model", model)
             old = pd.read_csv(path) if path.exists() else table[:0]
             same = (old.model == model) & (old.N == N) & (old.guidance == (guidance or 0.0))
+            same &= ~old.method.str.contains("SRDS|Para|DDIM|DPM") if args.own else True
             common.RESULTS.mkdir(exist_ok=True)
             pd.concat([old[~same], table]).to_csv(path, index=False, float_format="%.5g")
             print(table.round(3).to_string(index=False), flush=True)
