@@ -5,28 +5,24 @@ python -m study.report DIR [DIR ...] -o compare.html
 
 import argparse
 import base64
-import io
 import os
 import sys
-import warnings
 from pathlib import Path
 from urllib.parse import quote
 
 import jinja2
-import matplotlib
-from matplotlib.figure import Figure
 
 import utils
 from settings import Failure, in_one_line
 from study.directory import read_run, read_set
-from study.results import results_rows
+from study.plots import plots
+from study.results import by_setting, results_rows
 
 COLUMNS = [
     "iteration", "serial_evaluations", "total_evaluations", "widest_tick", "seconds", "peak_memory_mib", "image_change",
     "trajectory_change", "image_error", "psnr", "ssim", "lpips", "clip", "clip_difference", "scene", "scene_difference",
     "verdict", "error",
 ]  # fmt: skip
-MARKERS = "osD^v<>pX*"
 # Settings that change no sample, or are those of the samples.
 SAME = {"output_dir", "prompts", "prompt", "seed", "seeds", "sweep", "metrics", "no_ground_truth", "keep_trajectories"}
 SAME |= {"parallel"}
@@ -65,7 +61,7 @@ def page(runs, link=True):
     return environment.get_template("report.html.jinja").render(
         title=f"{title}: {count} samples",
         summary=_state(count, failed, sum(len(record.get("folders", record["prompts"])) for record, _ in runs)),
-        runs=how, plots=_plots(rows), columns=columns,
+        runs=how, plots=plots(rows, swept), settings=by_setting(rows, "line") if count > 1 else [], columns=columns,
         rows=[{name: _plain(row.get(name)) for name in columns} for row in rows],
         samples=samples.values(),
     )  # fmt: skip
@@ -133,42 +129,6 @@ def _plain(value):
 
 def _cell(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:120]
-
-
-def _plots(rows):
-    """Difference against serial evaluations and seconds, a line a run and setting of means over samples: SVG, or ""."""
-    known = [row for row in rows if row.get("image_error") is not None]
-    if not known:
-        return ""
-    names = [*dict.fromkeys(row["line"] for row in known)]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}
-    with warnings.catch_warnings(), matplotlib.rc_context(style):
-        warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks: the browser's has them
-        figure = Figure(figsize=(10, 3.6 + 0.25 * -(-len(names) // 3)), layout="constrained")
-        for axes, across in zip(figure.subplots(1, 2, sharey=True), ("serial_evaluations", "seconds")):
-            for i, name in enumerate(names):
-                points = _means([row for row in known if row["line"] == name], across)
-                shade = str(0.6 * i / max(len(names) - 1, 1))
-                label = " " + name.replace("$", r"\$")  # no formula, and no name that a legend leaves out
-                line = {"linestyle": ("-", "--", ":")[i % 3], "marker": MARKERS[i % 10], "label": label}
-                axes.plot(*points, color=shade, **line)
-            axes.set_xlabel(across.replace("_", " "))
-            axes.set_yscale("symlog", linthresh=0.01)
-            axes.grid(True, color="0.9")
-        figure.axes[0].set_ylabel("grey levels of 255")
-        if len(names) > 1:
-            figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=3)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    return file.getvalue()[file.getvalue().index("<svg") :]
-
-
-def _means(rows, across):
-    """The means by iteration of two columns, `across` and the difference."""
-    samples = {}
-    for row in rows:
-        samples.setdefault((row["run"], row["folder"]), []).append((row[across], row["image_error"]))
-    return utils.mean_points(list(samples.values())).T
 
 
 def _results(folder, record):

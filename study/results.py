@@ -1,14 +1,16 @@
-"""The results of a run as tables: the CSV, the closing table, and paired differences."""
+"""The results of a run as tables: the CSV, and what is printed at the end, with differences of pairs."""
+
+import math
 
 import numpy as np
 import pandas as pd
 
 from utils import names_of, settings_of
 
-# What compares an image with its own ground truth, and what a person calls it; PSNR, infinite of equals, has no mean.
+# What compares an image with its own ground truth, and its column; PSNR, infinite of equals, has no mean.
 PAIRED = {
-    "image_error": "difference to sequential", "ssim": "SSIM", "lpips": "LPIPS",
-    "clip_difference": "CLIP score minus sequential's", "scene_difference": "scene score minus sequential's",
+    "image_error": "difference", "ssim": "SSIM", "lpips": "LPIPS", "clip_difference": "CLIP less sequential's",
+    "scene_difference": "scene less sequential's",
 }  # fmt: skip
 SETTINGS = ("method", "solver", "fine_steps", "coarse_steps", "guidance_scale", "tolerance", "stop_rule")
 
@@ -38,9 +40,14 @@ def results_table(results, about):
 
 
 def summary(results, about):
-    """The closing table: a row a sample, or of a sweep a row a setting."""
-    if any("setting" in result for result in results):
-        return _of_settings(results, about)
+    """The closing tables: a row a sample, but not of a sweep, and of several samples their means, a row a setting."""
+    swept = any("setting" in result for result in results)
+    tables = [] if swept else [_of_samples(results, about)]
+    tables += [by_setting(results_rows(results, about))] if len(results) > 1 else []
+    return "\n".join(map(_aligned, tables))
+
+
+def _of_samples(results, about):
     header = "prompt|iterations|serial evaluations|total|seconds|sequential s|difference|damping|converged"
     rows = [header.split("|")]
     for result, text in zip(results, names_of(results, 40)):
@@ -60,46 +67,42 @@ def summary(results, about):
             f"{result['damping']:.2f}" if result["damping"] else "-",
             f"{'yes' if result['converged'] else 'no'} ({result['stop_reason']}{' to rounding' * rounded})",
         ))  # fmt: skip
-    return _table(rows)
+    return rows
 
 
-def _by_setting(results, about):
-    """Each setting's name and its samples' last refinements, a DataFrame."""
-    table = pd.DataFrame(results_rows(results, about))
-    return table[table.final].groupby("setting", sort=False)
+def by_setting(rows, by="setting"):
+    """Means over each setting's samples, of their last refinements: rows of texts, the header first.
 
-
-def _of_settings(results, about):
-    """A row a setting: means over its samples, the worst difference, and how many failed."""
-    header = "setting|samples|failed|iterations|serial evaluations|total|seconds|sequential s|difference|worst"
-    rows = [header.split("|")]
+    rows: as of `results_rows`. by: what tells the settings apart. What compares a sample with its own ground truth
+    has its standard deviation beside it: it is of the differences of pairs, not of the scores.
+    """
+    table = pd.DataFrame([row for row in rows if row["final"]])
     digits = {"iteration": 1, "serial_evaluations": 1, "total_evaluations": 0, "seconds": 2, "sequential_seconds": 2}
-    for name, part in _by_setting(results, about):
-        known = part.reindex(columns=[*digits, "image_error"]).astype(float)
+    measured = [name for name in PAIRED if name in table and table[name].notna().any()]
+    header = ["setting", "samples", "failed", "iterations", "serial evaluations", "total", "seconds", "sequential s"]
+    means = [header + [PAIRED[name] for name in measured] + ["worst difference"]]
+    for name, part in table.groupby(by, sort=False):
+        known = part.reindex(columns=[*digits, *PAIRED]).astype(float)
         known["iteration"] += 1
-        means = [_number(known[column].mean(), count) for column, count in digits.items()]
-        errors = [_number(value, 3) for value in (known.image_error.mean(), known.image_error.max())]
-        rows.append((name, str(len(part)), str(part.error.notna().sum()), *means, *errors))
-    return _table(rows)
-
-
-def paired(results, about):
-    """Lines on what else was measured against each sample's own ground truth: mean, standard deviation, pairs."""
-    parts, lines = [*_by_setting(results, about)], []
-    for column, words in PAIRED.items():
-        for name, part in parts:
-            values = part.get(column, pd.Series(dtype=float)).dropna().astype(float)
-            if len(values) > 1:
-                spread = f"{values.mean():.5g} ± {values.std():.2g} ({len(values)} pairs)"
-                lines.append(f"{words}{f', {name}' if name else ''}: {spread}")
-    return lines
+        counts = str(len(part)), str(part.error.notna().sum())
+        cost = [_number(known[column].mean(), places) for column, places in digits.items()]
+        spreads = [_spread(known[column].dropna()) for column in measured]
+        means.append([name or "all", *counts, *cost, *spreads, _number(known.image_error.max(), 3)])
+    return means
 
 
 def _number(value, digits):
     return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
-def _table(rows):
+def _spread(values):
+    """Mean ± standard deviation, to its two leading digits."""
+    deviation = values.std() if len(values) > 1 else 0
+    digits = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 3
+    return _number(values.mean(), digits) + (f" ± {deviation:.{digits}f}" if deviation else "")
+
+
+def _aligned(rows):
     """Rows of texts, the header first, in columns; all but the first are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in rows]

@@ -14,7 +14,7 @@ from study.earlier import is_locked_by
 from study.forecast import Forecast
 from study.preparation import prepare
 from study.processes import ProcessError, wait_until
-from study.results import paired, summary
+from study.results import summary
 from study.samples import label
 from study.sampling import Shared, explain, sample, warn_if_cut
 
@@ -218,9 +218,8 @@ def sum_up(command, study):
         wait_until(gather)  # what others have written shows up here
     results = record.finish()
     print(summary(results, record.about))
-    if command.kind == "samples" or command.metrics:
-        for line in paired(results, record.about):
-            print(line)
-    failures = [result["error"] for result in results if "error" in result]
+    failures = [result for result in results if "error" in result]
     if failures:
-        raise Failure(f"{len(failures)} of {len(command.texts)} {command.kind} failed; the first: {failures[0]}")
+        first = f"the first{', of ' * ('setting' in failures[0])}{failures[0].get('setting', '')}"
+        failed = f"{len(failures)} of {len(command.texts)} {command.kind} failed"
+        raise Failure(f"{failed}; {first}: {failures[0]['error']}")

@@ -346,7 +346,7 @@ def test_several_seeds_are_a_sample_each(run, tiny, tmp_path):
     prompts = ["--prompt", "a moon", "--prompt", "a sun", "--no-ground-truth"]
     status, out, printed = run(*prompts, "--seeds", "7-8,3")
     assert status == 0 and "sample 2 of 6: a moon, seed 8" in printed
-    assert [line.split("  ")[0] for line in printed.splitlines()[-2:]] == ["a sun, seed 8", "a sun, seed 3"]
+    assert [line.split("  ")[0] for line in printed.splitlines()[-4:-2]] == ["a sun, seed 8", "a sun, seed 3"]
     results = run_record(out)["prompts"]
     assert [(result["prompt"][2:], result["seed"]) for result in results] == [
         (prompt, seed) for prompt in ("moon", "sun") for seed in (7, 8, 3)

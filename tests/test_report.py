@@ -21,7 +21,8 @@ window.onerror = message => errors.push(message);
 window.onload = () => {
   const body = document.querySelector("#results tbody"), heads = [...document.querySelectorAll("#results th")];
   const column = name => heads.findIndex(head => head.textContent === name);
-  const values = name => [...body.rows].filter(row => !row.hidden).map(row => row.cells[column(name)].title);
+  const value = cell => cell.title || cell.textContent;
+  const values = name => [...body.rows].filter(row => !row.hidden).map(row => value(row.cells[column(name)]));
   const found = {title: document.title, rows: values("seed").length};
   heads[column("image error")].firstChild.click(); found.up = values("image error");
   heads[column("image error")].firstChild.click(); found.down = values("image error");
@@ -31,6 +32,10 @@ window.onload = () => {
   const stack = compare.querySelector(".stack"), [border, difference] = compare.querySelectorAll("input");
   border.value = 20; border.oninput(); found.border = stack.style.getPropertyValue("--x");
   difference.checked = true; difference.oninput(); found.difference = stack.className;
+  found.options = [...compare.querySelectorAll("select")].map(side => [...side.options].map(option => option.text));
+  found.chosen = [...stack.querySelectorAll("img")].map(image => image.alt);
+  compare.querySelector("select").value = 1; compare.querySelector("select").oninput();
+  found.source = stack.querySelector("img").src === compare.parentElement.querySelectorAll("figure img")[1].src;
   found.images = stack.querySelectorAll("img").length;
   found.broken = [...document.images].filter(image => image.complete && !image.naturalWidth).length;
   found.alone = [...document.images].filter(image => !image.alt).length;
@@ -77,7 +82,8 @@ def test_runs_side_by_side_are_told_apart_by_what_differs(study, tmp_path, capsy
     page = tmp_path / "compare.html"
     assert report.main([str(study), str(tmp_path / "other"), "-o", str(page)]) == 0
     text = page.read_text()
-    assert "coarse_steps 2" in text and "coarse_steps 4" in text and 'src="data:image/png;base64,' in text
+    assert "coarse_steps 2" in text and "coarse_steps 4" in text
+    assert text.count('src="data:image/png;base64,') == text.count("base64") == 2 * 4 + 3 * 3, "each image once"
     assert report.main([str(study), str(tmp_path / "other"), "-o", str(page), "--link"]) == 0
     assert "base64" not in page.read_text() and 'src="other/000-' in page.read_text()
     assert report.main([str(tmp_path), "-o", str(page)]) == 2
@@ -95,8 +101,44 @@ def test_settings_of_a_sweep_are_columns_lines_and_strips_of_their_own(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "sweep of coarse_steps: 3 samples" in page and "failed: coarse_steps=8: out of memory" in page
     assert page.count("<section>") == 1 and page.count("<h4>coarse_steps=2</h4>") == 1
-    assert '<optgroup label="coarse_steps=2">' in page and ">coarse steps</button>" in page
+    assert ">coarse steps</button>" in page and "against coarse steps" not in page, "two numbers are no axis"
     assert " coarse_steps=4</text>" in page and "coarse_steps=8</text>" not in page, "a line for what there is"
+
+
+def test_a_page_has_means_with_the_spread_of_pairs_and_a_plot_over_what_was_swept(tmp_path):
+    values = (2, 4, 8)
+    varied = [
+        {"setting": f"coarse_steps={B}, solver={solver}", "settings": {"coarse_steps": B, "solver": solver}}
+        for B in values
+        for solver in ("ddim", "ddpm")
+    ]
+    record = make(tmp_path, ["a"] * 6 + ["b"] * 6, varied=varied)
+    record.about["settings"] = {**record.about["settings"], "sweep": {"coarse_steps": [*values], "solver": ["ddim"]}}
+    for i in range(11):
+        add(record, i, errors=(9.0, 1.0 if i < 6 else 3.0))
+    record.fail(11, 0, "out of memory")
+    record.finish()
+    page = (tmp_path / "report.html").read_text()
+    table = re.search("<h2>Means over samples</h2>.*?</table>", page, re.S)[0]
+    cells = [re.findall("<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert [row[0] for row in cells] == [each["setting"] for each in varied]
+    assert cells[0] == [
+        "coarse_steps=2, solver=ddim",
+        "2",
+        "0",
+        "1.0",
+        "4.0",
+        "9",
+        "0.50",
+        "2.00",
+        "2.0 ± 1.4",
+        "3.000",
+    ]
+    assert cells[-1][1:3] == ["2", "1"] and cells[-1][-2:] == ["1.000", "1.000"]
+    plot = page[page.index("<p>Last refinements, against coarse steps") :].partition("</svg>")[0]
+    words = re.findall(r"<text[^>]*>\s*(.*?)\s*</text>", plot)
+    assert {"2", "4", "8", "coarse steps", "solver=ddim", "solver=ddpm"} <= set(words)
+    assert "against solver" not in page
 
 
 def test_a_run_that_was_killed_is_shown_as_far_as_it_came(tmp_path):
@@ -105,7 +147,9 @@ def test_a_run_that_was_killed_is_shown_as_far_as_it_came(tmp_path):
         add(record, i, errors=(3.0 + i, 1.0))
     assert report.main([str(tmp_path / "out"), "-o", str(tmp_path / "page.html"), "--link"]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "0 of 2 samples failed; 1 of 3 are missing" in page and page.count("<tr><td") == 4
+    assert (
+        "0 of 2 samples failed; 1 of 3 are missing" in page and page.partition('id="results"')[2].count("<tr><td") == 4
+    )
     assert report.main([str(tmp_path / "out"), "-o", str(tmp_path / "out" / "run.json")]) == 2
 
 
@@ -121,4 +165,6 @@ def test_the_page_works_in_a_browser(study):
     assert found["title"] == "srds, N = 8: 3 samples" and found["rows"] == 7 and len(run_record(study)["prompts"]) == 3
     assert errors == sorted(errors) and [float(value) for value in found["down"] if value] == errors[::-1]
     assert set(found["filtered"]) == {NASTY[1]} and found["border"] == "20%" and "difference" in found["difference"]
+    stages = ["initialised", "iteration 0", "iteration 1", "ground truth"]
+    assert found["options"] == [stages, stages] and found["chosen"] == [stages[0], stages[-1]] and found["source"]
     assert found["images"] == 2 and found["broken"] == found["alone"] == 0 and found["errors"] == []
