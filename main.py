@@ -123,7 +123,8 @@ ARGUMENTS = {
          "values of a setting that loads no other model, such as coarse_steps=5,10,auto: a sample with each; may be "
          "repeated, for all combinations"),
         ("--yes", bool, None, f"begin a sweep of more than {MOST_RUNS} samples"),
-        ("--resume", bool, None, "keep the prompts that an earlier run of the same settings has completed"),
+        ("--resume", bool, None,
+         "keep what an earlier run has completed; prompts, seeds and values of a sweep may be added"),
         ("--overwrite", bool, None, "remove an earlier run of other results; else it is moved into earlier/"),
         ("--start-from", str, "DIR",
          "begin from the trajectories that an earlier run of one prompt, or of as many prompts as here, has kept"),

@@ -24,7 +24,7 @@ from study.earlier import Lock
 from study.fingerprint import made_by
 from study.processes import wait_until
 from study.record import KEPT, Record, compare, folder_names
-from study.samples import label
+from study.samples import combinations, label
 from study.sampling import explain
 
 SMALLEST = 32  # pixels that the network of LPIPS leaves something of
@@ -77,27 +77,14 @@ def prepare(command, processes, stack, measures=None):
         stack.callback(lambda: lock.release() if processes.size == 1 or processes.closed else None)
         preview.clear(folder, command.preview)
         stack.callback(preview.clear, folder)
-    plans = processes.broadcast(read_run(folder / "run.json").get("plans") if command.resume else None)
-    plans = plans if plans and len(plans) == len(resolved) else [None] * len(resolved)
+    plans = processes.broadcast(kept_plans(read_run(folder / "run.json") if command.resume else {}, command.swept))
     resolved = [planned(settings, plan) for settings, plan in zip(resolved, plans)]
-
-    def earlier(settings):
-        """What each result depends on, and what the directory holds of an earlier run."""
-        if not processes.first:
-            return processes.broadcast()
-        recorded = [{**recorded_settings(command, each, processes), "dtype": dtype} for each in settings]
-        adapters = [*(split_scale(lora)[0] for lora in command.loading.lora), *command.loading.textual_inversion]
-        try:
-            made = made_by(recorded, model, adapters, command.texts, seeds, starts)
-        except OSError as error:
-            raise Failure(f"{error.filename} cannot be read: {error.strerror}") from error
-        return processes.broadcast([made, *compare(folder, folders, made, command.resume)])
-
+    earlier = functools.partial(find_earlier, command, processes, model, dtype, folders, seeds, starts)
     found = None if any(settings.coarse_steps == "auto" for settings in resolved) else earlier(resolved)
     with processes.in_turn():
         pipeline = load_pipeline(model, replace(command.loading, device=str(device)))
     samplers, failing = make_samplers(command, pipeline, processes, plans)
-    made, files, difference, whole = found or earlier([sampler.settings for sampler in samplers])
+    made, folders, files, difference, whole = found or earlier([sampler.settings for sampler in samplers])
     about = {"run": run, "begun": begun, **describe(command, samplers, device, dtype)}
     record = Record(
         folder, about, folders, made, files, difference, varied=varied(command, samplers), overwrite=command.overwrite,
@@ -106,6 +93,26 @@ def prepare(command, processes, stack, measures=None):
     left = [i for i in range(len(command.texts)) if i not in whole]
     show = functools.partial(preview.show, folder, run) if command.preview and processes.first else None
     return Study(samplers, failing, record, left, seeds, starts, bool(files) and not command.resume, metrics, show)
+
+
+def find_earlier(command, processes, model, dtype, folders, seeds, starts, resolved):
+    """What each sample's result depends on, and what the directory holds of an earlier run; see `record.compare`."""
+    if not processes.first:
+        return processes.broadcast()
+    recorded = [{**recorded_settings(command, each, processes), "dtype": dtype} for each in resolved]
+    adapters = [*(split_scale(lora)[0] for lora in command.loading.lora), *command.loading.textual_inversion]
+    try:
+        made = made_by(recorded, model, adapters, command.texts, seeds, starts)
+    except OSError as error:
+        raise Failure(f"{error.filename} cannot be read: {error.strerror}") from error
+    return processes.broadcast([made, *compare(Path(command.output_dir), folders, made, command.resume)])
+
+
+def kept_plans(record, swept):
+    """The plan that an earlier run, as its `run.json` has it, has made for each combination of a sweep, or None."""
+    settings = combinations(record.get("settings", {}).get("sweep", {}))
+    known = dict(zip(map(label, settings), record.get("plans", ())))
+    return [known.get(label(each)) for each in swept]
 
 
 def planned(settings, plan):

@@ -26,16 +26,19 @@ OTHER_PROMPTS = ["prompts", "these", "others"]
 def compare(folder, folders, made_by, resume):
     """What there is of an earlier run in a directory, and whether it is of this one; nothing is touched.
 
-    folders: of the prompts, in it. made_by: for each, all that its result depends on. resume: whether that run is to be
-    resumed.
+    folders: of the samples, in it, where no earlier run has them. made_by: for each, all that its result depends on.
+    resume: whether that run is to be resumed, whose samples must be among these.
 
-    Returns the names of its files; the first thing that its results had otherwise (a list of its name and what it is
-    now and was then), or None; and the numbers of the prompts that are complete, where they may be kept.
+    Returns the samples' folders; the names of that run's files; the first thing that its results had otherwise (a list
+    of its name and what it is now and was then), or None; and the numbers of the samples that are complete, where they
+    may be kept.
 
     Raises SettingError where what is not ours is in the way, and where another run is to be resumed.
     """
     folder, difference = Path(folder), None
     earlier = Earlier.find(folder)
+    if resume:
+        folders = extended(folders, made_by, earlier.made_by)
     earlier.check(folders)
     own = dict(zip(folders, made_by))
     for name, before in earlier.made_by.items():
@@ -48,7 +51,7 @@ def compare(folder, folders, made_by, resume):
     if resume and difference:
         name, now, before = difference
         if difference == OTHER_PROMPTS:
-            remedy = "finds other prompts in the earlier run, or seeds or settings; give the same, or leave it out"
+            remedy = "finds other prompts in the earlier run, or seeds or settings; give those too, or leave it out"
             raise SettingError("resume", True, remedy)
         if " " in name:  # no setting
             raise SettingError(
@@ -58,7 +61,26 @@ def compare(folder, folders, made_by, resume):
         remedy = f"differs from the run to resume, which has {has}; give the same, or leave out --resume"
         raise SettingError(name, now, remedy)
     whole = [i for i, name in enumerate(folders) if resume and is_whole(folder, name, earlier.entries.get(name), True)]
-    return earlier.files, difference, whole
+    return folders, earlier.files, difference, whole
+
+
+def extended(folders, made_by, earlier):
+    """The folders of samples where those of an earlier run, its `made_by` by folder, are among them, in any order.
+
+    These keep theirs, and the others have the numbers after them.
+    """
+    left, kept = {}, []
+    for name, made in earlier.items():
+        left.setdefault((made["text"], made["seed"]), []).append((name, made))
+    for made in made_by:
+        alike = left.get((made["text"], made["seed"]), [])
+        kept += [next((pair for pair in alike if pair[1] == made), None)]
+        if kept[-1]:
+            alike.remove(kept[-1])
+    if not earlier or "" in {*earlier, *folders} or any(left.values()):
+        return folders
+    numbers = itertools.count(1 + max(int(name.partition("-")[0]) for name in earlier))
+    return [pair[0] if pair else f"{next(numbers):03d}-{new.partition('-')[2]}" for pair, new in zip(kept, folders)]
 
 
 def is_whole(folder, name, entry, to_the_bit=False):
@@ -122,7 +144,7 @@ class Record:
         Returns what became of an earlier run of other results, a line, where that was the first; else None.
         """
         folder = self.folders[i]
-        entry = {"result": {**result, **self._of(i), "folder": folder}, "errors": errors, "made_by": self.made_by[i]}
+        entry = {"result": self._result(i, result), "errors": errors, "made_by": self.made_by[i]}
         entry |= {"run": self.about["run"], "begun": self.about["begun"]}
 
         def announce(files, complete=False):
@@ -141,11 +163,7 @@ class Record:
 
     def fail(self, i, seed, error):
         """Note that prompt i failed, and why."""
-        result = {"prompt": self.made_by[i]["text"], "seed": seed, "error": error, "folder": self.folders[i]}
-        self.failures[i] = result | self._of(i)
-
-    def _of(self, i):
-        return self.varied[i % len(self.varied)]
+        self.failures[i] = self._result(i, {"prompt": self.made_by[i]["text"], "seed": seed, "error": error})
 
     def finish(self):
         """Write the overview of several prompts, and `run.json` with all results; returns the results."""
@@ -205,8 +223,14 @@ class Record:
 
     def _own(self, i, found):
         """What was read of prompt i, if it is of this run and its set is complete; else None."""
-        mine = found.get("made_by") == self.made_by[i]
-        return found if mine and is_whole(self.folder, self.folders[i], found) else None
+        if found.get("made_by") != self.made_by[i] or not is_whole(self.folder, self.folders[i], found):
+            return None
+        return {**found, "result": self._result(i, found["result"])}
+
+    def _result(self, i, result):
+        """A result with what tells it from the others in this run; an earlier one may have had fewer of them."""
+        known = {key: value for key, value in result.items() if key not in ("setting", "settings", "folder")}
+        return {**known, **self.varied[i % len(self.varied)], "folder": self.folders[i]}
 
     def _take_over(self):
         """Begin the run, unless it has begun; see `add`."""

@@ -94,11 +94,14 @@ def sample(sampler, shared, i, *, ground_truth, start=None, metrics=None, show=N
     images["srds_final"] = refinement.image
 
     note(refinement, settings)
+    of = {"prompt": shared.text, "ignored": prompt.ignored or None, "seed": seed}
+    return of | result_of(refinement, iterations, truth), refinement, images, errors
+
+
+def result_of(refinement, iterations, truth):
+    """What `result.json` says of how a sample has ended: its last refinement, and all as `entry_of` has them."""
     last = iterations[-1]
-    result = {
-        "prompt": shared.text,
-        "ignored": prompt.ignored or None,
-        "seed": seed,
+    return {
         "converged": refinement.stop_reason != "max-iterations",
         "stop_reason": refinement.stop_reason,
         **{key: last[key] for key in ("serial_evaluations", "total_evaluations", "image_error", "trajectory_change")},
@@ -106,7 +109,6 @@ def sample(sampler, shared, i, *, ground_truth, start=None, metrics=None, show=N
         "seconds": {"srds": refinement.seconds, "ground_truth": truth.seconds if truth else None},
         "iterations": iterations,
     }
-    return result, refinement, images, errors
 
 
 def note(refinement, settings):

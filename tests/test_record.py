@@ -48,8 +48,8 @@ def make(folder, texts, seed=0, **how):
     folder.mkdir(exist_ok=True)
     about = {"run": f"{len(list(folder.rglob('*'))):016x}", **ABOUT}
     made = [{"seed": seed, "text": text} for text in texts]
-    earlier, difference, _ = compare(folder, folder_names(texts), made, resume=False)
-    return Record(folder, about, folder_names(texts), made, earlier, difference, **how)
+    folders, earlier, difference, _ = compare(folder, folder_names(texts), made, resume=False)
+    return Record(folder, about, folders, made, earlier, difference, **how)
 
 
 def test_a_set_is_complete_once_all_its_files_are_there_and_as_they_were(tmp_path):
@@ -59,7 +59,7 @@ def test_a_set_is_complete_once_all_its_files_are_there_and_as_they_were(tmp_pat
     add(record, 0)
     assert record.entry(0)["complete"] and set(record.entry(0)["files"]) == files(out) - {"run.json", "result.json"}
     assert record.finish() == [record.entry(0)["result"]] == run_record(out)["prompts"]
-    whole = lambda: compare(out, [""], record.made_by, resume=True)[2] == [0]
+    whole = lambda: compare(out, [""], record.made_by, resume=True)[3] == [0]
     final = out / "srds_final.png"
     data = final.read_bytes()
     for damaged in (b"", data[:-1], data[:-1] + bytes([data[-1] ^ 1])):
@@ -88,7 +88,7 @@ def test_a_set_that_is_cut_short_leaves_nothing_that_the_next_run_does_not_know(
     monkeypatch.undo()
     if stopped == "rendering":
         assert files(out) == {"run.json"}
-    assert compare(out, record.folders, record.made_by, resume=True)[1:] == (None, [])
+    assert compare(out, record.folders, record.made_by, resume=True)[2:] == (None, [])
     other = make(out, ["c"], overwrite=True)
     add(other, 0)
     assert files(out) == {"run.json", "result.json", *other.entry(0)["files"]}
@@ -122,7 +122,7 @@ def test_another_run_sets_an_earlier_one_aside_once_it_has_a_set_and_touches_not
         assert said == f"the earlier run of {out} had seed 0, not 1, and is now in {out / aside}"
         assert {name: (out / aside / name).read_bytes() for name in before} == before
         made = [{"seed": 0, "text": text} for text in ("a sea", "a moon")]
-        assert compare(out / aside, folder_names(["a sea", "a moon"]), made, resume=True)[2] == [0, 1]
+        assert compare(out / aside, folder_names(["a sea", "a moon"]), made, resume=True)[3] == [0, 1]
     assert not (out / "001-a-moon").exists() and notes < files(out)
     assert record.finish()[1] == record.entry(1)["result"]
     left = {name for name in files(out) if not name.startswith("earlier")} - notes

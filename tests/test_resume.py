@@ -102,7 +102,13 @@ def test_prompts_may_be_added_and_others_are_told(tiny, tmp_path, capsys):
     assert main.main(arguments(out, tiny, *SHORT, "--resume", prompts=three)) == 0
     assert "2 of 3 prompts are complete" in capsys.readouterr().out
     assert (out / "001-a-moon" / "result.json").read_bytes() == before and len(run_record(out)["prompts"]) == 3
-    for prompts in (PROMPTS[:2], ["a red sun", "a moon!", "a hill"], ["a hill"]):
+    four = ["a sea", *three[::-1]]
+    assert main.main(arguments(out, tiny, *SHORT, "--resume", prompts=four)) == 0, "in any order"
+    assert run_record(out)["folders"] == ["003-a-sea", "002-a-hill", "001-a-moon", "000-a-red-sun"]
+    assert [result["prompt"] for result in run_record(out)["prompts"]] == four
+    assert (out / "001-a-moon" / "result.json").read_bytes() == before
+    capsys.readouterr()
+    for prompts in (PROMPTS[:2], [*three, "a sea!"], ["a hill"]):
         assert main.main(arguments(out, tiny, *SHORT, "--resume", prompts=prompts)) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "--resume: finds other prompts in the earlier run" in error
@@ -273,7 +279,7 @@ def test_a_prompt_that_fails_does_not_end_the_run_and_is_run_again(error, whole,
         assert main.main(arguments(out, tiny, "--no-ground-truth")) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "1 of 4 prompts failed" in captured.err
-    table = captured.out.splitlines()[-4:]
+    table = captured.out.splitlines()[-6:-2]  # above the means
     assert [line.endswith("failed") for line in table] == [False, True, False, False]
     words = "out of memory" if error else "not finite"
     assert [words in result.get("error", "") for result in run_record(out)["prompts"]] == [False, True, False, False]

@@ -57,9 +57,9 @@ class Directory(RuleBasedStateMachine):
 
     def sample(self, seed, texts, mode, fails, length):
         made = [{"seed": seed, "text": text} for text in texts]
-        earlier, difference, whole = compare(self.out, folder_names(texts), made, resume=mode == "r")
+        folders, earlier, difference, whole = compare(self.out, folder_names(texts), made, resume=mode == "r")
         about = {"run": f"{self.runs:016x}", **ABOUT}
-        record = Record(self.out, about, folder_names(texts), made, earlier, difference, overwrite=mode == "o")
+        record = Record(self.out, about, folders, made, earlier, difference, overwrite=mode == "o")
         if mode == "r" or not earlier:
             record.begin()
         names = ["srds_initialized", "srds_final", *(f"srds_iteration_{k}" for k in range(length - 1))]

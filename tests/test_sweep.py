@@ -57,7 +57,9 @@ def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_
     assert counted() == {"load_pipeline": 1, "sequential": 2, "encode": 1}
     printed = capsys.readouterr().out
     assert "sweep: 4 settings of 2 samples, 8 to sample; 2 ground truths, 12 evaluations" in printed
-    assert "foretold from one sample of each: " in printed and "SSIM, coarse_steps=2, tolerance=0: " in printed
+    assert "foretold from one sample of each: " in printed
+    means = [line for line in printed.splitlines() if line.startswith("coarse_steps=2, tolerance=0  ")]
+    assert len(means) == 1 and means[0].split()[2:4] == ["2", "0"] and means[0].count(" ± ") == 2, "of image and SSIM"
     results = run_record(tmp_path / "sweep")["prompts"]
     settings = [(result["settings"]["coarse_steps"], result["settings"]["tolerance"]) for result in results]
     assert settings == [(2, 0), (2, 100), (3, 0), (3, 100)] * 2
@@ -149,7 +151,7 @@ def test_a_setting_that_fails_is_a_row_with_its_error_and_the_others_go_on(tiny,
     errors = table[table.final].groupby("coarse_steps").error.first()
     assert "not finite" in errors[3] and "out of memory" in errors[4] and pd.isna(errors[2])
     assert table[table.coarse_steps == 2].image_error.notna().all()
-    assert "4 of 6 samples failed" in capsys.readouterr().err
+    assert "4 of 6 samples failed; the first, of coarse_steps=3: the network's" in capsys.readouterr().err
 
 
 def test_a_plan_that_fails_is_a_failed_setting(tiny, tmp_path, monkeypatch):
@@ -208,6 +210,30 @@ def test_a_sweep_that_is_cut_short_resumes_to_what_a_whole_one_leaves(tiny, tmp_
     assert "--resume: finds other prompts in the earlier run, or seeds or settings" in capsys.readouterr().err
 
 
+def test_a_sweep_is_extended_by_values_seeds_and_settings(tiny, tmp_path, monkeypatch, capsys):
+    """Results, folders and plans stay; what tells a result from the others is that of the whole sweep."""
+    argv, plan = ["--no-ground-truth", "-fs", "6"], {"blocks": 3, "schedule": "pipelined", "refinements": 2}
+    monkeypatch.setattr(door, "make_plan", lambda *args: {**plan, "srds": 1.0, "sequential": 2.0, "calls": {}})
+    assert main.main(sweep(tmp_path, tiny, *argv, "--sweep", "cs=auto,2")) == 0
+    before = run_record(tmp_path)["prompts"]
+    monkeypatch.setattr(door, "make_plan", lambda *args: pytest.fail("a plan was made again"))
+    more = ["--sweep", "cs=1,auto,2", "--seeds", "41-42", "--resume"]
+    assert main.main(sweep(tmp_path, tiny, *argv, *more)) == 0
+    assert "4 of 12 samples are complete" in capsys.readouterr().out
+    results = run_record(tmp_path)["prompts"]
+    assert [result["setting"] for result in results] == ["coarse_steps=1", "coarse_steps=auto", "coarse_steps=2"] * 4
+    assert [result["seed"] for result in results] == [41, 41, 41, 42, 42, 42] * 2
+    assert [results[i] for i in (4, 5, 10, 11)] == before and results[0]["folder"].startswith("004-a-moon-seed-41-")
+    assert main.main(sweep(tmp_path, tiny, *argv, "--sweep", "cs=1,2", "--seeds", "41-42", "--resume")) == 2
+    fixed = ["--sweep", "cs=1,2,3", "--sweep", "gs=2,3", "--seeds", "41-42", "--resume"]
+    argv = [word for word in sweep(tmp_path, tiny, *argv, *fixed) if word not in ("-gs", "2")]
+    assert main.main(argv) == 0, "the plan was of 3 blocks"
+    assert [result["setting"] for result in run_record(tmp_path)["prompts"][:2]] == [
+        "coarse_steps=1, guidance_scale=2", "coarse_steps=1, guidance_scale=3",
+    ]  # fmt: skip
+    assert "12 of 24 samples are complete" in capsys.readouterr().out
+
+
 def test_scores_are_paired_with_each_samples_own_ground_truth(tmp_path, capsys):
     prompt = "a red sun over purple mountains at dusk"
     short = ["-fs", "4", "-cs", "2", "--metrics", "scene"]
@@ -217,7 +243,7 @@ def test_scores_are_paired_with_each_samples_own_ground_truth(tmp_path, capsys):
     assert asked.scene.isin([0, 1 / 3, 2 / 3, 1]).all() and table[table.prompt == "fog"].scene.isna().all()
     truth = np.asarray(Image.open(tmp_path / run_record(tmp_path)["folders"][0] / "srds_ddim_gt.png"))
     assert np.allclose(asked.scene - asked.scene_difference, metrics.scene(truth, prompt))
-    assert "difference to sequential: " in capsys.readouterr().out
+    assert "  scene less sequential's  " in capsys.readouterr().out
 
 
 def test_the_share_of_a_scene_is_that_of_what_the_prompt_asks():
