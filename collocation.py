@@ -28,7 +28,7 @@ from srds import Iterate
 
 MOVED = 1.0  # grey levels of the images' 255, shared by all nodes, that what they miss may change the sample by
 DENSELY_MOVED = 0.15  # where there are as many as DENSE, or all
-SHOWN = 0.1  # of what is missed, in samples whose nodes become dense: guidance has later steps forget the rest
+SHOWN = 0.1  # of what rough nodes miss: they are so by guidance, by which later steps forget the rest
 NODES = 13  # of the first solution
 DENSE = 100  # nodes, where interpolation between the first ones does not serve
 ROUGH = 5.0  # grey levels by which neighbours miss a first node's d, above which nodes are dense
@@ -40,8 +40,8 @@ BLOCK = 64  # nodes that are solved for together
 
 @torch.no_grad()
 def collocation(
-    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, tolerance=0.0, start=None,
-    agree=lambda chosen: chosen,
+    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, start=None,
+    agree=lambda chosen: chosen, tolerance=0.0,
 ):  # fmt: skip
     """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
@@ -54,11 +54,11 @@ def collocation(
     dense: whether to begin with dense nodes, as where the sample depends on early states strongly, which it does in
         pixels. Nodes become dense as well where the first ones show d to be too rough for interpolation, and where a
         refinement changes the sample by much.
-    tolerance: grey levels that the sample may be off by; where nodes become dense, as they do with strong guidance, a
-        larger one takes fewer evaluations.
     start: what d is held at to begin with: float32 (B, E), and W, float64 (N, B). The first tick then evaluates all
         nodes.
     agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
+    tolerance: what the sample may be off by, in grey levels. Where nodes become dense for being rough or doubtful, one
+        above 0.015, and up to 0.1, takes fewer evaluations.
 
     Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
     `settled` unless that, or the bound of 2 M + 8 ticks for a refinement, cut it short.
@@ -74,8 +74,7 @@ def collocation(
     # What the steps between two nodes make of a change of d there that goes unseen, as d changes by 1 / (2 signal).
     effect = solver.gain / (2 * solver.signal[:-1].clamp(min=1e-3))
     system, chosen, at_once = System(t, chain.states(x, t), kept), [0], start is not None
-    begins_dense = dense or len(t) >= min(N, DENSE)
-    densely = DENSELY_MOVED if begins_dense else min(max(tolerance / SHOWN, DENSELY_MOVED), MOVED)
+    densely = DENSELY_MOVED
     last, ticks, lane_steps, k = None, 0, 0, 0
     if start:
         system.X, system.d = chain.held(x, t, *start), start[1][t].to(x) @ start[0]
@@ -103,7 +102,7 @@ def collocation(
             if rough:
                 break
         if rough:  # what is known at nodes far ahead would mislead: keep the first one, whose state is exact
-            t, known, dense = first(N, DENSE), system.D[:1], True
+            t, known, dense, densely = first(N, DENSE), system.D[:1], True, allowed(tolerance)
             system = System(t, chain.held(x, t, *start) if start else chain.states(x, t, system.d, W), kept)
             system.see([0], known, solver.signal[:1])
             chosen = list(range(1, len(t)))
@@ -115,7 +114,9 @@ def collocation(
             return
         change = 127.5 * float((states[-1] - last).norm() / states[-1].norm()) if k else 0.0
         doubtful = agree(not dense and change > DOUBTFUL)
-        dense, at_once = dense or doubtful, not doubtful
+        if doubtful:
+            dense, densely = True, allowed(tolerance)
+        at_once = not doubtful
         new = first(N, DENSE) if doubtful else between(system.t)
         new = new[~torch.isin(new, system.t)]
         k, last = k + 1, states[-1]
@@ -125,6 +126,11 @@ def collocation(
 def usual_window(nodes, narrow=False):
     """Most in a tick, of so many nodes in all; `narrow` for the first solution on dense ones: less work, more ticks."""
     return max(3 if narrow else 8, math.ceil(nodes**0.5 / 2))
+
+
+def allowed(tolerance):
+    """What all nodes together may miss, in grey levels, where they have become dense."""
+    return min(max(tolerance / SHOWN, DENSELY_MOVED), MOVED)
 
 
 def first(N, nodes):

@@ -215,8 +215,8 @@ class Sampler:
             iterates = srds(x, denoise, solver.step, self.boundaries, *how, begun)
         else:
             how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent
-            how = *how, settings.tolerance
-            iterates = collocation(x, denoise, solver, self.boundaries, *how, held, self.processes.agree)
+            others = held, self.processes.agree, settings.tolerance
+            iterates = collocation(x, denoise, solver, self.boundaries, *how, *others)
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:

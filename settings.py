@@ -188,7 +188,7 @@ class Settings(Checked):
     solver: "ddim", "ddpm", "dpmsolver++" or, of flow matching, "euler" or "dpmsolver++".
     eta: noise in ddim's steps, 0 to 1 (Song, Meng and Ermon, 2021, eq. 16).
     tolerance: stop when a refinement changes the image by less, in grey levels of 255 (mean absolute difference), or,
-        if it is 0, only when the sample is exact.
+        if it is 0, only when the sample is exact; with strong guidance, collocation evaluates no more than it asks for.
     schedule: of srds, which lanes move in a tick, "pipelined" (all) or "sweep" (Algorithm 1).
     correction: of srds, the predictor-corrector, "paper", or "damped" where the coarse step overshoots.
     nodes, window: of collocation, the first nodes (None: 13; of pixels, or where the model turns out to be rough in

@@ -65,14 +65,14 @@ def keeps_bits(sampler, loading):
         return False
 
 
-def varied(command, samplers):
-    """What results say of the settings that differ in a sweep, for each sampler: a name, and values as resolved."""
-    settings = [asdict(sampler.settings) for sampler in samplers]
+def varied(swept, settings):
+    """What results say of the settings that differ in a sweep, for each of these: a name, and values as resolved."""
+    settings = [*map(asdict, settings)]
     differing = {name for name in settings[0] if any(each[name] != settings[0][name] for each in settings)}
-    names = [name for name in settings[0] if name in differing | command.swept[0].keys()]
+    names = [name for name in settings[0] if name in differing | swept[0].keys()]
     return [
-        {"setting": label(swept), "settings": {name: each[name] for name in names}} if swept else {}
-        for swept, each in zip(command.swept, settings)
+        {"setting": label(combination), "settings": {name: each[name] for name in names}} if combination else {}
+        for combination, each in zip(swept, settings)
     ]
 
 

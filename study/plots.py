@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from study.samples import label
 from utils import mean_points
 
 MARKERS = "osD^v<>pX*"
@@ -25,7 +26,7 @@ def plots(rows, swept):
     style = {"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}
     with warnings.catch_warnings(), matplotlib.rc_context(style):
         warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks: the browser's has them
-        further = [_against_setting(known, name, swept) for name in swept if len(numbers[name]) > 2]
+        further = [_against_setting(known, name) for name in swept if len(numbers[name]) > 2]
         return [("Each refinement, against its cost: means over samples.", _against_cost(known)), *further]
 
 
@@ -48,13 +49,16 @@ def _against_cost(rows):
     return _svg(figure)
 
 
-def _against_setting(rows, name, swept):
-    """What a plot shows, and the plot: means over samples, and bars from the least to the most of them."""
+def _against_setting(rows, name):
+    """What a plot shows, and the plot: means over samples, and bars from the least to the most of them.
+
+    What was asked for other than as a number, such as auto, is a line of its own, at what that was resolved to.
+    """
     lines = {}
     for row in rows:
         if row["final"] and _is_number(row.get(name)):
-            others = [f"{other}={row[other]}" for other in swept if other != name and row.get(other) is not None]
-            line = lines.setdefault(", ".join(filter(None, [row["run"], *others])), {})
+            others = {key: value for key, value in row["asked"].items() if key != name or not _is_number(value)}
+            line = lines.setdefault(", ".join(filter(None, [row["run"], label(others)])) or "as given", {})
             line.setdefault(row[name], []).append(row)
     values = sorted({value for line in lines.values() for value in line})
     figure, both = _figure(lines)

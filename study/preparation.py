@@ -84,11 +84,13 @@ def prepare(command, processes, stack, measures=None):
     with processes.in_turn():
         pipeline = load_pipeline(model, replace(command.loading, device=str(device)))
     samplers, failing = make_samplers(command, pipeline, processes, plans)
-    made, folders, files, difference, whole = found or earlier([sampler.settings for sampler in samplers])
+    used = [resolved[i] if i in failing else sampler.settings for i, sampler in enumerate(samplers)]
+    made, folders, files, difference, whole = found or earlier(used)
     about = {"run": run, "begun": begun, **describe(command, samplers, device, dtype)}
     record = Record(
-        folder, about, folders, made, files, difference, varied=varied(command, samplers), overwrite=command.overwrite,
-        report=command.report, takes_over=functools.partial(is_to_take_over, folder, run, processes),
+        folder, about, folders, made, files, difference, varied=varied(command.swept, used),
+        overwrite=command.overwrite, report=command.report,
+        takes_over=functools.partial(is_to_take_over, folder, run, processes),
     )  # fmt: skip
     left = [i for i in range(len(command.texts)) if i not in whole]
     show = functools.partial(preview.show, folder, run) if command.preview and processes.first else None
@@ -110,9 +112,12 @@ def find_earlier(command, processes, model, dtype, folders, seeds, starts, resol
 
 def kept_plans(record, swept):
     """The plan that an earlier run, as its `run.json` has it, has made for each combination of a sweep, or None."""
-    settings = combinations(record.get("settings", {}).get("sweep", {}))
-    known = dict(zip(map(label, settings), record.get("plans", ())))
-    return [known.get(label(each)) for each in swept]
+    settings = record.get("settings", {})
+    known = [
+        (settings | old, plan) for old, plan in zip(combinations(settings.get("sweep", {})), record.get("plans", ()))
+    ]
+    same = lambda old, new: all(old.get(name) == new[name] for name in new.keys() - {"coarse_steps", "schedule"})
+    return [next((plan for old, plan in known if plan and same(old, new)), None) for new in swept]
 
 
 def planned(settings, plan):

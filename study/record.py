@@ -35,21 +35,17 @@ def compare(folder, folders, made_by, resume):
 
     Raises SettingError where what is not ours is in the way, and where another run is to be resumed.
     """
-    folder, difference = Path(folder), None
+    folder = Path(folder)
     earlier = Earlier.find(folder)
-    if resume:
-        folders = extended(folders, made_by, earlier.made_by)
+    folders = extended(folders, made_by, earlier.made_by)
     earlier.check(folders)
-    own = dict(zip(folders, made_by))
-    for name, before in earlier.made_by.items():
-        now = own.get(name, {})
-        differing = [key for key, value in now.items() if before.get(key) != value]
-        if not now or "text" in differing:
-            difference = difference or OTHER_PROMPTS
-        elif differing:
-            difference = difference or [differing[0], now[differing[0]], before.get(differing[0])]
+    difference = first_difference(dict(zip(folders, made_by)), earlier.made_by)
     if resume and difference:
         name, now, before = difference
+        if difference == OTHER_PROMPTS and "" in earlier.made_by and len(folders) > 1:
+            raise SettingError(
+                "resume", True, "finds a run of one sample, which has no folder of its own; leave it out"
+            )
         if difference == OTHER_PROMPTS:
             remedy = "finds other prompts in the earlier run, or seeds or settings; give those too, or leave it out"
             raise SettingError("resume", True, remedy)
@@ -69,18 +65,41 @@ def extended(folders, made_by, earlier):
 
     These keep theirs, and the others have the numbers after them.
     """
-    left, kept = {}, []
-    for name, made in earlier.items():
-        left.setdefault((made["text"], made["seed"]), []).append((name, made))
-    for made in made_by:
-        alike = left.get((made["text"], made["seed"]), [])
-        kept += [next((pair for pair in alike if pair[1] == made), None)]
-        if kept[-1]:
-            alike.remove(kept[-1])
+    words, left, kept = (lambda name: name.partition("-")[2]), {}, {}
+    for name, before in earlier.items():
+        left.setdefault((before.get("text"), before.get("seed")), []).append(name)
+    for same_words in (True, False):  # two settings of a sweep can be the same, once a plan is made
+        for i, (new, now) in enumerate(zip(folders, made_by)):
+            alike = left.get((now.get("text"), now.get("seed")), []) if i not in kept else []
+            fits = (name for name in alike if not differing(earlier[name], now))
+            if found := next((name for name in fits if not same_words or words(name) == words(new)), None):
+                kept[i] = found
+                alike.remove(found)
     if not earlier or "" in {*earlier, *folders} or any(left.values()):
         return folders
     numbers = itertools.count(1 + max(int(name.partition("-")[0]) for name in earlier))
-    return [pair[0] if pair else f"{next(numbers):03d}-{new.partition('-')[2]}" for pair, new in zip(kept, folders)]
+    return [kept[i] if i in kept else f"{next(numbers):03d}-{words(new)}" for i, new in enumerate(folders)]
+
+
+def differing(before, now):
+    """The names of what a result depends on and an earlier one had otherwise; a plan that failed was none."""
+    free = {"coarse_steps", "schedule"} if before.get("coarse_steps") == "auto" else ()
+    return [key for key, value in now.items() if before.get(key) != value and key not in free]
+
+
+def first_difference(own, earlier):
+    """The first thing that results of an earlier run had otherwise, as `compare` returns it; both by folder."""
+    of_text = {}
+    for made in own.values():
+        of_text.setdefault(made.get("text"), []).append(made)
+    for name, before in earlier.items():
+        alike = of_text.get(before.get("text"), [])
+        if name in own and not differing(before, own[name]):
+            continue
+        if len(alike) != 1 or not (keys := differing(before, alike[0])):
+            return OTHER_PROMPTS
+        return [keys[0], alike[0][keys[0]], before.get(keys[0])]
+    return None
 
 
 def is_whole(folder, name, entry, to_the_bit=False):

@@ -17,6 +17,7 @@ from settings import Failure, in_one_line
 from study.directory import read_run, read_set
 from study.plots import plots
 from study.results import by_setting, results_rows
+from study.samples import combinations, label
 
 COLUMNS = [
     "iteration", "serial_evaluations", "total_evaluations", "widest_tick", "seconds", "peak_memory_mib", "image_change",
@@ -35,18 +36,9 @@ def page(runs, link=True):
     are; else they are in the page.
     """
     names = _names([record for record, _ in runs])
-    rows, samples = [], {}  # the images of a prompt and seed together, of all runs and settings
-    for (record, place), name in zip(runs, names):
-        run = name if len(runs) > 1 else ""
-        for row in results_rows(record["prompts"], record):
-            rows.append({"run": run, "line": ", ".join(filter(None, (run, row["setting"]))), **row})
-        for result in record["prompts"]:
-            title = f"{in_one_line(result['prompt'], 300)}, seed {result['seed']}"
-            sample = samples.setdefault(title, {"name": title, "errors": [], "strips": []})
-            of = ", ".join(filter(None, (run, result.get("setting"))))
-            sample["errors"] += [f"{of}: {result['error']}" if of else result["error"]] if "error" in result else []
-            sample["strips"].append({"name": of, "images": _images(result, record, place, link)})
     swept = dict.fromkeys(name for record, _ in runs for name in record["settings"].get("sweep", ()))
+    shown = names if len(runs) > 1 else [""]
+    rows = [row for (record, _), run in zip(runs, shown) for row in _rows(record, run, swept)]
     columns = ["prompt", "run", "setting", *swept, "seed", *COLUMNS]
     columns = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
     environment = jinja2.Environment(
@@ -63,8 +55,37 @@ def page(runs, link=True):
         summary=_state(count, failed, sum(len(record.get("folders", record["prompts"])) for record, _ in runs)),
         runs=how, plots=plots(rows, swept), settings=by_setting(rows, "line") if count > 1 else [], columns=columns,
         rows=[{name: _plain(row.get(name)) for name in columns} for row in rows],
-        samples=samples.values(),
+        samples=_samples(runs, shown, link),
     )  # fmt: skip
+
+
+def _rows(record, run, swept):
+    """The rows of a run's results, with what was swept in any run, and the name of its line in plots."""
+    own = {name: record["settings"].get(name) for name in swept}
+    asked = {label(each): each for each in combinations(record["settings"].get("sweep", {}))}
+    return [
+        {**own, "run": run, "line": _joined(run, row["setting"]), "asked": asked.get(row["setting"], {}), **row}
+        for row in results_rows(record["prompts"], record)
+    ]
+
+
+def _samples(runs, names, link):
+    """The images of each prompt and seed together, of all runs and settings."""
+    samples = {}
+    for (record, place), name in zip(runs, names):
+        for result in record["prompts"]:
+            title = f"{in_one_line(result['prompt'], 300)}, seed {result['seed']}"
+            sample = samples.setdefault(title, {"name": title, "errors": [], "strips": []})
+            of = _joined(name, result.get("setting"))
+            if any(strip["name"] == of for strip in sample["strips"]):  # of a prompt that was given twice
+                of = _joined(of, result["folder"])
+            sample["errors"] += [f"{of}: {result['error']}" if of else result["error"]] if "error" in result else []
+            sample["strips"].append({"name": of, "images": _images(result, record, place, link)})
+    return samples.values()
+
+
+def _joined(*words):
+    return ", ".join(filter(None, words))
 
 
 def _state(count, failed, asked):

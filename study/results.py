@@ -74,20 +74,21 @@ def by_setting(rows, by="setting"):
     """Means over each setting's samples, of their last refinements: rows of texts, the header first.
 
     rows: as of `results_rows`. by: what tells the settings apart. What compares a sample with its own ground truth
-    has its standard deviation beside it: it is of the differences of pairs, not of the scores.
+    has its standard deviation over samples beside it.
     """
     table = pd.DataFrame([row for row in rows if row["final"]])
     digits = {"iteration": 1, "serial_evaluations": 1, "total_evaluations": 0, "seconds": 2, "sequential_seconds": 2}
     measured = [name for name in PAIRED if name in table and table[name].notna().any()]
     header = ["setting", "samples", "failed", "iterations", "serial evaluations", "total", "seconds", "sequential s"]
-    means = [header + [PAIRED[name] for name in measured] + ["worst difference"]]
+    means = [header + [PAIRED[name] for name in measured] + ["worst difference"] * ("image_error" in measured)]
     for name, part in table.groupby(by, sort=False):
         known = part.reindex(columns=[*digits, *PAIRED]).astype(float)
         known["iteration"] += 1
         counts = str(len(part)), str(part.error.notna().sum())
         cost = [_number(known[column].mean(), places) for column, places in digits.items()]
         spreads = [_spread(known[column].dropna()) for column in measured]
-        means.append([name or "all", *counts, *cost, *spreads, _number(known.image_error.max(), 3)])
+        worst = [_number(known.image_error.max(), 3)] if "image_error" in measured else []
+        means.append([name or "all", *counts, *cost, *spreads, *worst])
     return means
 
 
@@ -96,9 +97,9 @@ def _number(value, digits):
 
 
 def _spread(values):
-    """Mean ± standard deviation, to its two leading digits."""
-    deviation = values.std() if len(values) > 1 else 0
-    digits = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 3
+    """Mean ± standard deviation, to its two leading digits; 0 below 1e-6."""
+    deviation = round(values.std(), 6) if len(values) > 1 else 0
+    digits = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 5
     return _number(values.mean(), digits) + (f" ± {deviation:.{digits}f}" if deviation else "")
 
 

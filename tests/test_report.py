@@ -113,7 +113,10 @@ def test_a_page_has_means_with_the_spread_of_pairs_and_a_plot_over_what_was_swep
         for solver in ("ddim", "ddpm")
     ]
     record = make(tmp_path, ["a"] * 6 + ["b"] * 6, varied=varied)
-    record.about["settings"] = {**record.about["settings"], "sweep": {"coarse_steps": [*values], "solver": ["ddim"]}}
+    record.about["settings"] = {
+        **record.about["settings"],
+        "sweep": {"coarse_steps": [*values], "solver": ["ddim", "ddpm"]},
+    }
     for i in range(11):
         add(record, i, errors=(9.0, 1.0 if i < 6 else 3.0))
     record.fail(11, 0, "out of memory")
@@ -134,7 +137,7 @@ def test_a_page_has_means_with_the_spread_of_pairs_and_a_plot_over_what_was_swep
         "2.0 ± 1.4",
         "3.000",
     ]
-    assert cells[-1][1:3] == ["2", "1"] and cells[-1][-2:] == ["1.000", "1.000"]
+    assert cells[-1][1:3] == ["2", "1"] and cells[-1][-2:] == ["1.00000", "1.000"]
     plot = page[page.index("<p>Last refinements, against coarse steps") :].partition("</svg>")[0]
     words = re.findall(r"<text[^>]*>\s*(.*?)\s*</text>", plot)
     assert {"2", "4", "8", "coarse steps", "solver=ddim", "solver=ddpm"} <= set(words)

@@ -108,10 +108,22 @@ def test_prompts_may_be_added_and_others_are_told(tiny, tmp_path, capsys):
     assert [result["prompt"] for result in run_record(out)["prompts"]] == four
     assert (out / "001-a-moon" / "result.json").read_bytes() == before
     capsys.readouterr()
+    assert main.main(arguments(out, tiny, *SHORT, "--resume", "-gs", "3", prompts=["a bay", *four])) == 2
+    assert "--guidance-scale/-gs: 3.0 differs from the run to resume" in capsys.readouterr().err
+    assert main.main(arguments(out, tiny, *SHORT, prompts=four)) == 0 and not (out / "earlier").exists(), (
+        "the same again"
+    )
+    capsys.readouterr()
     for prompts in (PROMPTS[:2], [*three, "a sea!"], ["a hill"]):
         assert main.main(arguments(out, tiny, *SHORT, "--resume", prompts=prompts)) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "--resume: finds other prompts in the earlier run" in error
+
+
+def test_a_run_of_one_sample_is_not_resumed_as_one_of_several(tiny, tmp_path, capsys):
+    assert main.main(arguments(tmp_path, tiny, *SHORT, prompts=PROMPTS[:1])) == 0
+    assert main.main(arguments(tmp_path, tiny, *SHORT, "--resume", prompts=PROMPTS[:2])) == 2
+    assert "--resume: finds a run of one sample, which has no folder of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changed", ["weights", "code", "start"])
