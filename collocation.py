@@ -28,7 +28,7 @@ from srds import Iterate
 
 MOVED = 1.0  # grey levels of the images' 255, shared by all nodes, that what they miss may change the sample by
 DENSELY_MOVED = 0.15  # where there are as many as DENSE, or all
-SHOWN = 0.1  # of what rough nodes miss: they are so by guidance, by which later steps forget the rest
+SHOWN = 0.1  # the part of it that a sample shows where guidance has made d rough: later steps forget the rest
 NODES = 13  # of the first solution
 DENSE = 100  # nodes, where interpolation between the first ones does not serve
 ROUGH = 5.0  # grey levels by which neighbours miss a first node's d, above which nodes are dense

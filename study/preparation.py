@@ -18,12 +18,13 @@ from refinement import Trajectory
 from sampler import Sampler
 from settings import Failure, SettingError, split_scale
 from study import preview
+from study.comparison import compare
 from study.description import describe, recorded_settings, varied
 from study.directory import WriteError, read_run
 from study.earlier import Lock
 from study.fingerprint import made_by
 from study.processes import wait_until
-from study.record import KEPT, Record, compare, folder_names
+from study.record import KEPT, Record, folder_names
 from study.samples import combinations, label
 from study.sampling import explain
 
@@ -98,7 +99,7 @@ def prepare(command, processes, stack, measures=None):
 
 
 def find_earlier(command, processes, model, dtype, folders, seeds, starts, resolved):
-    """What each sample's result depends on, and what the directory holds of an earlier run; see `record.compare`."""
+    """What each sample's result depends on, and what the directory has of an earlier run, see `comparison.compare`."""
     if not processes.first:
         return processes.broadcast()
     recorded = [{**recorded_settings(command, each, processes), "dtype": dtype} for each in resolved]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 import utils
-from settings import SettingError
+from study.comparison import OTHER_PROMPTS, is_whole
 from study.directory import WriteError, checksum, name_of, pack, read_run, read_set, reporting, stage, write
 from study.earlier import Earlier
 from study.report import page
@@ -20,100 +20,6 @@ from study.results import results_table
 
 SHOWN, ROWS = 64, 16  # prompts in an overview's pictures, and in its filmstrip
 KEPT = "trajectory.safetensors"
-OTHER_PROMPTS = ["prompts", "these", "others"]
-
-
-def compare(folder, folders, made_by, resume):
-    """What there is of an earlier run in a directory, and whether it is of this one; nothing is touched.
-
-    folders: of the samples, in it, where no earlier run has them. made_by: for each, all that its result depends on.
-    resume: whether that run is to be resumed, whose samples must be among these.
-
-    Returns the samples' folders; the names of that run's files; the first thing that its results had otherwise (a list
-    of its name and what it is now and was then), or None; and the numbers of the samples that are complete, where they
-    may be kept.
-
-    Raises SettingError where what is not ours is in the way, and where another run is to be resumed.
-    """
-    folder = Path(folder)
-    earlier = Earlier.find(folder)
-    folders = extended(folders, made_by, earlier.made_by)
-    earlier.check(folders)
-    difference = first_difference(dict(zip(folders, made_by)), earlier.made_by)
-    if resume and difference:
-        name, now, before = difference
-        if difference == OTHER_PROMPTS and "" in earlier.made_by and len(folders) > 1:
-            raise SettingError(
-                "resume", True, "finds a run of one sample, which has no folder of its own; leave it out"
-            )
-        if difference == OTHER_PROMPTS:
-            remedy = "finds other prompts in the earlier run, or seeds or settings; give those too, or leave it out"
-            raise SettingError("resume", True, remedy)
-        if " " in name:  # no setting
-            raise SettingError(
-                "resume", True, f"finds another {name} ({now}) than the earlier run had ({before}); leave it out"
-            )
-        has = "none" if before is None else repr(before)
-        remedy = f"differs from the run to resume, which has {has}; give the same, or leave out --resume"
-        raise SettingError(name, now, remedy)
-    whole = [i for i, name in enumerate(folders) if resume and is_whole(folder, name, earlier.entries.get(name), True)]
-    return folders, earlier.files, difference, whole
-
-
-def extended(folders, made_by, earlier):
-    """The folders of samples where those of an earlier run, its `made_by` by folder, are among them, in any order.
-
-    These keep theirs, and the others have the numbers after them.
-    """
-    words, left, kept = (lambda name: name.partition("-")[2]), {}, {}
-    for name, before in earlier.items():
-        left.setdefault((before.get("text"), before.get("seed")), []).append(name)
-    for same_words in (True, False):  # two settings of a sweep can be the same, once a plan is made
-        for i, (new, now) in enumerate(zip(folders, made_by)):
-            alike = left.get((now.get("text"), now.get("seed")), []) if i not in kept else []
-            fits = (name for name in alike if not differing(earlier[name], now))
-            if found := next((name for name in fits if not same_words or words(name) == words(new)), None):
-                kept[i] = found
-                alike.remove(found)
-    if not earlier or "" in {*earlier, *folders} or any(left.values()):
-        return folders
-    numbers = itertools.count(1 + max(int(name.partition("-")[0]) for name in earlier))
-    return [kept[i] if i in kept else f"{next(numbers):03d}-{words(new)}" for i, new in enumerate(folders)]
-
-
-def differing(before, now):
-    """The names of what a result depends on and an earlier one had otherwise; a plan that failed was none."""
-    free = {"coarse_steps", "schedule"} if before.get("coarse_steps") == "auto" else ()
-    return [key for key, value in now.items() if before.get(key) != value and key not in free]
-
-
-def first_difference(own, earlier):
-    """The first thing that results of an earlier run had otherwise, as `compare` returns it; both by folder."""
-    of_text = {}
-    for made in own.values():
-        of_text.setdefault(made.get("text"), []).append(made)
-    for name, before in earlier.items():
-        alike = of_text.get(before.get("text"), [])
-        if name in own and not differing(before, own[name]):
-            continue
-        if len(alike) != 1 or not (keys := differing(before, alike[0])):
-            return OTHER_PROMPTS
-        return [keys[0], alike[0][keys[0]], before.get(keys[0])]
-    return None
-
-
-def is_whole(folder, name, entry, to_the_bit=False):
-    """Whether the set that an entry, as `result.json` has it, tells of is complete, and its files as they were."""
-    if not entry or not entry["complete"]:
-        return False
-    try:
-        for file, (size, digest) in entry["files"].items():
-            path = folder / name / file
-            if path.stat().st_size != size or (to_the_bit and checksum(path.read_bytes()) != digest):
-                return False
-    except OSError:
-        return False
-    return True
 
 
 class Record:
@@ -124,8 +30,8 @@ class Record:
 
     folder: the directory, which is there. about: what `run.json` says of the run: its "run", an id, when it was
     "begun", "settings", "environment", "model", and "plans". folders: of the prompts, in it; several have one each, and
-    an overview at the top. made_by: as of `compare`; earlier, difference: the names of files, and what else it returns.
-    varied: what results say of the settings that differ in a sweep, which the samples take in turn.
+    an overview at the top. made_by: as of `comparison.compare`; earlier, difference: the names of files, and what else
+    it returns. varied: what results say of the settings that differ in a sweep, which the samples take in turn.
     overwrite: to remove an earlier run of other results in place of setting it aside. report: to write the page at the
     end. takes_over: whether this process is the one to set aside or remove; another one returns False when it is done.
     """

@@ -14,14 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 LOADING = {"settings", "models.families", "models.adapters", "models.checks"}
 SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
 PREPARATION = {
-    "settings", "refinement", "sampler", "models.loading", "study.description", "study.directory", "study.earlier",
-    "study.fingerprint", "study.preview", "study.processes", "study.record", "study.samples", "study.sampling",
+    "settings", "refinement", "sampler", "models.loading", "study.comparison", "study.description", "study.directory",
+    "study.earlier", "study.fingerprint", "study.preview", "study.processes", "study.record", "study.samples",
+    "study.sampling",
 }  # fmt: skip
 STUDY = {
     "settings", "models.loading", "study.directory", "study.earlier", "study.forecast", "study.preparation",
     "study.processes", "study.results", "study.samples", "study.sampling",
 }  # fmt: skip
-RECORD = {"settings", "utils", "study.directory", "study.earlier", "study.report", "study.results"}
+RECORD = {"utils", "study.comparison", "study.directory", "study.earlier", "study.report", "study.results"}
 EAGER = {"settings", "study.samples", "study.terminal"}  # main's, which need no torch
 MAY_IMPORT = {
     "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": {"settings"},
@@ -31,7 +32,8 @@ MAY_IMPORT = {
     "study.directory": {"settings"}, "study.earlier": {"settings", "study.directory"}, "study.fingerprint": set(),
     "study.results": {"utils"}, "study.plots": {"utils", "study.samples"},
     "study.report": {"settings", "utils", "study.directory", "study.plots", "study.results", "study.samples"},
-    "study.record": RECORD, "study.preview": {"settings", "utils", "study.directory", "study.earlier"},
+    "study.comparison": {"settings", "study.directory", "study.earlier"}, "study.record": RECORD,
+    "study.preview": {"settings", "utils", "study.directory", "study.earlier"},
     "study.description": {"models.loading", "study.planning", "study.samples", "study.sampling"},
     "study.forecast": set(),
     "study.samples": {"settings"}, "study.metrics": {"settings", "models.scenes"},

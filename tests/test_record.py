@@ -15,9 +15,10 @@ import utils
 from conftest import files, run_record
 from settings import Failure, SettingError
 from study import earlier
+from study.comparison import compare
 from study.directory import WriteError, pack, read, write
 from study.earlier import LOCK, Lock
-from study.record import Record, compare, folder_name, folder_names
+from study.record import Record, folder_name, folder_names
 
 ABOUT = {
     "begun": "2026-01-02T03:04:05", "model": {"name": "tiny"}, "environment": {"device": "cpu", "dtype": "float32"},

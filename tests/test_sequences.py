@@ -12,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from test_record import ABOUT
 
 from settings import Failure
+from study.comparison import compare
 from study.directory import OURS, checksum, read
 from study.earlier import MOVING, Earlier, Lock
-from study.record import Record, compare, folder_names
+from study.record import Record, folder_names
 
 SECONDS = {"seconds": {"srds": 1.0, "ground_truth": None}}
 TEXTS = (["a"], ["a", "b"], ["a", "c", "b"])
