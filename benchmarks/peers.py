@@ -168,7 +168,7 @@ def plot(table, path):
         for axes, across in zip(column, ("serial", "seconds")):
             refinements = part[part.method.str.contains("k=")]
             for name, line in refinements.groupby(refinements.method.str.partition(", ")[0], sort=False):
-                style = "-" if "pipelined" in name else ":"
+                style = "k-" if name == "collocation" else "-" if "pipelined" in name else ":"
                 axes.plot(line[across], line["to N"].clip(lower=1e-3), style, marker="o", markersize=4, label=name)
             others = part[part.method.str.contains("Para|DPM|DDIM")]
             groups = others.groupby(others.method.str.replace(r"[,]? [0-9.e-]+$", "", regex=True), sort=False)
@@ -182,7 +182,7 @@ def plot(table, path):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set(ylabel="difference to N-step DDIM, grey levels", title=f"N = {N}")
-        column[1].legend(fontsize=7)
+        column[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=2)
     figure.savefig(path, dpi=110)
 
 
