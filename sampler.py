@@ -214,9 +214,8 @@ class Sampler:
             how = settings.schedule, settings.max_iterations, correct
             iterates = srds(x, denoise, solver.step, self.boundaries, *how, begun)
         else:
-            how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent
-            others = held, self.processes.agree, settings.tolerance
-            iterates = collocation(x, denoise, solver, self.boundaries, *how, *others)
+            how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent, held
+            iterates = collocation(x, denoise, solver, self.boundaries, *how, self.processes.agree, settings.tolerance)
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:

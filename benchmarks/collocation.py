@@ -165,7 +165,7 @@ if __name__ == "__main__":
             table.insert(0, "model", model)
             old = pd.read_csv(path) if path.exists() else table[:0]
             same = (old.model == model) & (old.N == N) & (old.guidance == (guidance or 0.0))
-            same &= ~old.method.str.contains("SRDS|Para|DDIM|DPM") if args.own else True
+            same &= old.method.str.startswith("collocation") if args.own else True
             common.RESULTS.mkdir(exist_ok=True)
             pd.concat([old[~same], table]).to_csv(path, index=False, float_format="%.5g")
             print(table.round(3).to_string(index=False), flush=True)

@@ -44,8 +44,7 @@ def _against_cost(rows):
         for (_, part), look in zip(lines.items(), _looks(lines)):
             axes.plot(*_means(part, across), **look)
         axes.set_xlabel(across.replace("_", " "))
-        _scale_differences(axes)
-    both[1].set_ylabel("")
+    _scale_differences(both[0])
     return _svg(figure)
 
 
@@ -74,7 +73,6 @@ def _against_setting(rows, name):
             axes.set_xticks(values, [f"{value:g}" for value in values])
             axes.minorticks_off()
         axes.set_xlabel(name.replace("_", " "))
-        axes.grid(True, color="0.9")
     _scale_differences(both[0])
     both[1].set_ylabel("serial evaluations")
     words = f"Last refinements, against {name.replace('_', ' ')}: means over samples, bars from the least to the most."
@@ -83,7 +81,10 @@ def _against_setting(rows, name):
 
 def _figure(lines, **how):
     figure = Figure(figsize=(10, 3.6 + 0.25 * -(-len(lines) // 3)), layout="constrained")
-    return figure, figure.subplots(1, 2, **how)
+    both = figure.subplots(1, 2, **how)
+    for axes in both:
+        axes.grid(True, color="0.9")
+    return figure, both
 
 
 def _looks(lines):
@@ -97,7 +98,6 @@ def _looks(lines):
 def _scale_differences(axes):
     axes.set_ylabel("difference, grey levels of 255")
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.grid(True, color="0.9")
 
 
 def _svg(figure):

@@ -125,18 +125,7 @@ def test_a_page_has_means_with_the_spread_of_pairs_and_a_plot_over_what_was_swep
     table = re.search("<h2>Means over samples</h2>.*?</table>", page, re.S)[0]
     cells = [re.findall("<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
     assert [row[0] for row in cells] == [each["setting"] for each in varied]
-    assert cells[0] == [
-        "coarse_steps=2, solver=ddim",
-        "2",
-        "0",
-        "1.0",
-        "4.0",
-        "9",
-        "0.50",
-        "2.00",
-        "2.0 ± 1.4",
-        "3.000",
-    ]
+    assert cells[0] == "coarse_steps=2, solver=ddim|2|0|1.0|4.0|9|0.50|2.00|2.0 ± 1.4|3.000".split("|")
     assert cells[-1][1:3] == ["2", "1"] and cells[-1][-2:] == ["1.00000", "1.000"]
     plot = page[page.index("<p>Last refinements, against coarse steps") :].partition("</svg>")[0]
     words = re.findall(r"<text[^>]*>\s*(.*?)\s*</text>", plot)
