@@ -28,7 +28,7 @@ from srds import Iterate
 
 MOVED = 1.0  # grey levels of the images' 255, shared by all nodes, that what they miss may change the sample by
 DENSELY_MOVED = 0.15  # where there are as many as DENSE, or all
-SHOWN = 0.1  # the part of it that a sample shows where guidance has made d rough: later steps forget the rest
+SHOWN = 0.1  # the part of it that most samples show where guidance has made d rough: later steps forget the rest
 NODES = 13  # of the first solution
 DENSE = 100  # nodes, where interpolation between the first ones does not serve
 ROUGH = 5.0  # grey levels by which neighbours miss a first node's d, above which nodes are dense
@@ -57,8 +57,8 @@ def collocation(
     start: what d is held at to begin with: float32 (B, E), and W, float64 (N, B). The first tick then evaluates all
         nodes.
     agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
-    tolerance: what the sample may be off by, in grey levels. Where nodes become dense for being rough or doubtful, one
-        above 0.015, and up to 0.1, takes fewer evaluations.
+    tolerance: what most samples may be off by, in grey levels. Where nodes become dense for being rough or doubtful,
+        one above 0.015, and up to 0.1, takes fewer evaluations.
 
     Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
     `settled` unless that, or the bound of 2 M + 8 ticks for a refinement, cut it short.
