@@ -29,6 +29,7 @@ from srds import Iterate
 MOVED = 1.0  # grey levels of the images' 255, shared by all nodes, that what they miss may change the sample by
 DENSELY_MOVED = 0.15  # where there are as many as DENSE, or all
 SHOWN = 0.1  # the part of it that most samples show where guidance has made d rough: later steps forget the rest
+DECIDED = 0.25  # of the image in the state: before, a miss may grow, and no tolerance lets more go unseen
 NODES = 13  # of the first solution
 DENSE = 100  # nodes, where interpolation between the first ones does not serve
 ROUGH = 5.0  # grey levels by which neighbours miss a first node's d, above which nodes are dense
@@ -58,7 +59,7 @@ def collocation(
         nodes.
     agree: of this process's nodes for a tick, a list, or answer, a bool, makes the one that all processes act on.
     tolerance: what most samples may be off by, in grey levels. Where nodes become dense for being rough or doubtful,
-        one above 0.015, and up to 0.1, takes fewer evaluations.
+        one above 0.015, and up to 0.1, takes fewer evaluations once the image is `DECIDED`.
 
     Ends, as it would be deeper than the sequential sampler, after N ticks, with what is known by then. An iterate is
     `settled` unless that, or the bound of 2 M + 8 ticks for a refinement, cut it short.
@@ -84,7 +85,8 @@ def collocation(
         dense = dense or M >= min(N, DENSE)
         wide = window or usual_window(M, narrow=dense and k == 0 and not start)
         chosen = chosen if at_once else chosen[:wide]
-        matters = (densely if dense else MOVED) / N / effect[system.t] / 127.5
+        shares = torch.where(solver.signal[system.t] < DECIDED, DENSELY_MOVED, densely) if dense else MOVED
+        matters = shares / N / effect[system.t] / 127.5
         W = interpolation(N, system.t)
         C, free, bound = (chain.K[system.t] @ W).to(x), chain.states(x, system.t), min(N, ticks + 2 * M + 8)
         rough = False
@@ -129,7 +131,7 @@ def usual_window(nodes, narrow=False):
 
 
 def allowed(tolerance):
-    """What all nodes together may miss, in grey levels, where they have become dense."""
+    """What all nodes together may miss, in grey levels, where they have become dense and the image is `DECIDED`."""
     return min(max(tolerance / SHOWN, DENSELY_MOVED), MOVED)
 
 
