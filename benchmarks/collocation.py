@@ -16,6 +16,7 @@ ParaDiGMS is a few lines of our own, after diffusers' pipeline, so that it runs 
 import argparse
 import math
 import time
+from itertools import islice
 
 import pandas as pd
 import torch
@@ -25,6 +26,7 @@ import common
 from refinement import difference
 
 TOLERANCES = (0.1, 0.02, 0.01)
+EVERY = (None, 8, 16, 32)  # windows where every grid point is a node; None is the method's own
 FIRST = ((7, 8), (13, 4), (25, 6), (25, 16), (50, 32), (100, 32), (100, 100))  # nodes and windows of a first solution
 
 
@@ -77,14 +79,14 @@ def runs(sampler, prompt, seed, brief, own):
     if not brief:
         if N > 200:
             rows += refined("collocation 100", collocated.vary(nodes=100, max_iterations=3).refine(prompt, seed))
-        for window in (None, 8, 16, 32):
+        for window in EVERY:
             if (window or 0) <= N <= 200:
                 every, shown = collocated.vary(nodes=N, window=window), f", window {window}" if window else ""
                 rows += refined(f"collocation, all nodes{shown}", every.refine(prompt, seed), each=False)
-        for nodes, window in ((nodes, window) for nodes, window in FIRST if nodes <= N):
-            first = next(iter(collocated.vary(nodes=nodes, window=window).refine(prompt, seed)))
-            counts = first.serial_evaluations, first.total_evaluations
-            rows.append(row(f"collocation, {nodes} nodes, window {window}, k=0", *counts, first.image, first.seconds))
+        for nodes, window in FIRST:
+            if nodes < N or nodes == N and window not in EVERY:
+                first = islice(collocated.vary(nodes=nodes, window=window).refine(prompt, seed), 1)
+                rows += refined(f"collocation, {nodes} nodes, window {window}", first)[:1]
     if own:
         return rows
     for B in (root,) if brief else (root, 2 * root):

@@ -129,23 +129,23 @@ def test_the_less_may_go_unseen_the_closer_is_the_sample(noise, monkeypatch):
 
 def test_a_tolerance_saves_evaluations_where_nodes_become_dense_and_the_image_is_decided_and_nowhere_else(noise):
     """There the error stays within it; of nodes that are dense from the first, the sample shows more."""
-    problem = Stiff(100)
+    problem = Stiff(50, eta=0.5)
     early, truth = problem.solver.signal[:-1] < method.DECIDED, problem.sequential(noise)
 
     def evaluations(**how):
-        seen = torch.zeros(100)
+        seen = torch.zeros(50)
 
         def denoise(x, n):
             seen[n] += 1
             return problem.denoise(x, n)
 
-        *_, last = collocation(noise, denoise, problem.solver, [0, 100], **how)
+        *_, last = collocation(noise, denoise, problem.solver, [0, 50], **how)
         assert grey(last.states, truth) < 0.1
         return seen
 
     exactly, loosely = evaluations(), evaluations(tolerance=0.1)
     assert torch.equal(loosely[early], exactly[early])
-    assert loosely[~early].sum() < exactly[~early].sum()
+    assert loosely.sum() < 0.95 * exactly.sum()
     assert torch.equal(evaluations(tolerance=0.1, dense=True), evaluations(dense=True))
 
 
