@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-LEAST = 1e-12  # of a step's gain, which is 0 where the step does nothing
+LEAST = 1e-12  # least gain of a step; it is 0 if the step does nothing
 
 # Time grid and solvers
 
@@ -16,41 +16,41 @@ LEAST = 1e-12  # of a step's gain, which is 0 where the step does nothing
 class Grid(NamedTuple):
     """The points in time of N steps: x = signal x0 + noise eps at each, and at the end of the chain."""
 
-    times: torch.Tensor  # what the network is told at points 0 to N - 1: int64 timesteps, or float32 for a flow, (N,)
+    times: torch.Tensor  # the network's input at points 0 to N - 1: int64 timesteps, or float32 for a flow, (N,)
     signal: torch.Tensor  # float64 (N + 1,)
     noise: torch.Tensor  # float64 (N + 1,)
     prediction_type: str  # "epsilon", "v_prediction", "sample" or "flow"
-    clip: float | None = None  # the largest absolute value that x0 may have
+    clip: float | None = None  # the largest absolute value of x0, if it is clipped
 
 
 def timesteps(steps, training_steps):
-    """The model's timesteps of a trailing grid: int64 (steps,), strictly falling, from training_steps - 1.
+    """Return the model's timesteps on a trailing grid: int64 (steps,), strictly falling, from training_steps - 1.
 
-    Equal to DDIMScheduler's wherever that has as many (for 961 of 1000 it has one more, and that one is -1).
-    Raises ValueError where the model was trained on fewer steps.
+    They equal DDIMScheduler's if that has as many (for 961 of 1000 it has one more, which is -1). Raises ValueError if
+    the model was trained on fewer steps.
     """
     if not 1 <= steps <= training_steps:
-        raise ValueError(f"{steps} steps asked of a model trained on {training_steps}")
+        raise ValueError(f"{steps} steps were asked for, but the model was trained on {training_steps}")
     grid = np.round(np.arange(training_steps, 0, -training_steps / steps))[:steps] - 1
     return torch.from_numpy(grid.astype(np.int64))
 
 
 def diffusion_grid(scheduler, steps, solver="ddim"):
-    """The trailing grid of a DDIMScheduler's noise schedule.
+    """Return the trailing grid of a DDIMScheduler's noise schedule.
 
-    It ends as the solver does in diffusers: ddim where `set_alpha_to_one` says, the others without noise.
+    It ends as the solver does in diffusers: for ddim as `set_alpha_to_one` says, for the others without noise.
     """
     config, times = scheduler.config, timesteps(steps, scheduler.config.num_train_timesteps)
-    final = scheduler.final_alpha_cumprod if solver == "ddim" else torch.tensor(1.0)
+    final = scheduler.final_alpha_cumprod if solver == "ddim" else torch.tensor(1.0, device="cpu")
     alpha = torch.cat([scheduler.alphas_cumprod[times], final.reshape(1)]).double()
     clip = config.clip_sample_range if config.clip_sample else None
     return Grid(times, alpha.sqrt(), (1 - alpha).sqrt(), config.prediction_type, clip)
 
 
 def flow_grid(scheduler, steps, sigmas=None, tokens=None):
-    """The grid of a FlowMatchEulerDiscreteScheduler, which shifts `sigmas`, (steps,), or its own where None.
+    """Return the grid of a FlowMatchEulerDiscreteScheduler, which shifts `sigmas`, (steps,); if None, its own.
 
-    tokens: patches in an image, by which a dynamic shift grows.
+    tokens: the number of patches in an image, with which a dynamic shift grows.
     """
     config, shift = scheduler.config, {}
     if config.use_dynamic_shifting:
@@ -62,13 +62,13 @@ def flow_grid(scheduler, steps, sigmas=None, tokens=None):
 
 
 def step_noise(seed, j, shape):
-    """The standard normal noise of the fine step from grid point j: float32, drawn on the CPU, of (seed, j) alone."""
+    """Return the normal noise of the fine step from grid point j: float32, drawn on the CPU from (seed, j) alone."""
     mixed = int(np.random.SeedSequence([seed, j]).generate_state(1, np.uint64)[0])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
+    return normal(shape, mixed)
 
 
 def boundaries(N, B):
-    """The grid points 0 = n_0 < ... < n_B = N between which the B blocks of N steps lie, as even as can be."""
+    """Return the boundaries 0 = n_0 < ... < n_B = N of B blocks of N steps, as even as possible."""
     return [i * N // B for i in range(B + 1)]
 
 
@@ -77,13 +77,13 @@ class Chain(NamedTuple):
 
     P: torch.Tensor  # float64 (N + 1,)
     K: torch.Tensor  # float64 (N + 1, N)
-    Z: torch.Tensor | None  # what the steps' noise has become at each point, float32 (N + 1, C, H, W); None for none
-    K_held: torch.Tensor  # K of steps that do not extrapolate, as where d is held
+    Z: torch.Tensor | None  # the steps' noise as carried to each point, float32 (N + 1, C, H, W); None for none
+    K_held: torch.Tensor  # K of steps that do not extrapolate, for d that is held
 
     def states(self, x, n, d=None, W=None):
-        """States at grid points n, int64 (L,), from the first, x, and d = W d_nodes: float32 (L, E).
+        """Return the states at grid points n, int64 (L,), from the first, x, and d = W d_nodes: float32 (L, E).
 
-        x: (1, E), of E numbers. d: of M nodes, (M, E); None for the part of the states that does not depend on it.
+        x: (1, E), E numbers. d: at M nodes, (M, E); None for the part of the states that does not depend on it.
         W: float64 (N, M).
         """
         states = self.P[n, None].to(x) * x
@@ -92,7 +92,7 @@ class Chain(NamedTuple):
         return states if d is None else states + (self.K[n] @ W).to(x) @ d
 
     def held(self, x, n, d, W):
-        """As `states`, of d that stays what it is over many steps, and then is another, as in `Solver.held`."""
+        """Return what `states` does, for d that is constant over many steps, then another, as in `Solver.held`."""
         return self._replace(K=self.K_held).states(x, n, d, W)
 
 
@@ -102,16 +102,16 @@ class Solver:
     Every solver writes out x0 = p x + q m, then steps with x0 held: x' = signal' x0 + carry (x - signal x0) + spread z.
     ddim: DDIM (Song, Meng and Ermon, 2021, eq. 12), for eta > 0 with noise z.
     euler: Euler's step of a flow dx / dsigma = m, which is the same table without noise.
-    ddpm: ancestral sampling (Ho, Jain and Abbeel, 2020, algorithm 2) with the posterior's variance: ddim at eta = 1 but
-        for how x0 is clipped.
+    ddpm: ancestral sampling (Ho, Jain and Abbeel, 2020, algorithm 2) with the posterior's variance: ddim at eta = 1
+        except for how x0 is clipped.
     dpmsolver++: DPM-Solver++ (2M) (Lu et al., 2022, algorithm 2): x0 is extrapolated from the step before. At the grid
-        points `restarts`, where blocks begin, nothing came before, and the step is ddim's.
+        points `restarts`, where blocks begin, there is no step before, and the step is ddim's.
 
-    A step over several points, the coarse one, is what the fine steps there would do were x0 to stay what it is at the
-    first: for eta = 0 and eta = 1 that is the solver's own long step, and its noise is that of the fine steps, carried
-    to its end.
+    A step over several points, the coarse one, does what the fine steps there would do if x0 stayed what it is at the
+    first point. For eta = 0 and eta = 1 that is the solver's own long step. Its noise is that of the fine steps,
+    carried to its end.
 
-    The noise z of the fine step from point j is `step_noise(seed, j)`, drawn anew each time.
+    The noise z of the fine step from point j is `step_noise(seed, j)`, drawn again each time.
     """
 
     def __init__(self, grid, name="ddim", eta=0.0, seed=0, restarts=()):
@@ -131,8 +131,8 @@ class Solver:
         self.stochastic = bool(self.spread.any())
         kept = (b_next**2 - self.spread**2).clamp(min=0).sqrt() / b
         steps = len(a)
-        # carry[i, j] = kept[i] ... kept[j - 1]: what is left at point j of a deviation from signal x0 at point i.
-        from_here_on = torch.ones(steps + 1, steps).triu().bool()
+        # carry[i, j] = kept[i] ... kept[j - 1]: what is left at j of a deviation from signal x0 at i.
+        from_here_on = torch.ones(steps + 1, steps, device="cpu").triu().bool()
         self.carry = torch.cat([one.new_ones(steps + 1, 1), kept.where(from_here_on, 1.0)], 1).cumprod(1)
 
         self.gain = a_next - kept * a  # of x0 in a step
@@ -145,16 +145,16 @@ class Solver:
             self.extrapolation[[n for n in restarts if n < steps]] = 0
 
     def with_seed(self, seed):
-        """The same tables with the noise of another seed."""
+        """Return the same tables with the noise of another seed."""
         other = copy.copy(self)
         other.seed = seed
         return other
 
     def step(self, x, m, start, end, past):
-        """L states at grid points `start` and their model outputs, both float32 (L, C, H, W), to the states at `end`.
+        """Step L states x at grid points `start`, with model outputs m, both float32 (L, C, H, W), to those at `end`.
 
-        start, end: int64 (L,) on the CPU, 0 to N. past: of dpmsolver++, x0 of the steps that led to x, (L, C, H, W); of
-        no meaning at a restart and to others. Returns the states, and `past` for the steps from there.
+        start, end: int64 (L,) on the CPU, 0 to N. past: for dpmsolver++, the x0 of the steps that led to x, (L, C, H,
+        W); it has no meaning at a restart or for others. Returns the states, and `past` for the steps from there.
         """
         columns = [self.x0_of_state[start], self.x0_of_output[start], self.extrapolation[start] * (end - start == 1)]
         columns += [self.signal[start], self.signal[end], self.carry[start, end]]
@@ -170,14 +170,14 @@ class Solver:
         return x, x0 if self.name == "dpmsolver++" else x
 
     def unrolled(self, shape):
-        """The `Chain` of states of a shape, (C, H, W)."""
+        """Return the `Chain` for states of a shape, (C, H, W)."""
         carried = (self.gain[:, None] * self.carry[1:]).T.tril(-1)
         K = carried * (1 + self.extrapolation)
         K[:, :-1] -= carried[:, 1:] * self.extrapolation[1:]
         return Chain(self.carry[0], K, self._forcing(shape), carried)
 
     def clean(self, x, m, n):
-        """What the step from grid points n, int64 (L,), is linear in: x0, clipped as the solver does; (L, C, H, W)."""
+        """Return what steps from grid points n, int64 (L,), are linear in: x0, clipped by the solver; (L, C, H, W)."""
         columns = self.x0_of_state[n], self.x0_of_output[n], self.signal[n + 1], self.gain[n].clamp(min=LEAST)
         p, q, signal_end, gain = self._on(x, *columns)
         x0 = p * x + q * m
@@ -187,11 +187,11 @@ class Solver:
         return x0 + signal_end * (at_end - x0) / gain
 
     def held(self, states, n):
-        """The x0 that, held over a block, leads from its first state to its last: float32 (B, C, H, W).
+        """Return the x0 that, held over a block, leads from its first state to its last: float32 (B, C, H, W).
 
         states: at the grid points n, a list; float32 (B + 1, C, H, W).
         """
-        start, end = torch.tensor(n[:-1]), torch.tensor(n[1:])
+        start, end = (torch.tensor(part, device="cpu") for part in (n[:-1], n[1:]))
         carry = self.carry[start, end]
         carry, gain = self._on(states, carry, (self.signal[end] - carry * self.signal[start]).clamp(min=LEAST))
         added = states[1:] - carry * states[:-1]
@@ -203,49 +203,49 @@ class Solver:
     def _forcing(self, shape):
         if not self.stochastic:
             return None
-        total = [torch.zeros(shape)]
+        total = [torch.zeros(shape, dtype=torch.float32, device="cpu")]
         for j, kept in enumerate(self.carry.diagonal(1).tolist()):
             total.append(kept * total[-1] + self._noise(j, j + 1, shape))
         return torch.stack(total)
 
     def _clipped(self, x0):
-        """x0 where a step ends and where it starts."""
+        """Return x0 as used at the end and at the start of a step."""
         if self.clip is None or self.name == "dpmsolver++":
             return x0, x0
-        # ddim, in diffusers, clips what the step leads to, not the noise that it finds in x.
+        # In diffusers, ddim clips x0 where the step leads, but not in the noise that it finds in x.
         clipped = x0.clamp(-self.clip, self.clip)
         return clipped, clipped if self.name == "ddpm" else x0
 
     @staticmethod
     def _on(x, *columns):
-        """Columns of the tables, each (L,), as float32 (L, 1, 1, 1) on the device of x, in one transfer."""
+        """Return columns of the tables, each (L,), as float32 (L, 1, 1, 1) on the device of x, in one transfer."""
         return torch.stack(columns).float().to(x.device, non_blocking=True).reshape(len(columns), -1, 1, 1, 1)
 
     def _noise(self, start, end, shape):
-        """What the fine steps from one point to another add, were x0 held: float32, of a state's shape."""
-        total = torch.zeros(shape)
+        """Return the noise that fine steps from one point to another add if x0 is held: float32, a state's shape."""
+        total = torch.zeros(shape, dtype=torch.float32, device="cpu")
         for j in range(start, end):
             total += float(self.spread[j] * self.carry[j + 1, end]) * step_noise(self.seed, j, shape)
         return total
 
     def damped(self, dU, dG, start, end):
-        """The correction of SRDS, held back where a long step overshoots: dG, or less.
+        """Return the correction of SRDS: dG, or less if the long step overshoots.
 
-        dU: change of the state at grid point `start`; dG: of where the coarse step leads from it, at `end`. One shape.
+        dU: the change of the state at grid point `start`. dG: the change of what the coarse step makes of it at `end`.
 
         In y = x / signal, with r = carry signal / signal', the coarse step carries a change as r dy + (1 - r) dx0. With
         dx0 = J dy and J constant, short steps carry it to r^(1 - J) dy. The two are close for 0 <= J <= 1, where
         the Jacobian of an optimal denoiser lies (it is a covariance) unless modes part. Strong guidance makes J
-        negative: short steps then let a change decay, one long step turns it round and enlarges it, and refinements
-        diverge. There dx0 is scaled by the theta that makes the two equal, r + (1 - r) theta J = r^(1 - J). J is
-        measured for each element and for the whole state, the lower counts; and nothing is withheld where J's negative
-        part, its mean weighted by dy^2, is above -0.05.
+        negative: short steps then let a change decay, but one long step reverses and enlarges it, and refinements
+        diverge. Then dx0 is scaled by the theta that makes the two equal, r + (1 - r) theta J = r^(1 - J). J is
+        measured for each element and for the whole state, and the lower one counts. Nothing is withheld if J's
+        negative part, its mean weighted by dy^2, is above -0.05.
         """
         if end - start == 1:
             return dG  # the coarse step is the fine one
         carry, q = float(self.carry[start, end]), float(self.signal[end] / self.signal[start])
         r = carry / q
-        carried = carry * dU  # were x0 to stay as it is
+        carried = carry * dU  # if x0 stayed the same
         rest = dG - carried
         along, size = rest * dU / (q - carry), dU * dU
         weight = size.sum() + 1e-30
@@ -260,21 +260,21 @@ class Solver:
 
 
 def cut_from_prompt(tokenizer, limit, prompt):
-    """What a limit in tokens cuts from the end of a prompt; "" where it fits."""
+    """Return the part of a prompt beyond a limit in tokens, or ""."""
     return tokenizer.decode(tokenizer(prompt).input_ids[limit - 1 : -1])
 
 
 def fixed_batch(widest, max_batch=None):
-    """The one batch shape for calls of up to `widest` network samples: the next multiple of 4, within max_batch.
+    """Return the one batch size for calls of up to `widest` network samples: the next multiple of 4, within max_batch.
 
-    Of other counts (5, 6, 7, 9, 10, 11 on two cores), MKL gives a sample other bits in other places of the batch.
+    With other sizes (5, 6, 7, 9, 10, 11 on two cores), MKL gives a sample other bits at other places of the batch.
     """
     size = -(-widest // 4) * 4
     return size if max_batch is None or size <= max_batch else max_batch // 4 * 4 or max_batch
 
 
 def compiled_batches(smallest, widest):
-    """The few batch shapes to compile for calls of `smallest` to `widest` samples: doubling, the widest last."""
+    """Return the few batch sizes to compile for calls of `smallest` to `widest` samples: doubling, the widest last."""
     sizes = [smallest]
     while 2 * sizes[-1] < widest:
         sizes.append(2 * sizes[-1])
@@ -282,20 +282,20 @@ def compiled_batches(smallest, widest):
 
 
 def rows(conditions):
-    """Rows of a prompt's conditions: two where guidance is classifier-free, else one."""
+    """Return the number of rows of a prompt's conditions: two if guidance is classifier-free, else one."""
     return max((len(values) for values in conditions.values()), default=1)
 
 
 class Denoiser:
-    """The network with its conditions: L states in, L model outputs out, guided where conditions come in pairs.
+    """The network with its conditions: L states in, L model outputs out, guided if conditions come in pairs.
 
     network(x, t, **conditions): outputs for states x, (S, C, H, W), of `dtype`, times t, (S,), and conditions (S, ...).
-    conditions: tensors of one row each, or of two (the negative prompt's first): then guidance is classifier-free (Ho
-        and Salimans, 2022), of the scale `guidance_scale`.
+    conditions: tensors of one row each, or of two, the negative prompt's first; guidance is then classifier-free (Ho
+        and Salimans, 2022), with the scale `guidance_scale`.
     times: as in `Grid`.
-    max_batch: most network samples in one call; more make several calls. None: all lanes of a tick in one.
-    sizes: the network samples that a call may have, in place of max_batch: each call is filled up with copies to the
-        next of them, so that few shapes are compiled or, with one size, all are rounded alike. None: any.
+    max_batch: most network samples in one call; if there are more, several calls are made. None for no limit.
+    sizes: the batch sizes that a call may have, in place of max_batch: each call is filled up with copies to the next
+        size, so that few shapes are compiled or, with one size, all samples are rounded alike. None for any size.
     """
 
     def __init__(self, network, conditions, times, guidance_scale=1.0, max_batch=None, sizes=None, dtype=torch.float32):
@@ -305,7 +305,7 @@ class Denoiser:
 
     @torch.no_grad()
     def __call__(self, x, n):
-        """Model outputs, float32 (L, C, H, W), for states x, (L, C, H, W), at grid points n, int64 (L,) on the CPU."""
+        """Return model outputs, float32 (L, C, H, W), for states x at grid points n, int64 (L,) on the CPU."""
         lanes = len(x)
         samples = x.to(self.dtype).repeat(self.rows, 1, 1, 1)
         times = self.times[n].repeat(self.rows).to(x.device, non_blocking=True)
@@ -317,6 +317,11 @@ class Denoiser:
             return outputs
         negative, positive = outputs.chunk(2)
         return negative + self.guidance_scale * (positive - negative)
+
+    def calls(self, lanes):
+        """Return the number of network calls for so many lanes."""
+        most = max(self.sizes) if self.sizes else self.max_batch or self.rows * lanes
+        return -(-self.rows * lanes // most)
 
     def _call(self, *inputs):
         count = len(inputs[0])
@@ -332,22 +337,28 @@ class Denoiser:
 
 
 def initial_noise(shape, seed, device="cpu"):
-    """x_T, float32 (1, *shape), drawn on the CPU so that it is the same on every device."""
-    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)).to(device)
+    """Return x_T, float32 (1, *shape), drawn on the CPU so that it is the same on every device."""
+    return normal((1, *shape), seed).to(device)
+
+
+def normal(shape, seed):
+    """Return normal numbers of a seed: float32, drawn on the CPU, whatever torch's default dtype and device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
 def sequential(x, denoise, step, points, keep=None):
     """Solve from grid point to grid point, one model call each, starting with x, (1, C, H, W), at the first.
 
-    Returns the states at the points of `keep` (the last point where None), float32 (len(keep), C, H, W).
+    Returns the states at the points `keep`, float32 (len(keep), C, H, W); if None, at the last point.
     """
     points = list(points)
     keep = {points[-1]} if keep is None else set(keep)
     x = past = x.float()
     kept = [x] if points[0] in keep else []
     for start, end in pairwise(points):
-        start, at_end = torch.tensor([start]), torch.tensor([end])
+        start, at_end = (torch.tensor([n], device="cpu") for n in (start, end))
         x, past = step(x, denoise(x, start), start, at_end, past)
         if end in keep:
             kept.append(x)
@@ -356,13 +367,13 @@ def sequential(x, denoise, step, points, keep=None):
 
 @torch.no_grad()
 def decode(family, pipeline, state):
-    """The image of a state, (C, H, W) or (1, C, H, W): uint8, (height, width, 3).
+    """Return the image of a state, (C, H, W) or (1, C, H, W): uint8 (height, width, 3).
 
-    Raises FloatingPointError where the state or what an autoencoder makes of it is not finite.
+    Raises FloatingPointError if the state or its decoded image is not finite.
     """
-    state = state.reshape(1, *state.shape[-3:])  # always a batch of one: always the same kernels
+    state = state.reshape(1, *state.shape[-3:])  # always a batch of one, for the same kernels
     image = family.decode(pipeline, state)
     if not (state.isfinite().all() and image.isfinite().all()):
         dtype = str(image.dtype).removeprefix("torch.")
-        raise FloatingPointError(f"the latents or the image are not finite in {dtype}")
+        raise FloatingPointError(f"the state or the image is not finite in {dtype}")
     return ((image[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

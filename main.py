@@ -1,4 +1,4 @@
-"""Sample images by refining all of a diffusion trajectory at once (SRDS, or collocation); show how they converge.
+"""Sample images by refining a whole diffusion trajectory at once (SRDS, or collocation), and show how they converge.
 
     python main.py --prompts prompts.txt --output-dir output/my_experiment
 
@@ -7,58 +7,35 @@ The defaults are in `settings.py`, to be edited for experiments.
 
 import argparse
 import contextlib
-import io
 import math
 import os
-import stat
 import sys
-import traceback
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-import settings as defaults
-from settings import Failure, Loading, SettingError, Settings, choice, in_one_line, number
-from study.samples import MOST_RUNS, check_prompt, combinations, read_metrics, read_prompts, read_seeds, read_sweep
-from study.terminal import Lasting, terminable
+import settings as table
+from settings import Experiment, Failure, Loading, SettingError, Settings, did_you_mean, flag_of, in_one_line, number
+from study import asked
+from study.console import lasting_streams
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command is to do: sample `texts`, one for each sample, with a model that `loading` brings into memory.
+    """A command line, parsed and checked.
 
-    settings: the `Settings` of a sweep, which the samples take in turn; one of no sweep. swept: what differs there, a
-    dict for each. seeds: of each text, where several were given; else None. prompts, prompt: where the texts come from,
-    a file or the command line. ground_truth: whether to sample step by step as well. metrics: names of those to
-    measure. resume: whether to keep what an earlier run has completed. overwrite: whether to remove an earlier run of
-    other results, in place of setting it aside. keep_trajectories: whether to write them. start_from: the directory of
-    a run that did, or None. parallel: what several processes share, "lanes", "prompts", or None to choose. report:
-    whether to write the page. preview: whether to write the image as it is while it is refined. argv: the words of the
-    command line.
+    given: the values that it gives, by setting. texts: the prompts. seeds: those of --seeds, or None. axes, variants:
+    the sweep, see `study.asked`. metrics: their names. notes: lines to print before sampling. argv: its words.
     """
 
-    settings: list
-    swept: list
+    given: dict
     loading: Loading
+    experiment: Experiment
     texts: list
     seeds: list | None
-    prompts: str | None
-    prompt: list | None
-    output_dir: str
-    ground_truth: bool
+    axes: list
+    variants: list
     metrics: list
-    resume: bool
-    overwrite: bool
-    keep_trajectories: bool
-    start_from: str | None
-    parallel: str | None
-    report: bool
-    preview: bool
+    notes: list
     argv: list
-
-    @property
-    def kind(self):
-        """What samples are called: prompts, where there is one of each."""
-        return "samples" if self.seeds or len(self.swept) > 1 else "prompts"
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,241 +45,136 @@ class Parser(argparse.ArgumentParser):
         raise Failure(message, status=2)
 
 
-def one_of(names):
-    return f"{{{','.join(names)}}}"
-
-
-# Flags, type, how the value is called, help. Defaults are in `settings`, under the flag's name.
-ARGUMENTS = {
-    "required: an output directory, and prompts from a file or one by one": [
-        ("--prompts -p", str, "FILE",
-         "text file with one prompt a line, UTF-8; of models that read none, a seed a line"),
-        ("--prompt", list, "TEXT", "a prompt; may be repeated"),
-        ("--output-dir -o", str, "DIR", "where images and analysis go"),
-    ],
-    "algorithm": [
-        ("--method", str, one_of(defaults.METHODS),
-         "srds refines blocks of steps, collocation a few points in time (%(default)s)"),
-        ("--coarse-steps -cs", number, "B",
-         "blocks, at most N; auto: as many as take the least time on this device; of collocation, only where errors "
-         "are told (%(default)s)"),
-        ("--fine-steps -fs", number, "N",
-         "steps of the sequential sampler that is reproduced; at most the model's own (%(default)s)"),
-        ("--solver", str, one_of(defaults.SOLVERS), "solver of each step (ddim; for flow matching, euler)"),
-        ("--eta", number, "E", "noise in ddim's steps, 0 to 1 (%(default)s)"),
-        ("--tolerance -tol", number, "T",
-         "stop when a refinement changes the image by less, 0 to 255; 0: go on until exact (%(default)s)"),
-        ("--schedule", str, one_of(defaults.SCHEDULES),
-         "what a call works on: blocks of all refinements, or of one (pipelined; with auto blocks, the faster)"),
-        ("--correction", str, one_of(defaults.CORRECTIONS),
-         "the paper's, or damped where the coarse step overshoots (damped)"),
-        ("--nodes", number, "M",
-         "of collocation: points in time of its first solution (13; 100 of pixels, and where the model proves rough)"),
-        ("--window", number, "W",
-         "of collocation: most nodes in a network call, but for a refinement's new ones (8; half the root of 100 nodes "
-         "or more)"),
-        ("--stop-rule", str, one_of(defaults.STOP_RULES),
-         "what must be below the tolerance: the image's last change, that of every boundary's state too, or the "
-         "predicted next change of the image (%(default)s)"),
-        ("--max-iterations", number, "K", "most refinements (until exact)"),
-    ],
-    "generation": [
-        ("--model", str, "MODEL", "hub id, local folder, demo, or fashion (%(default)s)"),
-        ("--variant", str, "NAME", "variant of the weights, such as fp16"),
-        ("--lora", list, "FILE[:SCALE]", "LoRA weights, a file or hub id, and their scale (1); may be repeated"),
-        ("--textual-inversion", list, "FILE",
-         "textual inversion embeddings, a file or hub id; may be repeated"),
-        ("--guidance-scale -gs", number, "S",
-         "scale of classifier-free guidance (off at 1 and below), or of the network's own (the model's usual)"),
-        ("--negative-prompt", str, "TEXT", "what guidance leads away from"),
-        ("--height", number, "PX", "in pixels (the model's native one; of Stable Diffusion at most 512)"),
-        ("--width", number, "PX", "(likewise)"),
-        ("--seed -s", number, "SEED", "of the initial noise and of the noise in the steps (%(default)s)"),
-        ("--seeds", str, "SEEDS", "several in place of one, such as 42-61 or 1,5,9: a sample of each prompt and seed"),
-        ("--sweep", list, "NAME=V1,V2,...",
-         "values of a setting that loads no other model, such as coarse_steps=5,10,auto: a sample with each; may be "
-         "repeated, for all combinations"),
-        ("--yes", bool, None, f"begin a sweep of more than {MOST_RUNS} samples"),
-        ("--resume", bool, None,
-         "keep what an earlier run has completed; prompts, seeds and values of a sweep may be added"),
-        ("--overwrite", bool, None, "remove an earlier run of other results; else it is moved into earlier/"),
-        ("--start-from", str, "DIR",
-         "begin from the trajectories that an earlier run of one prompt, or of as many prompts as here, has kept"),
-        ("--keep-trajectories", bool, None, "keep what --start-from of a later run takes, in trajectory.safetensors"),
-        ("--metrics", str, "NAMES",
-         "more measures of the images, some of: lpips, to the ground truth; clip, the score of image and prompt; "
-         "scene, the share of a prompt that the demo's image shows"),
-        ("--preview", bool, None, "keep preview.png, the image after the last refinement, while the run lasts"),
-        ("--no-report", bool, None, "leave out report.html, the page that shows the run"),
-        ("--no-ground-truth", bool, None, "skip the sequential run that images are compared with"),
-    ],
-    "machine": [
-        ("--parallel", str, one_of(defaults.PARALLELS),
-         "what the processes of accelerate launch or torchrun share: the lanes of each tick, or the prompts (prompts, "
-         "if there are more of them than processes)"),
-        ("--device", str, "DEVICE", "auto, cpu, cuda, cuda:1, mps ... (%(default)s)"),
-        ("--dtype", str, one_of(defaults.DTYPES), "auto: float16 or bfloat16 on cuda, float32 elsewhere (%(default)s)"),
-        ("--max-batch", number, "M", "most network samples in one call, where memory is short (no limit)"),
-        ("--offload", bool, None, "keep on the device only the part of the model that runs"),
-        ("--vae-tiling", bool, None, "decode large images in tiles, where memory is short"),
-        ("--fixed-batch", bool, None, "pad every network call to one shape: reproducible to the bit"),
-        ("--compile", bool, None, "torch.compile the network: takes minutes once, then calls are faster"),
-    ],
-}  # fmt: skip
+def rows():
+    return {each.name: each for kind in table.TABLES for each in fields(kind)}
 
 
 def make_parser():
-    """The parser, and the flags of each argument by its name."""
-    parser, flags = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False), {}
-    for title, arguments in ARGUMENTS.items():
-        group = parser.add_argument_group(title)
-        for names, kind, metavar, words in arguments:
-            names = names.split()
-            name = names[0].removeprefix("--").replace("-", "_")
-            default = getattr(defaults, name.upper(), None)
-            how = {"type": kind, "metavar": metavar, "default": default, "required": name == "output_dir"}
-            if default not in (None, "") and "%(default)s" not in words:
-                words += " (now %(default)s)"  # edited, in place of the usual one
-            if kind in (bool, list):
-                how = {"action": "store_true"} if kind is bool else {"action": "append", "metavar": metavar}
-            group.add_argument(*names, help=words, **how)
-            flags[name] = "/".join(names)
-    return parser, flags
+    parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False, usage="main.py [options]",
+                    argument_default=argparse.SUPPRESS)  # fmt: skip
+    groups = {name: parser.add_argument_group(name) for name in table.GROUPS}
+    for each in rows().values():
+        about, kind = each.metadata, str(each.type)
+        default = about["usual"] if each.default in (None, ()) else each.default
+        words = about["meaning"] + (f" (default: {default})" if default not in (None, False, "", ()) else "")
+        names = f"{{{','.join(getattr(about['check'], 'names', ()))}}}"
+        how = {"action": "store_true"} if "bool" in kind else {"metavar": about["metavar"] or names}
+        how |= {"action": "append"} if "tuple" in kind else {} if "str" in kind or "bool" in kind else {"type": number}
+        flags = [flag_of(each), *filter(None, [about["short"]])]
+        groups[about["group"]].add_argument(*flags, help=words.replace("%", "%%"), **how)
+    return parser
 
 
-def parse_arguments(parser, flags, argv):
-    """The `Command`, checked as far as it can be before the model is known. Raises Failure."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    seeds, values = None if args.seeds is None else read_seeds(args.seeds), read_sweep(args.sweep or (), flags)
+def parse(argv):
+    """Return the `Command` of a command line, checked as far as possible without the model. Raises Failure."""
+    parsed, unknown = make_parser().parse_known_args(argv)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        near = did_you_mean(word, [flag_of(each) for each in rows().values()])
+        raise Failure(f"argument {word} is not known{near}; --help lists all", status=2)
+    if "output_dir" not in given:
+        raise Failure("argument --output-dir/-o is required; give a directory, existing or new", status=2)
+    own = lambda kind: {each.name: given[each.name] for each in fields(kind) if each.name in given}
+    experiment, loading = Experiment(**own(Experiment)), Loading(**own(Loading))
+    axes = asked.read_sweep(experiment.sweep)
+    seeds = None if experiment.seeds is None else asked.read_seeds(experiment.seeds)
     several = {"seed": "seeds"} if seeds else {}
-    several |= dict.fromkeys(values, "sweep")
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(several, several)))  # which has no defaults
-    for name, other in several.items():
-        if getattr(given, name) is not several:
-            text = args.seeds if other == "seeds" else " ".join(args.sweep)
-            raise SettingError(other, text, f"is given beside {flags[name].split('/')[0]}; give one of them")
-    if seeds:
-        args.seed = seeds[0]
-    args.lora, args.textual_inversion = args.lora or (), args.textual_inversion or ()
-    if (args.prompts is None) == (args.prompt is None):
-        given = "neither was given" if args.prompts is None else "both were given"
-        raise Failure(f"argument --prompts/-p or --prompt: {given}; give one of them", status=2)
-    base, loading = ({field.name: getattr(args, field.name) for field in fields(kind)} for kind in (Settings, Loading))
-    texts = read_prompts(args.prompts) if args.prompt is None else [check_prompt(prompt) for prompt in args.prompt]
-    pairs = [(text, seed) for text in texts for seed in seeds or [None]]
-    count = len(pairs) * math.prod(map(len, values.values()))
-    if values and count > MOST_RUNS and not args.yes:
-        remedy = f"makes {count} samples, more than {MOST_RUNS}; give fewer values, or --yes"
-        raise SettingError("sweep", " ".join(args.sweep), remedy)
-    swept = combinations(values)
-    settings, loading = [Settings(**base | each) for each in swept], Loading(**loading)
-    if loading.compile:
-        for each in settings:
-            each.check_compiled()
-    choice(*defaults.PARALLELS, optional=True)("parallel", args.parallel)
-    texts, seeds = ([pair[part] for pair in pairs for _ in swept] for part in (0, 1))
-    check_output_dir(args.output_dir)
-    if args.resume and args.overwrite:
-        raise SettingError("overwrite", True, "removes what --resume keeps; give one of them")
-    if args.start_from is not None and Path(args.start_from).resolve() == Path(args.output_dir).resolve():
-        raise SettingError("start_from", args.start_from, "is the output directory, which is written anew; give two")
-    ground_truth, report = not args.no_ground_truth, not args.no_report
-    metrics = read_metrics(args.metrics, loading, ground_truth)
-    return Command(
-        settings, swept, loading, texts, seeds if args.seeds else None, prompts=args.prompts, prompt=args.prompt,
-        output_dir=args.output_dir, ground_truth=ground_truth, metrics=metrics,
-        resume=args.resume, overwrite=args.overwrite, keep_trajectories=args.keep_trajectories,
-        start_from=args.start_from, parallel=args.parallel, report=report, preview=args.preview, argv=[*argv],
-    )  # fmt: skip
+    for name, other in (several | {name: "sweep" for axis in axes for name in axis[0]}).items():
+        if name in given:
+            raise SettingError(name, given[name], f"cannot be given together with --{other}; give one of them")
+    if experiment.prompts is not None and experiment.prompt is not None:
+        raise Failure("argument --prompts/-p or --prompt: give only one of them", status=2)
+    texts = [asked.check_prompt(text) for text in experiment.prompt or ()]
+    texts = texts or (asked.read_prompts(experiment.prompts) if experiment.prompts is not None else [])
+    asked.check_count(max(1, len(texts)) * len(seeds or [0]) * math.prod(map(len, axes)), experiment.yes)
+    notes = {}
+    variants = [asked.make_variant(own(Settings) | values, notes) for values in asked.combinations(axes)]
+    if loading.compile and any(variant.auto for variant in variants):
+        remedy = "measures calls of many sizes, which a compiled network does not have; give a number"
+        raise SettingError("coarse_steps", "auto", remedy)
+    metrics = asked.read_metrics(experiment.metrics, loading, not experiment.no_ground_truth)
+    return Command(given, loading, experiment, texts, seeds, axes, variants, metrics, [*notes], argv)
 
 
-def check_output_dir(folder):
-    """Raise SettingError unless the directory is there, or can be made, and can be written. Nothing is made yet."""
-    path, problem = Path(folder), "" if folder else "is empty"
-    while not problem:
-        try:
-            directory = stat.S_ISDIR(path.stat().st_mode)
-            writable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
-            problem = "is not a directory" if not directory else "" if writable else "is not writable"
-            break
-        except FileNotFoundError:
-            problem = "is a broken link" if path.is_symlink() else ""
-            path = path.parent
-        except OSError as error:
-            problem = f"cannot be used ({error.strerror})"
-    if problem:
-        raise SettingError("output_dir", folder, f"{problem}; give a directory, existing or new")
+def run(command, processes):
+    """Run a command: arguments -> samples -> those left -> model, if any are -> loop: sample, write -> overview."""
+    from study.bench import Bench
+    from study.folder import Folder
+    from study.overview import Overview
+
+    bench, folder = Bench(command, processes), Folder(command.experiment.output_dir)
+    if processes.first:
+        folder.check()
+        folder.open()
+    processes.wait()
+    if not processes.first:
+        folder.open()
+    tasks = bench.tasks([bench.planned(variant, folder) for variant in command.variants])
+    overview = Overview(command, bench, folder, tasks)
+    left = overview.begin()
+    try:
+        if processes.sharing > 1 and not processes.first:
+            bench.follow(tasks)
+        else:
+            for group in processes.deal(left):
+                for task in group:
+                    overview.announce(task)
+                    try:
+                        made = bench.sample(task, group)
+                        folder.add(task.folder, overview.files(*made), command.experiment.again)
+                    except Exception as error:
+                        overview.failed(task, bench.explain(task, error))
+            bench.dismiss()
+        processes.wait()
+    except BaseException:
+        with contextlib.suppress(Failure):  # what ended the run is what is reported
+            overview.end()
+        raise
+    overview.end()
+    overview.check()
 
 
 def main(argv=None):
     """Run the command and return its exit status: 0; 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a prompt may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)), terminable():
-        return carry_out(argv)
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    with lasting_streams():
+        try:
+            command = parse(argv)
+            # torch, and everything that imports it, waits until the arguments have been checked.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            from study.console import quiet_libraries
+            from study.processes import Processes
 
-
-def carry_out(argv):
-    """Run the command, as `main` does."""
-    parser, flags = make_parser()
-    command = failure = processes = None
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
-            command = parse_arguments(parser, flags, argv)
-    except SystemExit as shown:  # --help
-        return shown.code
-    except Failure as error:
-        failure = error
-    if failure and os.environ.get("WORLD_SIZE", "1") == "1":
-        return end(one_line(failure, flags), failure.status)
-    try:
-        # torch, and all that imports it, waits until the arguments are known to be good.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or it tells of a lost store in hundreds of lines
-        from study.quiet import quiet_libraries
-
-        quiet_libraries()
-        from study.processes import Processes
-        from study.run import run
-
-        metrics = None
-        if command and command.metrics:
-            from study.metrics import Metrics as metrics
-
-        processes = Processes()
-        with processes.quiet():
-            if failure:
-                raise failure
-            run(command, processes, metrics)
-    except Failure as error:
-        return end(one_line(error, flags), error.status, processes)
-    except KeyboardInterrupt:
-        return end("interrupted; what was complete is kept", 130, processes)
-    except Exception as error:
-        if processes is None or processes.size == 1:
-            raise
-        traceback.print_exc()
-        message = f"process {processes.rank} failed with a {type(error).__name__}; see its traceback"
-        return end(message, 1, processes)
+            quiet_libraries()
+            processes = Processes()
+            with processes.quiet():
+                run(command, processes)
+            processes.close()
+        except SystemExit as shown:  # --help
+            return shown.code
+        except Failure as failure:
+            return end(one_line(failure), failure.status)
+        except KeyboardInterrupt:
+            return end("interrupted; what was finished is kept, and the same command goes on from there", 130)
     return 0
 
 
-def one_line(failure, flags):
-    """What a failure says, with the flags of the argument that it is about."""
-    if not isinstance(failure, SettingError):
+def one_line(failure):
+    """Return a failure's message, after the flags of the argument that it is about."""
+    if not isinstance(failure, SettingError) or failure.setting not in rows():
         return str(failure)
-    value = "" if failure.value is True else f"{failure.value!r} "
-    return f"argument {flags[failure.setting]}: {value}{failure.remedy}"
+    each = rows()[failure.setting]
+    value = "" if isinstance(failure.value, bool) else f"{failure.value!r} "
+    return f"argument {'/'.join(filter(None, [flag_of(each), each.metadata['short']]))}: {value}{failure.remedy}"
 
 
-def end(message, status, processes=None):
-    """Print one line, on the first of several processes, and return the exit status."""
-    message = f"main.py: error: {in_one_line(message, 10_000)}"
-    if processes:
-        return processes.end(message, status)
-    print(message, file=sys.stderr)
+def end(message, status):
+    """Print one line and return the exit status; one of several processes exits at once, and torchrun ends the rest."""
+    print(f"main.py: error: {in_one_line(message, 10_000)}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stderr.flush()
+        os._exit(status)  # at once: the others may be waiting for this process
     return status
 
 

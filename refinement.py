@@ -1,4 +1,4 @@
-"""What a run yields: refinements, what they changed and cost, and whether the run stops there."""
+"""What sampling yields: refinements, their changes and costs, and whether sampling stops there."""
 
 import hashlib
 import json
@@ -15,20 +15,21 @@ from settings import SettingError
 
 
 class Refinement(NamedTuple):
-    """The sample after k refinements, what it has cost so far, and what the stop rules watch.
+    """The sample after k refinements, its cost so far, and what the stop rules watch.
 
     image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, C, H, W), on the model's device.
-    serial_evaluations: network calls one after the other (ticks). total_evaluations: of one state each, a guided one
-        counting once (lane-steps). widest_tick: the most in one call.
-    exact: whether it is the sequential sample, up to the network's rounding, or of collocation up to what a
-        threshold leaves unseen.
-    damping: what was withheld of a correction, 127.5 times its norm over the state's, at the boundary with most.
+    serial_evaluations: batched model evaluations, one after the other (ticks). total_evaluations: evaluations of single
+        states; a guided one counts once (lane-steps). network_calls: calls of the network by this process; with
+        `max_batch`, a tick may take several. widest_tick: most states in a tick.
+    exact: whether it is the sequential sample up to the network's rounding. all_nodes: for collocation, whether every
+        grid point is a node; then it is the sequential sample up to what the threshold leaves unseen.
+    damping: what was withheld from a correction, 127.5 times its norm over the state's, at the boundary with most.
     image_change: mean absolute difference to the last refinement's 8-bit image, 0 to 255; None for k = 0.
-    trajectory_change: see `trajectory_change`; None for k = 0. predicted_change: the next refinement's image_change, if
-        changes shrink at their last rate; None where there is no last rate.
-    verdict: "converged", "growing" or "continuing", see `judge`. settled: whether all that k asks for was done;
-        collocation can be cut short, and then is not.
-    seconds: since the first tick, decoding included, and without what the caller did in between.
+    trajectory_change: see the function; None for k = 0. predicted_change: the next refinement's image_change, if
+        changes go on shrinking at their last rate; None if there is no such rate.
+    verdict: "converged", "growing" or "continuing", see `judge`. settled: whether refinement k was completed;
+        collocation can be cut short.
+    seconds: since the first tick, with decoding, without the time that the caller took in between.
     """
 
     k: int
@@ -36,8 +37,10 @@ class Refinement(NamedTuple):
     states: torch.Tensor
     serial_evaluations: int
     total_evaluations: int
+    network_calls: int
     widest_tick: int
     exact: bool
+    all_nodes: bool
     damping: float
     image_change: float | None
     trajectory_change: float | None
@@ -51,16 +54,17 @@ class Refinement(NamedTuple):
 
     @property
     def stop_reason(self):
-        """Why a run that ends here does: "exact", "tolerance" or "max-iterations"."""
-        return "exact" if self.exact else "tolerance" if self.verdict == "converged" else "max-iterations"
+        """Why sampling stops if it stops here: "exact", "all nodes", "tolerance" or "max-iterations"."""
+        complete = "exact" if self.exact else "all nodes" if self.all_nodes else None
+        return complete or ("tolerance" if self.verdict == "converged" else "max-iterations")
 
 
 class Trajectory(NamedTuple):
-    """What a later run can start from: the clean images that lead along a trajectory, as `Sampler.trajectory` finds.
+    """What a later run can start from: the clean images that lead along a trajectory; see `Sampler.trajectory`.
 
-    clean: float32 (B, C, H, W), x0 that, held over a block, leads from its first state to its last.
-    boundaries: the grid points between which the blocks lie, 0 to N, a list of B + 1.
-    model: the model's name. seed: of its noise; from other noise, a start costs more than it saves.
+    clean: float32 (B, C, H, W), for each block the x0 that, held over it, leads from its first state to its last.
+    boundaries: the grid points between the blocks, 0 to N, a list of B + 1.
+    model: the model's name. seed: the seed of its noise; with other noise, a start costs more than it saves.
     """
 
     clean: torch.Tensor
@@ -69,49 +73,49 @@ class Trajectory(NamedTuple):
     seed: int
 
     @classmethod
-    def read(cls, path):
-        """Of a file, as `packed` makes it. Raises ValueError where it is none."""
-        if not Path(path).is_file():  # a pipe would be waited for
-            raise ValueError(f"there is no {path}")
+    def unpack(cls, data):
+        """Return the trajectory in the bytes of a file made by `packed`. Raises ValueError if they hold none."""
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                clean, n = map(file.get_tensor, ("clean", "boundaries"))
-                model, seed = file.metadata()["model"], int(file.metadata()["seed"])
-        except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} holds no trajectory") from error
-        rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all()
-        if clean.ndim != 4 or not rising or not clean.isfinite().all():
-            raise ValueError(f"{path} holds no trajectory")
-        return cls(clean, n.tolist(), model, seed)
+            about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            tensors = safetensors.torch.load(data)
+            clean, n, seed = tensors["clean"], tensors["boundaries"], int(about["seed"])
+            rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all() and n[-1] <= 2**20
+            if (clean.dtype, n.dtype, clean.ndim) != (torch.float32, torch.int64, 4) or not (len(clean) and rising):
+                raise ValueError("other tensors")
+            if not clean.isfinite().all() or not 0 <= seed < 2**64:
+                raise ValueError("other numbers")
+            return cls(clean, n.tolist(), str(about["model"]), seed)
+        except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"it holds no trajectory: {error}") from error
 
     def packed(self):
-        """The bytes of a safetensors file."""
-        tensors = {"clean": self.clean.cpu().contiguous(), "boundaries": torch.tensor(self.boundaries)}
+        """Return the trajectory as the bytes of a safetensors file."""
+        tensors = {"clean": self.clean.cpu().contiguous(), "boundaries": torch.tensor(self.boundaries, device="cpu")}
         return safetensors.torch.save(tensors, {"model": self.model, "seed": str(self.seed)})
 
     @property
     def digest(self):
-        """Tells it from others, on all processes alike."""
+        """A hash of its content, the same on all processes."""
         about = json.dumps([*self.clean.shape, self.boundaries, self.model, self.seed])
         return hashlib.sha256(self.clean.cpu().contiguous().numpy().tobytes() + about.encode()).hexdigest()[:32]
 
     def check(self, shape, model):
-        """Raise SettingError unless it is of states of a shape, (C, H, W), and of a model."""
+        """Raise SettingError unless its states have a shape, (C, H, W), and come from a model of that name."""
         own = tuple(self.clean.shape[1:])
-        if Path(self.model).absolute().name != Path(model).absolute().name:  # wherever it lies
-            raise SettingError("start_from", self.model, f"is another model than {model}; start from a run of the same")
+        if Path(self.model).absolute().name != Path(model).absolute().name:  # wherever the folder is
+            raise SettingError("start_from", self.model, f"is not {model}; start from a run of the same model")
         if own != tuple(shape):
-            raise SettingError("start_from", own, f"is of other states than {tuple(shape)}; start from the same size")
+            raise SettingError("start_from", own, f"is not the states' shape {tuple(shape)}; start from the same size")
 
     def weights(self, N):
-        """W, float64 (N, B), by which each of N grid points has the x0 of the block that it lies in."""
-        ends = torch.tensor(self.boundaries[1:]) * N
-        block = torch.searchsorted(ends, torch.arange(N) * self.boundaries[-1], right=True)
+        """Return W, float64 (N, B), which gives each of N grid points the x0 of its block."""
+        ends = torch.tensor(self.boundaries[1:], device="cpu") * N
+        block = torch.searchsorted(ends, torch.arange(N, device="cpu") * self.boundaries[-1], right=True)
         return one_hot(block, len(self.clean)).double()
 
 
 class Sequential(NamedTuple):
-    """The ground truth: states at the boundaries, float32, (B + 1, C, H, W); the last one's image; seconds."""
+    """The ground truth: states at the boundaries, float32 (B + 1, C, H, W), the image of the last one, seconds."""
 
     states: torch.Tensor
     image: np.ndarray
@@ -122,7 +126,7 @@ class Sequential(NamedTuple):
 class Sample:
     """All refinements of a prompt; the first is the initialisation, k = 0.
 
-    It holds the states of each. Where memory is short, take one refinement at a time from `Sampler.refine`.
+    It holds the states of each. If memory is short, take one refinement at a time from `Sampler.refine`.
     """
 
     prompt: str
@@ -137,28 +141,30 @@ class Sample:
     seconds = property(lambda self: self.refinements[-1].seconds)
 
 
-def measured(iterate, image, widest_tick, earlier):
-    """The `Refinement` that an iterate and its image are, after the one before it (None for k = 0).
+def measured(iterate, image, network_calls, widest_tick, earlier):
+    """Return the `Refinement` of an iterate and its image; `earlier` is the one before it, None for k = 0.
 
-    Verdict and seconds are left open.
+    Verdict and seconds are still to be filled in.
     """
     change = moved = predicted = None
     if earlier:
         change, before = difference(image, earlier.image), earlier.image_change
         moved = trajectory_change(iterate.states, earlier.states)
-        # Changes shrink superlinearly, so this is too high rather than too low.
+        # Changes shrink superlinearly, so this errs on the high side.
         predicted = change * change / before if before else change if before == 0 else None
-    counts = iterate.ticks, iterate.lane_steps, widest_tick, iterate.exact, 127.5 * float(iterate.damping)
-    return Refinement(iterate.k, image, iterate.states, *counts, change, moved, predicted, "", 0.0, iterate.settled)
+    counts = iterate.ticks, iterate.lane_steps, network_calls, widest_tick
+    how = iterate.exact, iterate.all_nodes, 127.5 * float(iterate.damping)
+    changes = change, moved, predicted
+    return Refinement(iterate.k, image, iterate.states, *counts, *how, *changes, "", 0.0, iterate.settled)
 
 
 def difference(image, other):
-    """Mean absolute difference of two 8-bit images, 0 to 255."""
+    """Return the mean absolute difference of two 8-bit images, 0 to 255."""
     return float(abs(image.astype(float) - other).mean())
 
 
 def trajectory_change(states, earlier):
-    """The largest change of a boundary's state, (B + 1, C, H, W), on the images' scale.
+    """Return the largest change of the states, (B + 1, C, H, W), over the boundaries, on the images' scale.
 
     A boundary's change is the mean absolute change of its state, times 127.5 / standard deviation of the new state.
     """
@@ -167,10 +173,10 @@ def trajectory_change(states, earlier):
 
 
 def judge(refinement, earlier, rule, tolerance):
-    """Whether a refinement, after the one before it (None for k = 0), is "converged", "growing" or "continuing".
+    """Return "converged", "growing" or "continuing" for a refinement and the one before it (None for k = 0).
 
-    Each change that the stop rule watches must be below the tolerance. A change that grew, and is not below it, is told
-    apart, because parareal can diverge on its way to exactness; so is a refinement that did not settle.
+    It has converged if each change that the stop rule watches is below the tolerance. It is growing if a change grew
+    and is not below it, as parareal can diverge on its way to exactness, or if it did not settle.
     """
     if not refinement.settled:
         return "growing"

@@ -1,4 +1,4 @@
-"""The door to this program from Python: a pipeline and settings in, refinements and samples out.
+"""The interface for Python: a pipeline and settings in, refinements and samples out.
 
 pipeline = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
 sample = Sampler(pipeline, Settings(fine_steps=100, coarse_steps=10))("a lighthouse", seed=7)
@@ -7,6 +7,7 @@ sample.image, sample.serial_evaluations, sample.total_evaluations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,17 +19,19 @@ import diffusion
 from collocation import collocation, usual_window
 from models.loading import find_model, inspect, is_compiled, load_pipeline
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
-from settings import Loading, SettingError, Settings, text
+from settings import Loading, SettingError, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
-from study.planning import make_plan
+
+CHECK_SEED = whole(0, 2**64 - 1)
+ENCODING = threading.Lock()  # a tokenizer's padding is shared by all threads
 
 
 class Prompt(NamedTuple):
     """A prompt as the model reads it.
 
-    conditions: tensors of one row, or of two where guidance is classifier-free, the negative prompt's first.
-    ignored: what is cut from the end of the text, as the model reads no more; "" if nothing.
-    encoded_for: the pipeline and the settings that it was encoded for.
+    conditions: tensors of one row, or of two if guidance is classifier-free, the negative prompt's first.
+    ignored: the part of the text beyond the tokenizer's limit, or "".
+    encoded_for: the pipeline and the settings for which it was encoded.
     """
 
     text: str
@@ -38,7 +41,7 @@ class Prompt(NamedTuple):
 
 
 class OneProcess:
-    """A process that shares its lanes with no other: what `Sampler` asks of `study.processes.Processes`.
+    """A process that shares its lanes with no other: the part of `study.processes.Processes` that `Sampler` uses.
 
     sharing: how many processes share the lanes of each tick.
     """
@@ -46,66 +49,58 @@ class OneProcess:
     sharing = 1
 
     def broadcast(self, value):
-        """The first process's value."""
+        """Return the first process's value."""
         return value
 
     def split(self, denoise):
-        """`denoise` with the lanes of a call dealt out to the processes."""
+        """Return `denoise` with the lanes of a call shared out to the processes."""
         return denoise
 
     def agree(self, value):
-        """The value of the first of the processes that share lanes."""
+        """Return the value of the first of the processes that share lanes."""
         return value
 
     def in_step(self, iterates):
-        """The iterates, as many on every process as on the first."""
+        """Return the iterates, as many on every process as on the first."""
         return iterates
 
 
 class Sampler:
-    """SRDS on a diffusers pipeline, as it is in memory: its weights, adapters, dtype, device and hooks.
+    """Sample with a diffusers pipeline as it is in memory, with its weights, adapters, dtype, device and hooks.
 
-    The pipeline is not changed and can go on being used. Its scheduler gives the noise schedule, and is not otherwise
-    used. An autoencoder that overflows in float16 (Stable Diffusion XL's) is float32 while it decodes. Of a pipeline
-    with offloaded parts, the one that ran last stays on the device until the next prompt or the end of a call.
+    The pipeline is not changed and can still be used. Its scheduler only gives the noise schedule. An autoencoder that
+    overflows in float16 (Stable Diffusion XL's) is float32 while it decodes. If the pipeline offloads its parts, the
+    one that ran last stays on the device until the next prompt or the end of a call.
 
-    pipeline: of a class in `models.families.FAMILIES`, or one derived from it.
-    settings: a `Settings`; None for the defaults. `asked` is what was given; `settings` has the model's usual values
-        in place of None, and the plan's blocks and schedule in place of "auto". Neither changes.
-    processes: those of a launch, which then all make the same calls; None for this one alone.
-    plan: as `study.planning.make_plan` returns it, where coarse_steps is "auto" and there is one already. The attribute
-        is None where nothing was planned.
+    pipeline: an instance of a class in `models.families.FAMILIES`, or of one derived from it.
+    settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; `settings` has the model's usual
+        values in place of None.
+    processes: those of a launch, all of which must make the same calls; None for this process alone.
 
-    Others may read model, device, shape (of a state), grid, solver and boundaries.
+    Public attributes: model, device, shape (of a state), grid, solver and boundaries.
 
-    Raises SettingError where the model cannot do what is asked, and ModelError for a pipeline of no known family.
+    Raises SettingError if the model cannot do what is asked, and ModelError for a pipeline of no known family.
     """
 
-    def __init__(self, pipeline, settings=None, *, processes=None, plan=None):
-        self.asked = settings = settings or Settings()
-        self.pipeline, self.processes, self.plan = pipeline, processes or OneProcess(), plan
-        self.model = inspect(pipeline)
-        if is_compiled(self.network):
-            settings.check_compiled()
-        if settings.resolve(self.model).coarse_steps == "auto":
-            if plan is None:
-                one_block = Sampler(pipeline, replace(settings, coarse_steps=1), processes=processes)
-                self.plan = self.processes.broadcast(make_plan(one_block, settings))
-            settings = replace(settings, coarse_steps=self.plan["blocks"], schedule=self.plan["schedule"])
-        self.settings = settings.resolve(self.model)
+    def __init__(self, pipeline, settings=None, *, processes=None):
+        self.asked = settings or Settings()
+        self.pipeline, self.processes = pipeline, processes or OneProcess()
+        with torch.device("cpu"):  # for schedulers and tables, whatever torch's default device is
+            self.model = inspect(pipeline)
+            self.device = torch.device(pipeline._execution_device)
+            self.settings = settings = self.asked.resolve(self.model)
+            self.shape = self.model.family.shape(settings.height, settings.width)
+            self.boundaries = diffusion.boundaries(settings.fine_steps, settings.coarse_steps)
+            self.grid = self._grid()
+            restarts = self.boundaries if settings.method == "srds" else ()  # a block does not know the step before it
+            self.solver = diffusion.Solver(self.grid, settings.solver, settings.eta, settings.seed, restarts)
 
+    def _grid(self):
         settings, family, scheduler = self.settings, self.model.family, self.model.scheduler
-        self.device = torch.device(pipeline._execution_device)
-        self.shape = family.shape(settings.height, settings.width)
-        self.boundaries = diffusion.boundaries(settings.fine_steps, settings.coarse_steps)
-        if family.flow:
-            tokens = self.shape[1] * self.shape[2] // family.patch**2
-            sigmas = family.sigmas(settings.fine_steps)
-            self.grid = diffusion.flow_grid(scheduler, settings.fine_steps, sigmas, tokens)
-        else:
-            self.grid = diffusion.diffusion_grid(scheduler, settings.fine_steps, settings.solver)
-        restarts = self.boundaries if settings.method == "srds" else ()  # blocks begin without a step before
-        self.solver = diffusion.Solver(self.grid, settings.solver, settings.eta, settings.seed, restarts)
+        if not family.flow:
+            return diffusion.diffusion_grid(scheduler, settings.fine_steps, settings.solver)
+        tokens = self.shape[1] * self.shape[2] // family.patch**2
+        return diffusion.flow_grid(scheduler, settings.fine_steps, family.sigmas(settings.fine_steps), tokens)
 
     @classmethod
     def from_pretrained(cls, model, settings=None, **loading):
@@ -113,51 +108,50 @@ class Sampler:
 
         loading: device, dtype, variant, lora, textual_inversion, offload, vae_tiling and compile, see `Loading`.
 
-        Raises SettingError, before weights are loaded where it can be known by then, and ModelError where the model
-        cannot be had.
+        Raises SettingError, if possible before weights are loaded, and ModelError if the model cannot be loaded.
         """
         settings, loading = settings or Settings(), Loading(model, **loading)
-        if loading.compile:
-            settings.check_compiled()
         found = find_model(loading.model)
         settings.resolve(found)
         return cls(load_pipeline(found, loading), settings)
 
     def vary(self, **settings):
-        """A sampler with the same pipeline and other settings; it plans again if they are those of a plan."""
-        plan = None if settings.keys() & {"method", "fine_steps", "coarse_steps", "schedule"} else self.plan
-        return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes, plan=plan)
+        """Return a sampler with the same pipeline and other settings."""
+        return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes)
 
     def __call__(self, prompt, seed=None, start=None):
-        """Sample a prompt: the `Sample` of all refinements until the stop rule is met."""
+        """Sample a prompt and return the `Sample`: all refinements until the stop rule is met."""
         prompt = self.encode(prompt)
         refinements = tuple(self.refine(prompt, seed, start=start))
         self._offload()
         return Sample(prompt.text, self._seed(seed), refinements)
 
     def refine(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Refinement]:
-        """Yield the initialisation and each refinement as it is known; the last is where the stop rule is met.
+        """Yield the initialisation and each refinement as soon as it is known, until the stop rule is met.
 
-        prompt: a text, or what `encode` made of one. seed: None for the settings' own. on_tick: called before each
-        network call with the number of its lanes. start: a `Trajectory` to begin from, of an earlier sample by this
-        model: of another prompt, guidance, number of steps or solver, or of the same.
+        prompt: a text, or what `encode` returns for one. seed: None for the settings' own. on_tick: called before each
+        network call with the number of its lanes. start: the `Trajectory` of an earlier sample by this model, from
+        which to start; its prompt, guidance, number of steps and solver may differ.
 
-        Raises FloatingPointError where a sample's last state or its image is not finite, and SettingError for a start
-        that does not fit.
+        Raises FloatingPointError if the last state or the image is not finite, and SettingError for a start that does
+        not fit.
         """
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
-        prompt, earlier, seconds, lanes = self.encode(prompt), None, 0.0, []
+        prompt, earlier, seconds, widest, calls = self.encode(prompt), None, 0.0, 0, 0
+        denoiser = self.denoiser(prompt)
 
-        def ticked(count):
-            lanes.append(count)
+        def ticked(lanes):
+            nonlocal widest, calls
+            widest, calls = max(widest, lanes), calls + denoiser.calls(-(-lanes // self.processes.sharing))
             if on_tick:
-                on_tick(count)
+                on_tick(lanes)
 
         with contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates:
             started = time.perf_counter()
             for iterate in iterates:
-                refinement = measured(iterate, self.image(iterate.states), max(lanes, default=0), earlier)
-                verdict = "converged" if iterate.exact else judge(refinement, earlier, rule, tolerance)
+                refinement = measured(iterate, self.image(iterate.states), calls, widest, earlier)
+                complete = iterate.exact or iterate.all_nodes
+                verdict = "converged" if complete else judge(refinement, earlier, rule, tolerance)
                 seconds += time.perf_counter() - started
                 earlier = refinement._replace(verdict=verdict, seconds=seconds)
                 yield earlier
@@ -166,29 +160,36 @@ class Sampler:
                 started = time.perf_counter()
 
     def sequential(self, prompt, seed=None, coarse=False, on_tick=None, kept=None) -> Sequential:
-        """Sample step by step: the ground truth that refinements approach; with `coarse`, by the B coarse steps alone.
+        """Sample step by step and return the ground truth; with `coarse`, sample by the B coarse steps alone.
 
-        prompt, seed, on_tick: as in `refine`, and the same may be raised. kept: the grid points whose states are
-        returned, rising, 0 to N; None: the boundaries.
+        prompt, seed, on_tick: as in `refine`, which raises the same. kept: the grid points whose states are returned,
+        in rising order, 0 to N; None for the boundaries. Raises SettingError if they do not rise.
         """
+        if kept is not None and not (kept and [*kept] == sorted({*kept}) and 0 <= kept[0] <= kept[-1] <= self.N):
+            raise SettingError("kept", kept, f"is not a rising list of grid points from 0 to {self.N}; give one")
         denoise, step = self._counted(self.denoiser(prompt), on_tick), self._solver(seed).step
-        points = self.boundaries if coarse else range(self.settings.fine_steps + 1)
+        points = self.boundaries if coarse else range(self.N + 1)
         x, started = self.noise(seed), time.perf_counter()
         states = diffusion.sequential(x, denoise, step, points, kept or self.boundaries)
         return Sequential(states, self.image(states), time.perf_counter() - started)
 
+    @property
+    def N(self):
+        """The number of fine steps."""
+        return self.settings.fine_steps
+
     @functools.cached_property
     def truth_depends_on(self):
-        """What a ground truth depends on beside prompt and seed; samplers that are alike in it can share one."""
+        """What a ground truth depends on besides prompt and seed; samplers for which it is equal can share one."""
         settings = self.settings
         batch = (self.widest, settings.max_batch) if settings.fixed_batch else None
         steps = settings.fine_steps, settings.solver, settings.eta, tuple(self.solver.extrapolation.tolist())
         return *steps, *self.encoded_for, batch
 
     def trajectory(self, states, seed=None) -> Trajectory:
-        """What `refine` can start from, of a sample's or a ground truth's states, and of the seed that they have.
+        """Return what `refine` can start from, for the states and the seed of a sample or a ground truth.
 
-        Raises SettingError for states that are not (B + 1, C, H, W), as this sampler's are.
+        Raises SettingError unless the states are (B + 1, C, H, W), as this sampler's.
         """
         given, wanted = tuple(getattr(states, "shape", ())), (len(self.boundaries), *self.shape)
         if given != wanted:
@@ -197,19 +198,19 @@ class Sampler:
         return Trajectory(clean, self.boundaries, self.model.name, self._seed(seed))
 
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
-        """The method alone, as `srds.srds` and `collocation.collocation` yield it: no images, no stop rule."""
+        """Yield what `srds.srds` or `collocation.collocation` yields: the method alone, no images, no stop rule."""
         settings, solver, x = self.settings, self._solver(seed), self.noise(seed)
         denoise = self._counted(self.processes.split(self.denoiser(prompt)), on_tick)
         held = begun = None
         if start is not None:
             if not isinstance(start, Trajectory):
-                raise SettingError("start", type(start).__name__, "is no trajectory; give what `trajectory` returns")
+                raise SettingError("start", type(start).__name__, "is not a trajectory; give what `trajectory` returns")
             start.check(self.shape, self.model.name)
             held = start.clean.to(x).flatten(1), start.weights(settings.fine_steps)
         if settings.method == "srds":
             correct = {"damped": solver.damped, "paper": algorithm_1}[settings.correction]
             if held:
-                chain, n = solver.unrolled(self.shape), torch.tensor(self.boundaries[1:])
+                chain, n = solver.unrolled(self.shape), torch.tensor(self.boundaries[1:], device="cpu")
                 begun = chain.held(x.flatten(1), n, *held).reshape(-1, *self.shape)
             how = settings.schedule, settings.max_iterations, correct
             iterates = srds(x, denoise, solver.step, self.boundaries, *how, begun)
@@ -219,27 +220,28 @@ class Sampler:
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:
-        """Encode a text. A `Prompt` that was encoded for this pipeline and the same settings is returned as it is.
+        """Encode a text. A `Prompt` that was encoded for this pipeline and the same settings is returned unchanged.
 
-        After a change of the pipeline's adapters or text encoders, encode again. Raises SettingError for no text.
+        Encode again after the pipeline's adapters or text encoders have changed. Raises SettingError for no text.
         """
         if isinstance(prompt, Prompt):
             if prompt.encoded_for == self.encoded_for:
                 return prompt
             prompt = prompt.text
         prompt = text(empty=True)("prompt", prompt)
-        self._offload()  # or the first encoder would share the device with the network
-        conditions = self.model.family.encode(self.pipeline, prompt, *self.encoded_for[1:], self.device)
-        return Prompt(prompt, conditions, self.ignored(prompt), self.encoded_for)
+        self._offload()  # so that the first encoder does not share the device with the network
+        with ENCODING, torch.device("cpu"):
+            conditions = self.model.family.encode(self.pipeline, prompt, *self.encoded_for[1:], self.device)
+            return Prompt(prompt, conditions, self.ignored(prompt), self.encoded_for)
 
     @property
     def encoded_for(self):
-        """What a `Prompt` depends on beside the text: the pipeline, and of the settings what is encoded with it."""
+        """What a `Prompt` depends on besides the text: the pipeline, and the settings that are encoded with it."""
         settings = self.settings
         return self.pipeline, settings.negative_prompt, settings.guidance_scale, (settings.height, settings.width)
 
     def ignored(self, words):
-        """What is cut from the end of a text because the model reads no more; "" if nothing is."""
+        """Return the part of a text beyond the tokenizer's limit, or ""."""
         if not self.model.family.prompted:
             return ""
         tokenizer, limit = self.model.family.tokenizer(self.pipeline)
@@ -248,7 +250,7 @@ class Sampler:
         return diffusion.cut_from_prompt(tokenizer, limit, words)
 
     def denoiser(self, prompt):
-        """The `diffusion.Denoiser` of a prompt."""
+        """Return the `diffusion.Denoiser` of a prompt."""
         settings, conditions = self.settings, self.encode(prompt).conditions
         predict = functools.partial(self.model.family.predict, self.pipeline)
         return diffusion.Denoiser(
@@ -257,7 +259,7 @@ class Sampler:
         )  # fmt: skip
 
     def _batch_sizes(self, rows):
-        """The network samples that a call may have, of lanes with so many rows of conditions; None for any."""
+        """Return the batch sizes that a call may have, if a lane has `rows` network samples; None for any."""
         most, max_batch = rows * self.widest, self.settings.max_batch
         if self.settings.fixed_batch:
             return [diffusion.fixed_batch(most, max_batch)]
@@ -272,50 +274,36 @@ class Sampler:
 
     @property
     def widest(self):
-        """Most lanes in one call of this process, but for nodes that collocation adds or evaluates first of a start."""
+        """Most lanes in a call of this process, not counting nodes that collocation adds or starts from."""
         settings = self.settings
         collocated = settings.window or usual_window(settings.fine_steps)
         lanes = settings.coarse_steps if settings.method == "srds" else collocated
         return -(-lanes // self.processes.sharing)
 
     def noise(self, seed=None):
-        """The initial noise x_T, float32 (1, C, H, W)."""
+        """Return the initial noise x_T, float32 (1, C, H, W)."""
         return diffusion.initial_noise(self.shape, self._seed(seed), self.device)
 
     def image(self, states):
-        """The image of a trajectory's last state: uint8 (height, width, 3). Raises FloatingPointError."""
+        """Return the image of a trajectory's last state: uint8 (height, width, 3). Raises FloatingPointError."""
         return diffusion.decode(self.model.family, self.pipeline, states[-1])
 
     def warm_up(self):
-        """Make each call that will be timed once beforehand: a first call chooses kernels and takes memory.
+        """Make each call once before it is timed, as a first call chooses kernels and allocates memory.
 
-        Raises FloatingPointError where the network's output is not finite.
+        Raises FloatingPointError if the network's output is not finite.
         """
         denoise, x, compiled = self.denoiser(""), self.noise(), is_compiled(self.network)
         widths = range(1, self.widest + 1) if compiled else (1, self.widest)
         for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call
-            outputs = denoise(x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int))
+            outputs = denoise(x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int, device="cpu"))
             if not outputs.isfinite().all():
                 dtype = str(self.network.dtype).removeprefix("torch.")
                 raise FloatingPointError(f"the network's output is not finite in {dtype}")
         self.image(x)
 
-    def keeps_bits(self):
-        """Whether a lane's output is the same to the bit whatever its place in a call and its neighbours there.
-
-        That is what `fixed_batch` builds on; it depends on the device's kernels, so it is measured: on as many lanes as
-        a call has, in order, in reverse, among others, and alone.
-        """
-        denoise, lanes = self.denoiser(""), self.widest
-        x = torch.cat([self.noise(seed) for seed in range(lanes)])
-        n = torch.arange(lanes) * self.settings.fine_steps // lanes
-        outputs = denoise(x, n)
-        reverse, others = denoise(x.flip(0), n.flip(0)).flip(0), denoise(torch.cat([x[:1], 2 * x[1:]]), n)
-        alone = denoise(x[:1], n[:1])
-        return torch.equal(outputs, reverse) and torch.equal(others[0], outputs[0]) and torch.equal(alone, outputs[:1])
-
     def _seed(self, seed):
-        return self.settings.seed if seed is None else Settings.domains["seed"]("seed", seed)
+        return self.settings.seed if seed is None else CHECK_SEED("seed", seed)
 
     def _solver(self, seed):
         return self.solver.with_seed(self._seed(seed))

@@ -1,43 +1,49 @@
-"""Every default, what each setting means, and what is refused. Edit the defaults for experiments.
+"""Every setting, once: its default, its meaning, what is refused, and its flag.
 
-Edited defaults are checked like arguments.
+Edit the defaults below for experiments; they are checked like arguments. `main.py --help`, the command line, the
+checks, `--sweep` and the table of settings in `report.html` all follow from the rows of `Settings`, `Loading` and
+`Experiment`.
 """
 
+import difflib
+import json
 import math
 import numbers
 import operator
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
-# The algorithm
+# Sampling
 METHOD = "srds"
 FINE_STEPS = 100
-COARSE_STEPS = 10  # or "auto"
-SOLVER = None  # ddim; for flow matching, euler
-ETA = 0.0  # of ddim: 0 takes no noise, 1 as much as ddpm
-TOLERANCE = 0.1  # mean absolute change of the 8-bit image, 0 to 255
-SCHEDULE = None  # pipelined; with auto blocks, the faster of the two
-CORRECTION = None  # damped
+COARSE_STEPS = 10  # blocks; "auto" and "sqrt" are possible too
+SOLVER = None
+ETA = 0.0
+TOLERANCE = 0.1  # grey levels of 255
 STOP_RULE = "final"
-MAX_ITERATIONS = None  # as many as blocks; of collocation, until every grid point is a node
-NODES = None  # of collocation's first solution: 13; of pixels, or where the model is rough in time, 100
-WINDOW = None  # of collocation's nodes in a network call: 8; where nodes are dense, half the root of their number
-EXPECTED_REFINEMENTS = 3  # that auto blocks are planned for: what most runs of benchmarks/stopping.py use
-# Generation
+MAX_ITERATIONS = None
+SCHEDULE = None
+CORRECTION = None
+GUIDANCE_SCALE = None
+DEMO_GUIDANCE_SCALE = 2.0  # for the demo model, if GUIDANCE_SCALE is None
+NEGATIVE_PROMPT = ""
+HEIGHT = None  # pixels
+WIDTH = None  # pixels
+SEED = 42
+# Collocation
+NODES = None
+WINDOW = None
+# The model and the machine
 MODEL = "stabilityai/stable-diffusion-2"
 VARIANT = None
-GUIDANCE_SCALE = None  # the usual one of the model's family: 7.5 for Stable Diffusion
-DEMO_GUIDANCE_SCALE = 2.0  # the usual one of the demo model
-NEGATIVE_PROMPT = ""
-HEIGHT = None  # pixels; the model's native size, for Stable Diffusion at most 512
-WIDTH = None
-SEED = 42
-# The machine
 DEVICE = "auto"
 DTYPE = "auto"
-MAX_BATCH = None  # all lanes of a tick in one network call
-PARALLEL = None  # of several processes: prompts where there are more of them than processes, else lanes
+MAX_BATCH = None
+# The experiment
+PARALLEL = None
+EXPECTED_REFINEMENTS = 3  # what most runs of benchmarks/stopping.py use
 
 METHODS = ("srds", "collocation")
 SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
@@ -45,15 +51,14 @@ SCHEDULES = ("pipelined", "sweep")
 CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory", "predicted")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-PARALLELS = ("lanes", "prompts")
-MEASURES = ("lpips", "clip", "scene")
-MOST_GUIDANCE = 1000  # far above what makes an image
-MOST_PIXELS = 2**16  # on a side
+PARALLELS = ("lanes", "samples")
+GROUPS = ("model", "sampling", "collocation", "experiment", "output")
 MOST_FLOW_STEPS = 4000  # flow matching sets no limit; the solver's tables have steps x steps entries
+SHIPPED_DEFAULTS = Path(__file__).resolve().parent / "study" / "defaults.json"
 
 
 class Failure(Exception):
-    """What can go wrong without being a bug, in one line. `status` is the exit status of a command that it ends."""
+    """An error that is not a bug, in one line. `status` is the exit status of a command that it ends."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -61,7 +66,7 @@ class Failure(Exception):
 
 
 class SettingError(Failure, ValueError):
-    """A setting that is refused: its name, the value that was given, and what is wrong with it and would be right."""
+    """A setting that is refused: its name, the given value, and a remedy, which says what is wrong and what to give."""
 
     def __init__(self, setting, value, remedy):
         super().__init__(f"{setting}: {value!r} {remedy}", status=2)
@@ -69,7 +74,7 @@ class SettingError(Failure, ValueError):
 
 
 def in_one_line(message, most=200):
-    """A text, or another library's error, as a terminal may show it: one line, without control characters, cut."""
+    """Return a text, or another library's error, as one line for a terminal: cut, without control characters."""
     line = " ".join(str(message).split())
     if not line and isinstance(message, BaseException):
         line = type(message).__name__
@@ -77,13 +82,19 @@ def in_one_line(message, most=200):
 
 
 def out_of_memory(error):
-    """Whether an exception, of any of the libraries, says that memory ran out."""
+    """Return whether an exception, from any library, says that memory ran out."""
     words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
+def did_you_mean(word, known):
+    """Return `; did you mean X?` with the known word nearest to `word`, or "" if none is near."""
+    near = difflib.get_close_matches(str(word), [*map(str, known)], 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def number(text):
-    """A number from a word, or the word itself where it is none; the domains know what may be given."""
+    """Return the number that a word stands for, or the word itself if it is not a number."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -92,11 +103,11 @@ def number(text):
     return text
 
 
-# Domains: each is called with a setting's name and value, and returns the value or raises SettingError.
+# Checks: each is called with a setting's name and value, and returns the value or raises SettingError.
 
 
-def domain(convert, wanted, optional=False):
-    """What `convert` takes without a TypeError or ValueError, and None if optional."""
+def accepts(convert, wanted, optional=False):
+    """Return a check that `convert` takes a value without TypeError, ValueError or OverflowError, or it may be None."""
 
     def check(setting, value):
         try:
@@ -108,39 +119,41 @@ def domain(convert, wanted, optional=False):
 
 
 def valid(value, condition):
-    """The value, if the condition holds and it is not True or False, which are numbers to Python."""
+    """Return the value; raise ValueError unless the condition holds, or for a bool, which Python counts as a number."""
     if not condition or isinstance(value, bool):
         raise ValueError
     return value
 
 
-def whole(low=1, high=10**9, optional=False, auto=False):
-    """Whole numbers from low to high, and perhaps "auto"."""
-
-    def convert(value):
-        if auto and value == "auto":
-            return value
-        return int(valid(value, low <= operator.index(value) <= high))
-
-    wanted = f"a whole number from {low} up to {high}{', or auto' if auto else ''}"
-    return domain(convert, wanted, optional)
+def whole(low=1, high=10**9, optional=False):
+    convert = lambda value: int(valid(value, low <= operator.index(value) <= high))
+    return accepts(convert, f"a whole number from {low} up to {high}", optional)
 
 
 def real(high=math.inf, optional=False):
-    """Finite numbers from 0 to high."""
     wanted = "a finite number that is not negative" if high == math.inf else f"a number from 0 to {high}"
-    number = lambda value: isinstance(value, numbers.Real) and 0 <= value <= high and value < math.inf
-    return domain(lambda value: float(valid(value, number(value))), wanted, optional)
+    finite = lambda value: isinstance(value, numbers.Real) and 0 <= value <= high and value < math.inf
+    return accepts(lambda value: float(valid(value, finite(value))), wanted, optional)
 
 
 def choice(*names, optional=False):
-    """One of some names."""
-    return domain(lambda value: valid(value, value in names), f"one of {', '.join(names)}", optional)
+    def check(setting, value):
+        if value in names or (optional and value is None):
+            return value
+        near = did_you_mean(value, names)
+        raise SettingError(setting, value, f"is not usable; give one of {', '.join(names)}{near}")
+
+    check.names = names
+    return check
 
 
 def text(wanted="some text, in UTF-8, without NUL", empty=False, optional=False):
-    """Text that can be written as UTF-8, without NUL."""
-    return domain(lambda value: valid(value, (str.encode(value) or empty) and "\0" not in value), wanted, optional)
+    return accepts(lambda value: valid(value, (str.encode(value) or empty) and "\0" not in value), wanted, optional)
+
+
+def path(wanted="a path", optional=False):
+    """Return a check for paths, which need not be UTF-8."""
+    return accepts(lambda value: valid(os.fspath(value), value and "\0" not in os.fspath(value)), wanted, optional)
 
 
 def flag(setting, value):
@@ -150,18 +163,18 @@ def flag(setting, value):
 
 
 def split_scale(adapter):
-    """A LoRA's path or hub id, and its scale: "me/watercolour:0.8" is ("me/watercolour", 0.8)."""
-    path, colon, scale = adapter.rpartition(":")
+    """Return a LoRA's path or hub id and its scale: "me/watercolour:0.8" gives ("me/watercolour", 0.8)."""
+    place, colon, scale = adapter.rpartition(":")
     try:
-        return (path, float(scale)) if colon and path else (adapter, 1.0)
+        return (place, float(scale)) if colon and place else (adapter, 1.0)
     except ValueError:
         return adapter, 1.0
 
 
 def adapters(setting, value):
-    """Paths or hub ids, as a tuple; one may be given alone."""
-    given = value if isinstance(value, (list, tuple)) else [value]
-    values = tuple(os.fspath(each) if isinstance(each, os.PathLike) else each for each in given)
+    """Check paths or hub ids and return them as a tuple; a single one may be given alone."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    values = tuple(os.fspath(each) if isinstance(each, os.PathLike) else each for each in values)
     for each in values:
         text("a file, a folder or a hub id")(setting, each)
         if setting == "lora" and not math.isfinite(split_scale(each)[1]):
@@ -169,99 +182,84 @@ def adapters(setting, value):
     return values
 
 
+anything = lambda setting, value: value
+
+
+def row(default, check, meaning, metavar=None, group="sampling", short="", usual=None):
+    """Return a field of the tables below.
+
+    meaning: its line of help. metavar: the name of its value in help; None for the choices. short: its second flag.
+    usual: the default that help shows if the default is None.
+    """
+    about = {"check": check, "meaning": meaning, "metavar": metavar, "group": group, "short": short, "usual": usual}
+    return field(default=default, metadata=about)
+
+
 class Checked:
-    """A dataclass whose `domains` check each of its fields as it is made."""
+    """A dataclass whose fields are checked when it is made."""
 
     def __post_init__(self):
-        for field in fields(self):
-            object.__setattr__(self, field.name, self.domains[field.name](field.name, getattr(self, field.name)))
+        for each in fields(self):
+            object.__setattr__(self, each.name, each.metadata["check"](each.name, getattr(self, each.name)))
 
 
 @dataclass(frozen=True)
 class Settings(Checked):
-    """How to sample. Raises SettingError for what no model can do; None is what the model usually takes.
+    """How to sample. None stands for the model's usual value. Raises SettingError for what no model can do."""
 
-    fine_steps: N, the steps of the sequential sampler that the method reproduces.
-    coarse_steps: B, the blocks, at most N; or "auto", those that take the least predicted time on this device. Of
-        collocation, it is only told at their boundaries how the trajectory changes.
-    method: "srds", see `srds.srds`, or "collocation", see `collocation.collocation`.
-    solver: "ddim", "ddpm", "dpmsolver++" or, of flow matching, "euler" or "dpmsolver++".
-    eta: noise in ddim's steps, 0 to 1 (Song, Meng and Ermon, 2021, eq. 16).
-    tolerance: stop when a refinement changes the image by less, in grey levels of 255 (mean absolute difference), or,
-        if it is 0, only when the sample is exact; with strong guidance, collocation evaluates no more than it asks for.
-    schedule: of srds, which lanes move in a tick, "pipelined" (all) or "sweep" (Algorithm 1).
-    correction: of srds, the predictor-corrector, "paper", or "damped" where the coarse step overshoots.
-    nodes, window: of collocation, the first nodes (None: 13; of pixels, or where the model turns out to be rough in
-        time, 100; all up to twice as many), and most in a tick (None: `collocation.usual_window`).
-    stop_rule: what must be below the tolerance: "final", the image's change; "trajectory", each boundary's state as
-        well; "predicted", the next change of the image, as the last two predict it.
-    max_iterations: most refinements; None: B, or of collocation, until every grid point is a node.
-    guidance_scale: classifier-free (Ho and Salimans, 2022), on above 1, or the scale embedded in the network.
-    negative_prompt: what guidance leads away from.
-    height, width: of the image, in pixels.
-    seed: of the initial noise and of the noise in the steps, 0 to 2^64 - 1.
-    max_batch: most network samples in one call, of which guidance makes two a lane; None: no limit.
-    fixed_batch: pad every call to one shape, so that all of SRDS's refinements equal the sequential sample to the bit.
-    """
+    # fmt: off
+    fine_steps: int = row(FINE_STEPS, whole(), "steps of the sequential sampler to reproduce; at most the model's own",
+                          "N", short="-fs")
+    coarse_steps: int = row(COARSE_STEPS, whole(), "blocks, at most N; sqrt: square root of N; auto: the fastest on "
+                            "this device; for collocation, only where differences are reported", "B", short="-cs")
+    method: str = row(METHOD, choice(*METHODS), "srds refines blocks of steps; collocation refines points in time")
+    solver: str | None = row(SOLVER, choice(*SOLVERS, optional=True), "solver of each step",
+                             usual="ddim; euler for flow matching")
+    eta: float = row(ETA, real(1), "noise in the steps of ddim: 0 for none, 1 for as much as ddpm", "E")
+    tolerance: float = row(TOLERANCE, real(), "stop when a refinement changes the image by less, in grey levels of "
+                           "255; 0: go on until exact", "T", short="-tol")
+    stop_rule: str = row(STOP_RULE, choice(*STOP_RULES), "what must be below the tolerance: the image's last change; "
+                         "also the last change of the state at each boundary; the image's predicted next change")
+    max_iterations: int | None = row(MAX_ITERATIONS, whole(optional=True), "most refinements", "K",
+                                     usual="as many as make the sample exact")
+    schedule: str | None = row(SCHEDULE, choice(*SCHEDULES, optional=True), "for srds: work on the blocks of all "
+                               "refinements at once, or of one at a time", usual="pipelined; with -cs auto, the faster")
+    correction: str | None = row(CORRECTION, choice(*CORRECTIONS, optional=True), "for srds: the paper's correction, "
+                                 "or one that is damped where the coarse step overshoots", usual="damped")
+    guidance_scale: float | None = row(GUIDANCE_SCALE, real(1000, optional=True), "scale of classifier-free guidance "
+                                       "(off at 1 and below) or of embedded guidance", "S", short="-gs",
+                                       usual="the model's usual one")
+    negative_prompt: str = row(NEGATIVE_PROMPT, text(empty=True), "text that guidance leads away from", "TEXT")
+    height: int | None = row(HEIGHT, whole(1, 2**16, optional=True), "height of the image in pixels", "PX",
+                             usual="the model's native one; for Stable Diffusion at most 512")
+    width: int | None = row(WIDTH, whole(1, 2**16, optional=True), "width, with a default as for height", "PX")
+    seed: int = row(SEED, whole(0, 2**64 - 1), "seed of all noise", "SEED", short="-s")
+    nodes: int | None = row(NODES, whole(2, optional=True), "points in time in the first solution", "M", "collocation",
+                            usual="13; 100 for pixels, or if the model proves rough in time")
+    window: int | None = row(WINDOW, whole(optional=True), "most nodes in a tick, not counting those that a "
+                             "refinement adds", "W", "collocation", usual="8; with 100 nodes or more, half their root")
+    max_batch: int | None = row(MAX_BATCH, whole(optional=True), "most network samples in one call; lower it if "
+                                "memory is short", "M", "model", usual="no limit")
+    fixed_batch: bool = row(False, flag, "pad every network call to one shape, for results that are reproducible to "
+                            "the bit", group="model")
+    # fmt: on
 
-    fine_steps: int = FINE_STEPS
-    coarse_steps: int | str = COARSE_STEPS
-    method: str = METHOD
-    solver: str | None = SOLVER
-    eta: float = ETA
-    tolerance: float = TOLERANCE
-    schedule: str | None = SCHEDULE
-    correction: str | None = CORRECTION
-    nodes: int | None = NODES
-    window: int | None = WINDOW
-    stop_rule: str = STOP_RULE
-    max_iterations: int | None = MAX_ITERATIONS
-    guidance_scale: float | None = GUIDANCE_SCALE
-    negative_prompt: str = NEGATIVE_PROMPT
-    height: int | None = HEIGHT
-    width: int | None = WIDTH
-    seed: int = SEED
-    max_batch: int | None = MAX_BATCH
-    fixed_batch: bool = False
-
-    domains = {
-        "fine_steps": whole(), "coarse_steps": whole(auto=True), "method": choice(*METHODS),
-        "solver": choice(*SOLVERS, optional=True), "eta": real(1), "tolerance": real(),
-        "schedule": choice(*SCHEDULES, optional=True),
-        "correction": choice(*CORRECTIONS, optional=True), "nodes": whole(2, optional=True),
-        "window": whole(optional=True), "stop_rule": choice(*STOP_RULES), "max_iterations": whole(optional=True),
-        "guidance_scale": real(MOST_GUIDANCE, optional=True), "negative_prompt": text(empty=True),
-        "height": whole(1, MOST_PIXELS, optional=True), "width": whole(1, MOST_PIXELS, optional=True),
-        "seed": whole(0, 2**64 - 1), "max_batch": whole(optional=True),
-        "fixed_batch": flag,
-    }  # fmt: skip
-
-    ONLY_OF = (("srds", "schedule"), ("srds", "correction"), ("collocation", "nodes"), ("collocation", "window"))
+    ONLY_FOR = (("srds", "schedule"), ("srds", "correction"), ("collocation", "nodes"), ("collocation", "window"))
 
     def __post_init__(self):
         super().__post_init__()
-        for method, setting in self.ONLY_OF:
+        for method, setting in self.ONLY_FOR:
             if self.method != method and getattr(self, setting) is not None:
-                raise SettingError(setting, getattr(self, setting), f"is of {method}, not {self.method}; leave it out")
-        if self.coarse_steps == "auto" and self.method != "srds":
-            raise SettingError("coarse_steps", "auto", f"is of srds, not {self.method}; give a number")
-        if self.coarse_steps == "auto" and self.fixed_batch:
-            remedy = "measures calls of many sizes, a fixed batch has one; give a number"
-            raise SettingError("coarse_steps", "auto", remedy)
-        if self.coarse_steps != "auto" and self.coarse_steps > self.fine_steps:
-            remedy = f"is more than the {self.fine_steps} fine steps; give at most as many"
+                remedy = f"is for {method}, not {self.method}; leave it out"
+                raise SettingError(setting, getattr(self, setting), remedy)
+        if self.coarse_steps > self.fine_steps:
+            remedy = f"is more than the {self.fine_steps} fine steps; give at most that"
             raise SettingError("coarse_steps", self.coarse_steps, remedy)
 
-    def check_compiled(self):
-        """Raise SettingError for what a compiled network cannot do."""
-        if self.coarse_steps == "auto":
-            remedy = "measures calls of many sizes, a compiled network has few; give a number"
-            raise SettingError("coarse_steps", "auto", remedy)
-
     def resolve(self, model):
-        """These settings with what `model`, a `models.loading.Model`, usually takes in place of None.
+        """Return these settings with None replaced by the usual values of `model`, a `models.loading.Model`.
 
-        A schedule stays None where "auto" is to choose it. Raises SettingError for what the model cannot do.
+        Raises SettingError for what the model cannot do.
         """
         family = model.family
         solver = self.solver or family.solvers[0]
@@ -272,19 +270,18 @@ class Settings(Checked):
             raise SettingError("eta", self.eta, f"is for ddim, not {solver}; leave it out")
         most = MOST_FLOW_STEPS if family.flow else model.training_steps
         if self.fine_steps > most:
-            why = "what a flow's tables have room for" if family.flow else f"the model's {most} training timesteps"
+            why = "the limit for flow matching" if family.flow else f"the model's {most} training timesteps"
             raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
         if family.guidance is None and self.guidance_scale is not None:
-            remedy = f"is of no use, as {model.name} has no guidance; leave it out"
+            remedy = f"has no effect, as {model.name} has no guidance; leave it out"
             raise SettingError("guidance_scale", self.guidance_scale, remedy)
         if family.guidance != "classifier-free" and self.negative_prompt:
-            remedy = f"is of no use to {model.name}; leave it out"
-            raise SettingError("negative_prompt", self.negative_prompt, remedy)
+            raise SettingError("negative_prompt", self.negative_prompt, f"has no effect on {model.name}; leave it out")
         height, width = (self._side(*side, model) for side in zip(("height", "width"), family.default_size))
         scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
         usual = {"solver": solver, "height": height, "width": width, "guidance_scale": scale}
         if self.method == "srds":
-            usual["schedule"] = self.schedule or (None if self.coarse_steps == "auto" else SCHEDULES[0])
+            usual["schedule"] = self.schedule or SCHEDULES[0]
             usual["correction"] = self.correction or CORRECTIONS[0]
         return replace(self, **usual)
 
@@ -294,43 +291,80 @@ class Settings(Checked):
             near = max(1, round(pixels / multiple)) * multiple
             raise SettingError(side, pixels, f"is not a multiple of {multiple}; give {near}, for instance")
         if pixels > model.family.largest:
-            remedy = f"is more than {model.name} has places for; give at most {model.family.largest}"
+            remedy = f"is above the largest size of {model.name}; give at most {model.family.largest}"
             raise SettingError(side, pixels, remedy)
         return pixels
 
 
 @dataclass(frozen=True)
 class Loading(Checked):
-    """How to bring a model into memory. Raises SettingError for what no model could be loaded with.
+    """How to load a model. `device` and `dtype` may be torch's own objects. Raises SettingError."""
 
-    model: a hub id, a local folder, "demo" or "fashion". variant: of its weights, such as "fp16".
-    lora: paths or hub ids of LoRA weights, each with ":SCALE" if it is not 1. textual_inversion: of embeddings.
-    device: "auto", "cpu", "cuda", "cuda:1", "mps" ... or a torch device.
-    dtype: one of DTYPES or a torch dtype; "auto" is the family's half precision on cuda, and float32 elsewhere.
-    offload: keep on the device only the part of the model that runs. vae_tiling: decode large images in tiles.
-    compile: torch.compile the network, for a few batch sizes.
-    """
-
-    model: str = MODEL
-    device: str = DEVICE
-    dtype: str = DTYPE
-    variant: str | None = VARIANT
-    lora: tuple[str, ...] = ()
-    textual_inversion: tuple[str, ...] = ()
-    offload: bool = False
-    vae_tiling: bool = False
-    compile: bool = False
-
-    domains = {
-        "model": text("a hub id, a folder or demo"), "device": text("auto, cpu, cuda or another device of torch's"),
-        "dtype": choice(*DTYPES), "variant": text(optional=True), "lora": adapters, "textual_inversion": adapters,
-        "offload": flag, "vae_tiling": flag, "compile": flag,
-    }  # fmt: skip
+    # fmt: off
+    model: str = row(MODEL, path("a hub id, a folder, demo or fashion"), "hub id, local folder, demo or fashion",
+                     "MODEL", "model")
+    device: str = row(DEVICE, text("auto, cpu, cuda or another device"), "auto, cpu, cuda, cuda:1, mps, ...", "DEVICE",
+                      "model")
+    dtype: str = row(DTYPE, choice(*DTYPES), "auto: float16 or bfloat16 on cuda, float32 elsewhere", group="model")
+    variant: str | None = row(VARIANT, text(optional=True), "variant of the weights, such as fp16", "NAME", "model")
+    lora: tuple[str, ...] = row((), adapters, "LoRA weights: a file, folder or hub id, and a scale; may be repeated",
+                                "FILE[:SCALE]", "model", usual="scale 1")
+    textual_inversion: tuple[str, ...] = row((), adapters, "textual inversion embeddings: a file or hub id; may be "
+                                             "repeated", "FILE", "model")
+    offload: bool = row(False, flag, "keep only the part of the model that is running on the device", group="model")
+    vae_tiling: bool = row(False, flag, "decode large images in tiles, if memory is short", group="model")
+    compile: bool = row(False, flag, "compile the network with torch: takes minutes once, then calls are faster",
+                        group="model")
+    # fmt: on
 
     def __post_init__(self):
-        if isinstance(self.model, os.PathLike):
-            object.__setattr__(self, "model", os.fspath(self.model))
         for name in ("device", "dtype"):
             if type(getattr(self, name)).__module__ == "torch":
                 object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
         super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Experiment(Checked):
+    """What the command samples and writes, as its flags give it; `study.asked` reads the texts among them."""
+
+    # fmt: off
+    prompts: str | None = row(None, path(optional=True), "text file in UTF-8, one prompt a line; lines that begin "
+                              "with # are comments", "FILE", "experiment", "-p")
+    prompt: tuple[str, ...] | None = row(None, anything, "a prompt; may be repeated", "TEXT", "experiment")
+    seeds: str | None = row(None, anything, "several seeds, such as 42-61 or 1,5,9: a sample for each prompt and seed",
+                            "SEEDS", "experiment")
+    sweep: tuple[str, ...] = row((), anything, "a sample with each value of a setting, such as coarse-steps=5,10,auto; "
+                                 "or of several in step, such as fine-steps:coarse-steps=25:5,100:10; may be repeated, "
+                                 "for all combinations", "NAME=V1,V2", "experiment")
+    metrics: str | None = row(None, anything, "further measures of images: lpips, the distance to the ground truth; "
+                              "clip, the match to the prompt; scene, the share of it that the demo shows", "NAMES",
+                              "experiment")
+    no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared to", group="experiment")
+    start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
+                                 "a run with --keep-trajectories", "DIR", "experiment")
+    expected_refinements: int = row(EXPECTED_REFINEMENTS, whole(0), "refinements that -cs auto plans for", "K",
+                                    "experiment")
+    parallel: str | None = row(PARALLEL, choice(*PARALLELS, optional=True), "what several processes share: the lanes "
+                               "of each tick, or the samples", group="experiment",
+                               usual="samples, if there are more of them than processes")
+    yes: bool = row(False, flag, "allow more than 1000 samples", group="experiment")
+    output_dir: str = row(None, path(), "directory for images and analysis (required)", "DIR", "output", "-o")
+    again: bool = row(False, flag, "make samples again that are there already", group="output")
+    keep_trajectories: bool = row(False, flag, "keep trajectories, for --start-from", group="output")
+    no_report: bool = row(False, flag, "leave out report.html, the page that shows the run", group="output")
+    # fmt: on
+
+
+TABLES = (Loading, Settings, Experiment)
+
+
+def flag_of(each):
+    """Return the long flag of a row."""
+    return f"--{each.name.replace('_', '-')}"
+
+
+def edited_defaults():
+    """Return the constants above that differ from the shipped ones: {name: (value, shipped value)}."""
+    shipped = json.loads(SHIPPED_DEFAULTS.read_text())
+    return {name: (globals()[name], value) for name, value in shipped.items() if globals()[name] != value}

@@ -1,8 +1,7 @@
 """Self-Refining Diffusion Samplers (Selvam, Merchant and Ermon, NeurIPS 2024, arXiv 2412.08292): the method.
 
-The N steps of a sampler are cut into B blocks. With F_i the fine solve of block i (its steps, one after the
-other) and G_i the coarse solve (one step over the whole block), U_i^k is the state at boundary i after k
-refinements:
+The N steps of a sampler are cut into B blocks. F_i is the fine solve of block i (its steps, one after another), G_i
+the coarse solve (one step over the whole block), and U_i^k the state at boundary i after k refinements:
 
     U_0^k     = x
     U_{i+1}^0 = G_i(U_i^0)                                               coarse initialisation
@@ -10,8 +9,8 @@ refinements:
     U_{i+1}^k = F_i(U_i^{k-1}) + (G_i(U_i^k) - G_i(U_i^{k-1}))   i >= k  predictor-corrector (Algorithm 1)
 
 A lane (i, k) carries U_i^k through block i, one fine step a tick; a tick is one batched model call for all
-lanes that move. The first model output of a lane serves its coarse step too, which thus costs no call. What
-the predictor-corrector adds to F may be put in other hands (`correct`), as G can overshoot.
+lanes that move. The first model output of a lane also serves its coarse step, which thus costs no call. As G can
+overshoot, the caller may replace what the predictor-corrector adds to F (`correct`).
 """
 
 from dataclasses import dataclass
@@ -23,15 +22,16 @@ SCHEDULES = ("pipelined", "sweep")
 
 
 class Iterate(NamedTuple):
-    """The trajectory after k refinements, and what it has cost so far."""
+    """The trajectory after k refinements, and its cost so far."""
 
     k: int
     states: torch.Tensor  # U_0^k ... U_B^k, float32, (B + 1, C, H, W)
     ticks: int  # serial model evaluations
     lane_steps: int  # model evaluations in all
     exact: bool  # the sequential sample, up to the model's rounding
-    damping: torch.Tensor  # what `correct` withheld, against the state's norm, at the boundary with most; float32 ()
-    settled: bool = True  # False where a method was cut short on its way to k, which SRDS never is
+    damping: torch.Tensor  # what `correct` withheld, over the state's norm, at the boundary with most; float32 ()
+    settled: bool = True  # False if a method was cut short on its way to k, which SRDS never is
+    all_nodes: bool = False  # collocation's last: every grid point is a node, and none still moves
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Lane:
     k: int
     n: int
     x: torch.Tensor
-    past: torch.Tensor  # what the solver keeps of the lane's last step
+    past: torch.Tensor  # what the solver keeps from the lane's last step
 
 
 def algorithm_1(dU, dG, start, end):
-    """The paper's correction: as much as G has changed."""
+    """Return the paper's correction: the change of G."""
     return dG
 
 
@@ -54,22 +54,22 @@ def algorithm_1(dU, dG, start, end):
 def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, correct=algorithm_1, begun=None):
     """Yield the initialisation (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
-    x: the initial noise, (C, H, W) or (1, C, H, W). A time is known here by its index in the grid, 0 to N.
-    Grid points are handed out as int64 (L,) on the CPU.
+    x: the initial noise, (C, H, W) or (1, C, H, W). Times are indices in the grid, 0 to N, passed as
+        int64 (L,) on the CPU.
     denoise(x, n): model outputs, (L, C, H, W), for L states x at grid points n.
     step(x, m, start, end, past): the L states that the solver reaches at `end` from x at `start` with model outputs m,
-        and what it wants to find as `past`, of the same shape, at each lane's next step. At a block's start `past`
-        means nothing.
-    boundaries: n_0 < n_1 < ... < n_B, the grid points between which the blocks lie.
+        and what to pass as `past`, of the same shape, at each lane's next step. At a block's start `past` has no
+        meaning.
+    boundaries: n_0 < n_1 < ... < n_B, the grid points between the blocks.
     schedule: which lanes move in a tick. "pipelined" (section on pipelining): all of them. "sweep" (Algorithm 1):
         those of one refinement, first one by one through their first step, then together through the rest.
-    refinements: K, the last refinement to yield; min(K, B) where more are asked for, B where None.
-    correct(dU, dG, start, end): what to add to F for the block from grid point `start` to `end`, from the changes since
-        the last refinement of its first state, dU, and of G of that, dG, each (C, H, W).
-    begun: U_1^0 ... U_B^0, (B, C, H, W), in place of the coarse initialisation; all blocks begin in the first tick.
-        Not looked at where each block has one step.
+    refinements: K, the last refinement to yield; at most B, which is also the default.
+    correct(dU, dG, start, end): what to add to F for the block from grid point `start` to `end`. dU and dG, each
+        (C, H, W), are the changes of its first state and of G since the last refinement.
+    begun: U_1^0 ... U_B^0, (B, C, H, W), in place of the coarse initialisation; all blocks then begin in the first
+        tick. Ignored if each block has one step.
 
-    Nothing in here waits for the device, so that it always has the next tick's work.
+    Nothing here waits for the device, so that it always has work queued.
 
     Raises ValueError, at the first iterate, for an unknown schedule, boundaries that do not rise, or K < 0.
     """
@@ -81,7 +81,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
         raise ValueError(f"boundaries must rise and refinements not be negative: {boundaries}, {refinements}")
     fine_is_coarse = n[B] - n[0] == B
     if fine_is_coarse:
-        K = 0  # the initialisation already is the sequential sample
+        K = 0  # the initialisation is already the sequential sample
 
     x = x.reshape(x.shape[-3:]).float()
     exact = [x]  # U_0^0, U_1^1, ...
@@ -90,23 +90,23 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     damping = {0: x.new_zeros(())}
     if begun is not None and not fine_is_coarse:
         U[0].extend(begun.float())
-    # Every state that is known starts a lane: U_0^0 alone, where nothing is begun.
+    # Every state that is known starts a lane: U_0^0 alone, unless `begun` is given.
     lanes = [Lane(i, 0, n[i], state, state) for i, state in enumerate(U[0][:B])]
     ticks = lane_steps = k = 0
 
     while k <= K:
         # One tick: a model output for every lane that moves, its fine step, and its coarse step if it has yet to start.
         moving = lanes if schedule == "pipelined" else sweep(lanes, n)
-        # Those at their block's start go first in the batch: a slice of it then serves their coarse steps.
+        # Lanes at their block's start go first in the batch, so that a slice of it serves their coarse steps.
         first = [lane for lane in moving if lane.n == n[lane.i]]
         moving = first + [lane for lane in moving if lane.n > n[lane.i]]
         X = torch.stack([lane.x for lane in moving])
-        start = torch.tensor([lane.n for lane in moving])
+        start = torch.tensor([lane.n for lane in moving], device="cpu")
         m = denoise(X, start)
         ticks, lane_steps = ticks + 1, lane_steps + len(moving)
 
         if first:
-            f, end = len(first), torch.tensor([n[lane.i + 1] for lane in first])
+            f, end = len(first), torch.tensor([n[lane.i + 1] for lane in first], device="cpu")
             for lane, coarse in zip(first, step(X[:f], m[:f], start[:f], end, X[:f])[0]):
                 G[lane.i, lane.k] = lane.x, coarse.clone()  # not a view, which would keep the whole batch alive
         for lane, fine, past in zip(moving, *step(X, m, start, start + 1, torch.stack([lane.past for lane in moving]))):
@@ -116,7 +116,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
         # Lanes end with their block; those of refinement K after their first step, as nothing corrects it.
         lanes = [lane for lane in lanes if lane.n < n[lane.i + 1] and (lane.k < K or lane.n == n[lane.i])]
 
-        # Every state that this makes known starts a lane.
+        # Every state that becomes known starts a lane.
         for r, states in U.items():
             i = len(states) - 1
             if r == 0 and (i, 0) in G:
@@ -147,7 +147,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
 
 
 def sweep(lanes, n):
-    """Of the earliest refinement's lanes, the one that has not taken its first step; all of them if each has."""
+    """Return the earliest refinement's lane that has not taken its first step; all its lanes if each has."""
     k = min(lane.k for lane in lanes)
     lanes = [lane for lane in lanes if lane.k == k]
     return [lane for lane in lanes if lane.n == n[lane.i]] or lanes

@@ -1,55 +1,100 @@
-"""What a person looks at: images, filmstrip, error plot, CSV and the lines printed."""
+"""Outputs for people: images, filmstrip, error plot, CSV and printed lines.
+
+A record is a sample as in `result.json`, see `study.folder`: a dictionary with "made_by" and "result".
+"""
 
 import io
+import json
+import os
 import re
-import textwrap
+from dataclasses import fields
 
 import numpy as np
 import pandas as pd
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from settings import Settings, in_one_line
+
+notebook = os.environ.pop("MPLBACKEND", None)  # it may name a backend that is not installed here, and figures need none
 from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from settings import in_one_line
+if notebook is not None:
+    os.environ["MPLBACKEND"] = notebook
 
+SETTINGS = {each.name for each in fields(Settings)}
 SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "ddpm": "DDPM", "dpmsolver++": "DPM++ 2M"}
-MOST_TEXT = 4000  # characters of a prompt in what an image says of itself
+MOST_TEXT = 4000  # characters of a prompt in an image's own text
+SHOWN, ROWS = 64, 16  # samples in an overview's pictures, and in its filmstrip
 CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
 
 
-def stage(name, result):
-    """The image that stands for `name` in an overview: from a prompt's last iteration on, its final one."""
-    iteration = re.fullmatch(r"srds_iteration_([0-9]+)", name)
-    return "srds_final" if iteration and int(iteration[1]) >= len(result["iterations"]) - 2 else name
+def pictures(records, image_of, alike=True):
+    """Return the files that show samples side by side, bytes by name; for one sample, its own.
+
+    image_of(record, name): the image of a file name without ".png", uint8 (height, width, 3). alike: whether all have
+    the same settings; otherwise they have no common size, steps or boundaries, and only the filmstrip is made.
+    """
+    results = [record["result"] for record in records]
+    longest = max(len(result["refinements"]) for result in results) - 1
+    truth = all(result["errors"] is not None for result in results)
+    names = ["srds_initialized", *(f"srds_iteration_{k}" for k in range(1, longest + 1)), "srds_final"]
+    names += ["srds_ddim_gt", "srds_ddim_course"] if truth else []
+    images = lambda name, most: [image_of(record, shown_as(name, record)) for record in records[:most]]
+    text = png_text(records[:SHOWN])
+    files = {"srds_filmstrip.png": png(filmstrip(records[:ROWS], lambda name: images(name, ROWS), names), text)}
+    if alike:
+        files |= {f"{name}.png": png(mosaic(images(name, SHOWN)), text) for name in names}
+    if alike and truth:
+        together = combine_errors([np.asarray(result["errors"]) for result in results])
+        files["trajectory_errors_table.csv"] = error_table(together).encode()
+        files["trajectory_errors_plot.png"] = error_plot(together, results, records[0]["made_by"]["fine_steps"])
+    return files
+
+
+def shown_as(name, record):
+    """Return the name of the image shown as `name` in an overview: the final one from the last refinement on."""
+    refinement = re.fullmatch(r"srds_iteration_([0-9]+)", name)
+    return "srds_final" if refinement and int(refinement[1]) >= len(record["result"]["refinements"]) - 1 else name
 
 
 def png(image, text):
-    """PNG bytes of a uint8 (height, width, 3) image with text chunks."""
+    """Return the PNG bytes of an image, uint8 (height, width, 3), with texts by name."""
     chunks = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        chunks.add_itxt(key, value)
+    for name, value in text.items():
+        chunks.add_itxt(name, value.encode(errors="backslashreplace").decode())
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", pnginfo=chunks)
     return file.getvalue()
 
 
-def parameters(result, about):
-    """A sample's settings in the words of AUTOMATIC1111's web UI, which others read as well."""
-    settings = settings_of(result, about)
-    size = f"{settings['width']}x{settings['height']}"
+def png_text(records):
+    """Return the texts that a PNG holds; for one sample, also in the form that web UIs for Stable Diffusion read."""
+    made = records[0]["made_by"]
+    found = {
+        "prompt": "\n".join(record["made_by"]["prompt"][:MOST_TEXT] for record in records),
+        "seed": str(made["seed"]),
+        "settings": json.dumps({name: value for name, value in made.items() if name != "prompt"}),
+    }
+    return found | ({"parameters": parameters(records[0])} if len(records) == 1 else {})
+
+
+def parameters(record):
+    """Return a sample's settings in the format of AUTOMATIC1111's web UI, which other programs read as well."""
+    made = record["made_by"]
     words = {
-        "Steps": settings["fine_steps"], "Sampler": SAMPLERS.get(settings["solver"], settings["solver"]),
-        "CFG scale": settings["guidance_scale"], "Seed": result["seed"], "Size": size, "Model": about["model"]["name"],
+        "Steps": made["fine_steps"], "Sampler": SAMPLERS.get(made["solver"], made["solver"]),
+        "CFG scale": made["guidance_scale"], "Seed": made["seed"], "Size": f"{made['width']}x{made['height']}",
+        "Model": record["result"]["model"],
     }  # fmt: skip
     last = ", ".join(f"{name}: {value}" for name, value in words.items() if value is not None)
-    away = [f"Negative prompt: {settings['negative_prompt'][:MOST_TEXT]}"] if settings["negative_prompt"] else []
-    return "\n".join([result["prompt"][:MOST_TEXT], *away, last])
+    negative = [f"Negative prompt: {made['negative_prompt'][:MOST_TEXT]}"] if made["negative_prompt"] else []
+    return "\n".join([made["prompt"][:MOST_TEXT], *negative, last])
 
 
 def mosaic(images):
-    """Images of one size side by side in rows, on white, about as many rows as columns; one alone as it is."""
+    """Return images of one size as one, in about as many rows as columns on white; a single image is unchanged."""
     columns = int(np.ceil(np.sqrt(len(images))))
     rest = [np.full_like(images[0], 255)] * (-len(images) % columns)
     cells = np.pad(np.stack([*images, *rest]), [(0, 0), (0, GAP), (0, GAP), (0, 0)], constant_values=255)
@@ -58,100 +103,62 @@ def mosaic(images):
     return rows.reshape(-1, columns * width, 3)[:-GAP, :-GAP]
 
 
-def filmstrip(results, images, names, about):
-    """How each prompt's image converges: a row a prompt, captioned columns from the initialisation to the truth."""
-    names = [name for name in names if name not in ("srds_ddim_course", "srds_final")]  # the last iteration is final
+def filmstrip(records, images, names):
+    """Return a picture with a row for each sample and captioned columns from the initialisation to the ground truth."""
+    names = [name for name in names if name not in ("srds_ddim_course", "srds_final")]  # the last refinement is final
     height, width = images(names[0])[0].shape[:2]
-    size, font = (CELL, round(CELL * height / width)), _font()
+    size, font = (CELL, round(CELL * height / width)), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
     line, gap = 18, 8
     row = line + 6 + size[1] + 3 * line + 2 * gap
-    strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(results)), "white")
+    strip = Image.new("RGB", (gap + (CELL + gap) * len(names), row * len(records)), "white")
     draw = ImageDraw.Draw(strip)
-    for r, name in enumerate(names_of(results, 160)):
+    for r, name in enumerate(names_of([record["made_by"] for record in records], 160)):
         draw.text((gap, r * row + gap), name, "black", font)
     for c, name in enumerate(names):
         left = gap + c * (CELL + gap)
-        for r, (result, image) in enumerate(zip(results, images(name))):
+        for r, (record, image) in enumerate(zip(records, images(name))):
             top = r * row + gap + line + 6
             strip.paste(ImageOps.contain(Image.fromarray(image), size, Image.Resampling.BICUBIC), (left, top))
-            caption = "\n".join(_caption(name, result, settings_of(result, about)["fine_steps"]))
-            draw.multiline_text((left, top + size[1] + 2), caption, "black", font, spacing=2)
+            draw.multiline_text((left, top + size[1] + 2), caption(name, record), "black", font, spacing=2)
     return np.asarray(strip)
 
 
-def captioned(image, lines):
-    """An image, at least 256 pixels wide, with lines of text below: uint8 (height, width, 3)."""
-    picture, font, line = Image.fromarray(image), _font(), 18
-    times = -(-256 // picture.width)
-    picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
-    lines = [part for text in lines for part in textwrap.wrap(in_one_line(text), picture.width // 8)]
-    whole = Image.new("RGB", (picture.width, picture.height + line * len(lines) + 2 * GAP), "white")
-    whole.paste(picture)
-    draw = ImageDraw.Draw(whole)
-    for i, text in enumerate(lines):
-        draw.text((GAP, picture.height + GAP + i * line), text, "black", font)
-    return np.asarray(whole)
-
-
-def _font():
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
-
-
-def names_of(results, most):
-    """Samples' prompts, cut, with their seeds where a prompt has several, and their settings in a sweep."""
-    seeds = {}
-    for result in results:
-        seeds.setdefault(result["prompt"], set()).add(result["seed"])
-    names = []
-    for result in results:
-        text = in_one_line(result["prompt"], most + 1)
-        parts = [text if len(text) <= most else text[: most - 3] + "...", result.get("setting")]
-        parts[1:1] = [f"seed {result['seed']}"] if len(seeds[result["prompt"]]) > 1 else []
-        names.append(", ".join(filter(None, parts)))
-    return names
-
-
-def settings_of(result, about):
-    """The settings of a sample: the run's, and in a sweep its own."""
-    return about["settings"] | result.get("settings", {})
-
-
-def _caption(name, result, steps):
+def caption(name, record):
+    """Return the lines under a picture of the filmstrip."""
     if name == "srds_ddim_gt":
-        return ["ground truth", _evaluations(steps)]
-    i = -1 if name == "srds_initialized" else int(name.rpartition("_")[2])
-    entry = result["iterations"][min(1 + i, len(result["iterations"]) - 1)]
-    title = stage_name(entry["iteration"])
-    return [f"final ({title})" if stage(name, result) == "srds_final" else title, *facts(entry)]
-
-
-def stage_name(iteration):
-    """What an iteration is called where a person reads it; the initialisation is number -1."""
-    return f"iteration {iteration}" if iteration >= 0 else "initialised"
+        return f"ground truth\n{evaluations(record['made_by']['fine_steps'])}"
+    refinements = record["result"]["refinements"]
+    entry = refinements[0 if name == "srds_initialized" else min(int(name.split("_")[2]), len(refinements) - 1)]
+    title = f"k = {entry['k']}"
+    return "\n".join([f"final ({title})" if shown_as(name, record) == "srds_final" else title, *facts(entry)])
 
 
 def facts(entry):
-    """What is said under a refinement's image: a list of texts."""
-    error = entry["image_error"]
-    return [_evaluations(entry["serial_evaluations"]), *([] if error is None else [f"difference {error:.3f}"])]
+    """Return the facts for the caption of a refinement's image: a list of texts."""
+    known = [] if entry["difference"] is None else [f"difference {entry['difference']:.2g}"]
+    return [evaluations(entry["serial_evaluations"]), *known]
 
 
-def _evaluations(count):
+def evaluations(count):
     return f"{count} serial evaluation{'' if count == 1 else 's'}"
 
 
-def similarity(image, truth):
-    """PSNR, dB (None for equal images), and SSIM of two uint8 images (height, width, 3)."""
-    smallest = min(image.shape[:2])
-    window = min(7, smallest - 1 + smallest % 2)  # the library's own, or what fits
-    return {
-        "psnr": None if (image == truth).all() else float(peak_signal_noise_ratio(truth, image)),
-        "ssim": float(structural_similarity(truth, image, channel_axis=2, win_size=window)),
-    }
+def names_of(rows, most):
+    """Return names that distinguish samples: the prompt, cut, then the seed and each setting in which they differ.
+
+    rows: dictionaries with the prompt, seed and settings of each.
+    """
+    names = []
+    differing = [name for name in rows[0] if name in SETTINGS and len({str(row.get(name)) for row in rows}) > 1]
+    for row in rows:
+        text = in_one_line(row["prompt"], most + 1) or "(no prompt)"
+        text = text if len(text) <= most else text[: most - 3] + "..."
+        names.append(", ".join([text, *(f"{name.replace('_', ' ')} {row[name]}" for name in differing)]))
+    return names
 
 
 def mean_points(samples):
-    """The mean point by refinement of samples, each a list of points (x, y): (refinements, 2).
+    """Return the mean point at each refinement, (refinements, 2), of samples, each a list of points (x, y).
 
     A sample that stopped earlier keeps its last point.
     """
@@ -160,22 +167,22 @@ def mean_points(samples):
 
 
 def combine_errors(errors):
-    """Norms over all prompts together, each (refinements + 1, B); a prompt that stopped keeps its last row."""
+    """Return the norms over all samples together, each (refinements + 1, B); one that stopped keeps its last row."""
     longest = max(map(len, errors))
     padded = [np.pad(error, ((0, longest - len(error)), (0, 0)), mode="edge") for error in errors]
     return np.sqrt(np.square(padded).sum(0))
 
 
 def error_table(errors):
-    """The CSV: a row a refinement, a column a block; the initialisation, row 0 of `errors`, is left out."""
+    """Return the CSV: a row for each refinement except k = 0 (row 0 of `errors`), a column for each boundary."""
     rows, columns = errors.shape
-    table = pd.DataFrame(errors[1:], columns=[f"Timestep_{i}" for i in range(columns)])
-    table.index = [f"Iteration_{i}" for i in range(rows - 1)]
+    table = pd.DataFrame(errors[1:], columns=[f"Boundary_{i}" for i in range(1, columns + 1)])
+    table.index = [f"Iteration_{k}" for k in range(1, rows)]
     return table.to_csv(float_format="%.9g", lineterminator="\n")
 
 
 def error_plot(errors, results, steps):
-    """PNG bytes. Left: error at each boundary after each refinement; right: image difference against evaluations."""
+    """Return PNG bytes. Left: error at each boundary after each refinement; right: difference against evaluations."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
 
@@ -185,23 +192,22 @@ def error_plot(errors, results, steps):
     for k, row in enumerate(errors):
         color = colormaps["viridis"](0.9 * k / max(count - 1, 1))
         _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9],
-              stage_name(k - 1) if k in labelled else None)  # fmt: skip
-    left.set(xlabel="boundary", ylabel="L2 error of the latents", title="Trajectory against the truth")
+              f"k = {k}" if k in labelled else None)  # fmt: skip
+    left.set(xlabel="boundary", ylabel="L2 norm of the state's difference", title="Trajectory against the ground truth")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
 
-    shown = [
-        [(entry["serial_evaluations"], entry["image_error"]) for entry in result["iterations"]] for result in results
-    ]
+    shown = [[(entry["serial_evaluations"], entry["difference"]) for entry in result["refinements"]]
+             for result in results]  # fmt: skip
     ticks, mean = mean_points(shown).T
-    floor = _zero_line(right, [*mean, *(error for points in shown for _, error in points)])
+    floor = _zero_line(right, [*mean, *(value for points in shown for _, value in points)])
     if len(shown) > 1:
         for i, points in enumerate(shown):
-            _line(right, *zip(*points), floor, "0.65", "o", None if i else "a prompt's refinements")
-    label = "refinements" if len(shown) == 1 else f"mean of {len(shown)} prompts"
-    _line(right, ticks, mean, floor, "black", "s", label)
+            _line(right, *zip(*points), floor, "0.65", "o", None if i else "one sample")
+    _line(right, ticks, mean, floor, "black", "s", "refinements" if len(shown) == 1 else f"mean of {len(shown)}")
     right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
-    right.set(xlabel="serial evaluations", ylabel="mean difference, 0-255", title="Image against the truth")
+    right.set(xlabel="serial evaluations", ylabel="difference, grey levels of 255")
+    right.set_title("Image against the ground truth")
     right.set_xlim(0, 1.05 * max(steps, *(points[-1][0] for points in shown)))
     right.legend(fontsize=8)
 
@@ -211,7 +217,7 @@ def error_plot(errors, results, steps):
 
 
 def _zero_line(axes, values):
-    """Make the axis logarithmic with a place for exact zeros below all else; returns where that is."""
+    """Make the axis logarithmic, with a place for exact zeros below all other values; return that place."""
     values = np.asarray(values, float)
     positive = values[values > 0]
     axes.set_yscale("log")
@@ -233,10 +239,10 @@ def _line(axes, x, y, floor, color, marker, label):
     axes.plot(np.asarray(x)[zeros], np.full(zeros.sum(), floor), marker, color="white", markeredgecolor=color, zorder=3)
 
 
-def report(entry, state):
-    """One refinement in one line."""
-    keys = {"image_change": "image change", "trajectory_change": "trajectory change", "image_error": "difference"}
-    measured = [f"{label} {entry[key]:.3f}" for key, label in keys.items() if entry[key] is not None]
-    measured += [f"damping {entry['damping']:.2f}"] if entry["damping"] >= 0.005 else []
-    measured = [_evaluations(entry["serial_evaluations"]), *measured, state]
-    return f"  {stage_name(entry['iteration'])}: {', '.join(measured)}"
+def line_of(entry):
+    """Return one line about a refinement."""
+    names = {"image_change": "image change", "trajectory_change": "trajectory change", "difference": "difference"}
+    measured = [f"{words} {entry[name]:.2g}" for name, words in names.items() if entry[name] is not None]
+    measured += [f"damping {entry['damping']:.2g}"] if entry["damping"] >= 0.005 else []
+    measured = [evaluations(entry["serial_evaluations"]), *measured, entry["verdict"]]
+    return f"  k = {entry['k']}: {', '.join(measured)}"

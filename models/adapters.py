@@ -1,13 +1,16 @@
-"""LoRA weights and textual inversion embeddings, from files or the hub into a pipeline just loaded."""
+"""Load LoRA weights and textual inversion embeddings, from files or the hub, into a new pipeline."""
 
 import contextlib
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+from huggingface_hub import snapshot_download
 
 from settings import SettingError, in_one_line, out_of_memory, split_scale
 
-# Which text encoder an embedding is for, where a file has several.
+# Which text encoder an embedding is for, if a file has several.
 ENCODERS = {
     "clip_l": ("text_encoder", "tokenizer"),
     "clip_g": ("text_encoder_2", "tokenizer_2"),
@@ -15,51 +18,82 @@ ENCODERS = {
 }
 
 
-def load_loras(pipeline, loras):
-    """Load LoRA weights (Hu et al., 2021), each a path or hub id with ":SCALE" where that is not 1, and use them.
+class Adapter(NamedTuple):
+    """LoRA weights or embeddings on disk. how: the scale of a LoRA, or the name of an embedding in prompts."""
 
-    Raises SettingError for one that cannot be read or that does not fit the model.
+    given: str
+    path: Path
+    how: tuple
+
+
+def find_adapters(loading):
+    """Return the `Adapter`s that a `settings.Loading` names, a list by setting; those on the hub are downloaded.
+
+    Raises SettingError for one that does not exist.
     """
-    names, scales = [], []
+    found = {"lora": [], "textual_inversion": []}
+    for setting, some in found.items():
+        for given in getattr(loading, setting):
+            name, scale = split_scale(given) if setting == "lora" else (given, None)
+            some.append(Adapter(given, _on_disk(setting, given, name), (Path(name).stem if scale is None else scale,)))
+    return found
+
+
+def _on_disk(setting, given, name):
+    if os.path.exists(name):
+        for path in [Path(name), *Path(name).rglob("*")]:
+            if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+                what = f"is neither a file nor a folder, or holds {path.name}, which is neither"
+                raise SettingError(setting, given, f"{what}; give a file, a folder or a hub id")
+        return Path(name)
+    if name.endswith(".safetensors") or name.startswith((".", "/", "~")):
+        raise SettingError(setting, given, "is neither a file nor a folder here; give one, or a hub id")
+    with _refusing(setting, given):
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def load_loras(pipeline, loras):
+    """Load LoRA weights (Hu et al., 2021), a list of `Adapter`s, and use them at their scales.
+
+    Raises SettingError for one that cannot be read or does not fit the model.
+    """
     for i, lora in enumerate(loras):
-        path, scale = split_scale(lora)
         name = f"lora_{i}"
-        with _refusing("lora", lora):
-            weights = _lora_weights(pipeline, path)
-            pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True)
-        # diffusers only warns of weights that it finds no place for.
+        with _refusing("lora", lora.given):
+            weights = _lora_weights(pipeline, lora.path)
+            pipeline.load_lora_weights(str(lora.path), adapter_name=name, use_safetensors=True)
+        # diffusers only warns about weights for which it finds no place.
         tensors = sum("lora" in key and not key.endswith("alpha") for key in weights)
         modules = [part for part in pipeline.components.values() if hasattr(part, "named_parameters")]
-        placed = sum(f".{name}." in f"{key}." for part in modules for key, _ in part.named_parameters())
-        if placed < max(tensors, 1):
-            remedy = f"does not fit the model, which has places for {placed} of its {tensors} tensors"
-            raise SettingError("lora", lora, f"{remedy}; give one that was made for it")
-        names.append(name)
-        scales.append(scale)
-    if names:
-        pipeline.set_adapters(names, scales)
+        loaded = [tensor for part in modules for key, tensor in part.named_parameters() if f".{name}." in f"{key}."]
+        empty = sum(tensor.is_meta for tensor in loaded)
+        if empty or len(loaded) < max(tensors, 1):
+            what = f"room for {len(loaded)} of its {tensors} tensors" if not empty else f"{empty} more tensors"
+            raise SettingError("lora", lora.given, f"does not fit the model, which has {what}; give one made for it")
+    if loras:
+        pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [lora.how[0] for lora in loras])
 
 
 def _lora_weights(pipeline, path):
-    found = pipeline.lora_state_dict(path, use_safetensors=True)
-    return found[0] if isinstance(found, tuple) else found  # some pipelines return what scales them as well
+    found = pipeline.lora_state_dict(str(path), use_safetensors=True)
+    return found[0] if isinstance(found, tuple) else found  # some pipelines also return their scales
 
 
 def load_textual_inversions(pipeline, embeddings):
-    """Load textual inversion embeddings (Gal et al., 2022), each a path or hub id.
+    """Load textual inversion embeddings (Gal et al., 2022), a list of `Adapter`s.
 
-    Prompts name one by the token in its file or, where that has none (several text encoders), by the file's name.
-    Raises SettingError for one that cannot be read or that does not fit the model.
+    Prompts name one by the token in its file or, if it has none (several text encoders), by the file's name.
+    Raises SettingError for one that cannot be read or does not fit the model.
     """
-    for path in embeddings:
-        with _refusing("textual_inversion", path):
-            (weights,) = load_textual_inversion_state_dicts([path], use_safetensors=True)
-            token = Path(path).stem if weights.keys() & {*ENCODERS, "emb_params"} else None
+    for embedding in embeddings:
+        with _refusing("textual_inversion", embedding.given):
+            (weights,) = load_textual_inversion_state_dicts([str(embedding.path)], use_safetensors=True)
+            token = embedding.how[0] if weights.keys() & {*ENCODERS, "emb_params"} else None
             parts = {encoder: {token: weights[name]} for name, encoder in ENCODERS.items() if name in weights}
             parts = parts or {ENCODERS["clip_l"]: weights}
             present = {part for part in ENCODERS.values() if getattr(pipeline, part[0], None) is not None}
             if parts.keys() != present:
-                raise ValueError(f"it is for {len(parts)} text encoders, where the model has {len(present)}")
+                raise ValueError(f"it is for {len(parts)} text encoders, but the model has {len(present)}")
             for (encoder, tokenizer), part in parts.items():
                 places = {"text_encoder": getattr(pipeline, encoder), "tokenizer": getattr(pipeline, tokenizer)}
                 pipeline.load_textual_inversion(part, token=token, **places)
@@ -67,10 +101,10 @@ def load_textual_inversions(pipeline, embeddings):
 
 @contextlib.contextmanager
 def _refusing(setting, value):
-    """Whatever the libraries say of a file, as SettingError."""
+    """Turn the libraries' errors about a file into a SettingError."""
     try:
         yield
-    except Exception as error:  # of torch, peft, diffusers and what they read files with, each with its own
+    except Exception as error:  # errors of torch, peft, diffusers and the libraries that read files
         if out_of_memory(error):
             raise
         unreadable = type(error).__module__.startswith(("huggingface_hub", "httpx", "safetensors"))

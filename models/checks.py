@@ -1,4 +1,4 @@
-"""Whether a model is whole: the values in its configs that this program uses, its weights, its tokenizers."""
+"""Check that a model is complete: the config values that this program uses, its weights, its tokenizers."""
 
 import importlib
 import json
@@ -13,68 +13,61 @@ from safetensors import safe_open
 
 from settings import Failure
 
-STAND_INS = {"vae": ("AutoencoderTiny", "AsymmetricAutoencoderKL")}  # that pipelines take as well as what they name
-# Weights that models on the hub have beside what is used: of PixArt's training, and of whole CLIP models.
+STAND_INS = {"vae": ("AutoencoderTiny", "AsymmetricAutoencoderKL")}  # pipelines take these, too
+# Unused weights that models on the hub contain: those of PixArt's training and of whole CLIP models.
 SPARE = re.compile(
     r"caption_projection\.y_embedding|(vision_model|visual_projection|text_projection)\.|logit_scale"
     r"|.*(position_ids|num_batches_tracked)$"
 )
-HIGHEST = 10**9  # what a tokenizer without a length has for one is far above
+HIGHEST = 10**9  # the default length of a tokenizer without one is far above
 
 
 class ModelError(Failure):
-    """A model that cannot be had or is not for this program, in one line."""
+    """A model that cannot be loaded or sampled, in one line."""
 
 
-def _number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value):
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**7
-
-
-def _share(value):
-    return _number(value) and 0 < value < 1
-
-
-def _list_of(each):
-    return lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(each, value))
+def _list_of(check):
+    return lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(check, value))
 
 
 def _none_or(check):
     return lambda value: value is None or check(value)
 
 
-def _side(value):
-    return _whole(value) or (_list_of(_whole)(value) and len(value) == 2)
+_number = lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+_whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**7
+_above_zero = lambda value: _number(value) and value > 0
+_share = lambda value: _number(value) and 0 < value < 1
+_side = lambda value: _whole(value) or (_list_of(_whole)(value) and len(value) == 2)
+COUNT = _whole, "a whole number from 1 up"
+COUNTS = _list_of(_whole), "whole numbers from 1 up"
+SHARE = _share, "a number between 0 and 1"
+SHIFT = lambda value: _number(value) and abs(value) <= 100, "a number from -100 to 100"
+HEADS = _none_or(lambda value: _whole(value) or _list_of(_whole)(value)), "null or whole numbers"
 
-
-def _above_zero(value):
-    return _number(value) and value > 0
-
-
-# What this program itself reads of a config, by part and name: whether a value will do, and what it must be. All else
-# is for the libraries, which say what they cannot take.
+# The config values that this program itself reads, by part and name: a check, and what the value must be. The
+# libraries check all others.
 VALUES = {
     "scheduler": {
         "num_train_timesteps": (lambda value: _whole(value) and value <= 10**5, "a whole number from 1 to 100000"),
-        "beta_start": (_share, "a number between 0 and 1"),
-        "beta_end": (_share, "a number between 0 and 1"),
+        **dict.fromkeys(("beta_start", "beta_end"), SHARE),
         "trained_betas": (_none_or(_list_of(_share)), "null, or numbers between 0 and 1"),
-        "shift": (_above_zero, "a number above 0"),
+        "shift": (lambda value: _above_zero(value) and value <= 1000, "a number above 0, at most 1000"),
         "clip_sample_range": (_above_zero, "a number above 0"),
+        **dict.fromkeys(("base_shift", "max_shift"), SHIFT),
+        **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), COUNT),
     },
     "network": {
-        "in_channels": (_whole, "a whole number from 1 up"),
+        **dict.fromkeys(("in_channels", "pos_embed_max_size"), COUNT),
         "sample_size": (_none_or(_side), "a whole number from 1 up, or two"),
-        "block_out_channels": (_list_of(_whole), "whole numbers from 1 up"),
-        "pos_embed_max_size": (_none_or(_whole), "a whole number from 1 up"),
+        "block_out_channels": COUNTS,
+        **dict.fromkeys(("attention_head_dim", "num_attention_heads"), HEADS),
+        "down_block_types": (_none_or(_list_of(lambda value: isinstance(value, str))), "null or names of blocks"),
     },
     "vae": {
         "scaling_factor": (_above_zero, "a number above 0"),
         "shift_factor": (_none_or(_number), "null or a number"),
-        "block_out_channels": (_list_of(_whole), "whole numbers from 1 up"),
+        **dict.fromkeys(("block_out_channels", "decoder_block_out_channels"), COUNTS),
         "latents_mean": (_none_or(_list_of(_number)), "null or numbers"),
         "latents_std": (_none_or(_list_of(_above_zero)), "null or numbers above 0"),
     },
@@ -82,10 +75,12 @@ VALUES = {
 
 
 def check_values(name, part, config):
-    """Raise ModelError unless a model's config has values that will do; `part` is a key of VALUES."""
+    """Raise ModelError unless the values in a model's config are valid; `part` is a key of VALUES."""
     for key, (will_do, wanted) in VALUES[part].items():
         if key in config and not will_do(config[key]):
             raise ModelError(f"{name} has {key} {str(config[key])[:80]!r} in its {part}'s config; it must be {wanted}")
+    if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
+        raise ModelError(f"{name} has a base_image_seq_len that equals its max_image_seq_len")
     betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
     if part == "scheduler" and config.get("beta_start", 0) > config.get("beta_end", 1):
         raise ModelError(f"{name} has a beta_start above its beta_end")
@@ -93,11 +88,18 @@ def check_values(name, part, config):
         raise ModelError(f"{name} has {len(betas)} trained_betas for {steps} training timesteps")
 
 
-def load_networks(name, folder, kind, index, given, dtype, variant):
-    """The parts of a pipeline that have weights, each whole, by name.
+def check_files(name, folder):
+    """Raise ModelError if a folder holds something that is neither a file nor a folder, such as a pipe."""
+    for path in folder.rglob("*"):
+        if not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{name}: {path.relative_to(folder)} is neither a file nor a folder")
 
-    folder: where it lies. kind: its class in diffusers. index: its model_index.json. given: what its from_pretrained is
-    told, the parts that are there or not wanted among it. Raises ModelError, and what the libraries raise.
+
+def load_networks(name, folder, kind, index, given, dtype, variant):
+    """Load and return the parts of a pipeline that have weights, by name, each checked to be complete.
+
+    folder: the model's. kind: its class in diffusers. index: its model_index.json. given: the arguments for its
+    from_pretrained, including parts that are given or not wanted. Raises ModelError, and what the libraries raise.
     """
     parts, hints = {}, typing.get_type_hints(getattr(diffusers, kind).__init__)
     for part, source in index.items():
@@ -108,9 +110,9 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
             continue
         found = getattr(importlib.import_module(library), str(its_class), None)
         wanted += tuple(getattr(diffusers, name) for name in STAND_INS.get(part, ()))
-        # PixArt's first models name Transformer2DModel, which its own was part of; the library loads that one.
+        # PixArt's first models name Transformer2DModel, from which its own class was split off; the library loads that.
         if not _has_weights(found) or not issubclass(found, (*wanted, diffusers.Transformer2DModel)):
-            raise ModelError(f"{name}: its {part} is a {its_class}, which is none of a {kind}'s")
+            raise ModelError(f"{name}: its {part} is a {its_class}, which a {kind} does not take")
         place = folder / part if (folder / part).is_dir() else folder  # old models of one network
         weights = list(place.glob("*.safetensors"))
         safe = bool(given.get("use_safetensors") or weights)
@@ -121,12 +123,12 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
             _check_types(name, part, weights or place.glob("*.bin"))
         network, report = found.from_pretrained(place, output_loading_info=True, **how)
         extra = [key for key in map(str, report["unexpected_keys"]) if not SPARE.match(key)]
-        for words, keys in (("lack", map(str, report["missing_keys"])), ("have, beyond it,", extra)):
+        for words, keys in (("lack", map(str, report["missing_keys"])), ("have, beyond its config,", extra)):
             if keys := sorted(keys):
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 raise ModelError(f"{name}: the weights of its {part} {words} {', '.join(keys[:3])}{more}")
         if not isinstance(network, wanted):
-            raise ModelError(f"{name}: its {part} is a {type(network).__name__}, which is none of a {kind}'s")
+            raise ModelError(f"{name}: its {part} is a {type(network).__name__}, which a {kind} does not take")
         parts[part] = network
     return parts
 
@@ -136,7 +138,7 @@ def _has_weights(kind):
 
 
 def _check_types(name, part, files):
-    """Raise ModelError where weights are not of floating point, which the libraries would take for others."""
+    """Raise ModelError if weights are not in floating point; the libraries would misread them."""
     for file in files:
         if file.suffix == ".bin":
             tensors = torch.load(file, map_location="meta", weights_only=True)
@@ -150,7 +152,7 @@ def _check_types(name, part, files):
 
 
 def check_tokenizers(name, pipeline):
-    """Raise ModelError where a tokenizer cannot be its encoder's; one that knows no length gets the encoder's."""
+    """Raise ModelError if a tokenizer cannot belong to its encoder; one without a length gets the encoder's."""
     for part, tokenizer in pipeline.components.items():
         encoder = getattr(pipeline, part.replace("tokenizer", "text_encoder"), None)
         if not part.startswith("tokenizer") or tokenizer is None or encoder is None:
@@ -159,9 +161,9 @@ def check_tokenizers(name, pipeline):
         if len(set(ids)) <= len(tokenizer.all_special_tokens):
             raise ModelError(f"{name}: its {part} has no vocabulary, and would read all prompts alike")
         if max(ids) >= rows:
-            raise ModelError(f"{name}: its {part} has ids to {max(ids)}, beyond its text encoder's {rows} embeddings")
+            raise ModelError(f"{name}: its {part} has ids up to {max(ids)}, but its text encoder {rows} embeddings")
         places, length = getattr(encoder.config, "max_position_embeddings", None), tokenizer.model_max_length
-        if places and not length <= HIGHEST:  # or no number at all
+        if places and not length <= HIGHEST:  # or it is no number
             tokenizer.model_max_length = places
         elif places and length > places or length < 2:
             raise ModelError(f"{name}: its {part} has model_max_length {length}, its text encoder {places} positions")

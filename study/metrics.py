@@ -1,6 +1,6 @@
-"""Measures of images beside the usual ones, by torchmetrics: LPIPS, CLIP score, and what the demo's scenes show.
+"""Further measures of images: LPIPS and the CLIP score by torchmetrics, and the content of the demo's scenes.
 
-A score of an image comes with its difference to the same sample's ground truth: paired, as prompts differ by more.
+A score comes with its difference to the score of the ground truth, as scores vary more between prompts.
 """
 
 import warnings
@@ -13,18 +13,18 @@ from transformers import CLIPModel, CLIPProcessor
 from models import scenes
 from settings import SettingError, in_one_line
 
-CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' usual one
+CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default
 WANTED = {
-    "lpips": "torchvision, built for the torch that is here, and AlexNet's weights, which it downloads",
+    "lpips": "torchvision, in the version for the installed torch, and AlexNet's weights, which it downloads",
     "clip": f"the weights of {CLIP}, from the hub or its cache",
 }
 
 
 class Metrics:
-    """Some measures by name: "lpips" (Zhang et al., 2018, AlexNet), "clip" (Hessel et al., 2021), "scene".
+    """Measures by name: "lpips" (Zhang et al., 2018, AlexNet), "clip" (Hessel et al., 2021), "scene".
 
-    Their networks stay on the CPU, where they take nothing from the sampler's device, and add nothing to what is told
-    of its memory. Raises SettingError for weights that cannot be had.
+    Their networks stay on the CPU, so that the reported memory of the sampler's device is the sampler's alone. Raises
+    SettingError for weights that cannot be loaded.
     """
 
     def __init__(self, names):
@@ -37,9 +37,9 @@ class Metrics:
                 raise SettingError("metrics", name, f"needs {WANTED[name]} ({why}); leave it out") from error
 
     def measure(self, image, truth, text):
-        """An image's measures by column, None where there is nothing to measure.
+        """Return an image's measures by column; None for one that does not apply.
 
-        image: uint8 (height, width, 3). truth: that of the ground truth, or None. text: the prompt.
+        image: uint8 (height, width, 3). truth: the ground truth's image, or None. text: the prompt.
         """
         found = {}
         for name in self.names:
@@ -58,7 +58,7 @@ class Metrics:
 
     def _clip(self, image, text):
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that CLIP reads no more of a long prompt
+            warnings.simplefilter("ignore")  # about the part of a long prompt that CLIP cannot read
             return float(self.networks["clip"](_tensor(image), text))
 
 
@@ -89,9 +89,9 @@ class Features(torch.nn.Module):
 
 
 def scene(image, text):
-    """The share of what a prompt asks of the demo's sky, light and land that its image, uint8 (64, 64, 3), shows.
+    """Return the share of the sky, light and land in a prompt that its image, uint8 (64, 64, 3), shows.
 
-    None where it asks for nothing of these, or the image has another size, at which the scene cannot be read.
+    None if the prompt has none of these, or if the image has another size.
     """
     if image.shape != (scenes.SIZE, scenes.SIZE, 3):
         return None

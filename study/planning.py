@@ -1,4 +1,4 @@
-"""The plan of coarse_steps "auto": the blocks and the schedule of the least predicted time on this device."""
+"""The plan for `-cs auto`: the blocks and the schedule with the least predicted time on this device."""
 
 import math
 import time
@@ -7,51 +7,44 @@ import numpy as np
 import torch
 
 from diffusion import boundaries
-from settings import EXPECTED_REFINEMENTS, SCHEDULES
+from settings import SCHEDULES
 from srds import srds
 
 
-def make_plan(sampler, settings):
-    """Plan a run with `settings` by measuring a sampler of the same pipeline and fine steps.
+def make_plan(sampler, settings, expected):
+    """Plan sampling with `settings` by measuring a sampler with the same pipeline and fine steps.
 
-    Returns the "blocks", the "schedule", the "refinements" expected, seconds a prompt of "srds" and "sequential"
-    sampling, and the measured "calls", seconds by lanes.
+    expected: the number of refinements that samples are expected to need.
+
+    Returns a dict with "blocks", "schedule", the "refinements" planned for, the predicted seconds for a sample by
+    "srds" and by "sequential" sampling, and the measured "calls": seconds by number of lanes.
     """
     N = settings.fine_steps
-    # Fewer blocks than this refine badly; more only widen the ticks.
+    # Fewer blocks than these converge badly; more only widen the ticks.
     candidates = {min(N, max(1, round(factor * math.sqrt(N)))) for factor in (0.7, 1, 1.4, 2)}
     calls, decoding = measure_calls(sampler, max(candidates))
     plans = []
     for B in candidates:
         bound = settings.max_iterations
-        refinements = min(B if settings.tolerance == 0 else EXPECTED_REFINEMENTS, bound or B, B)
+        refinements = min(B if settings.tolerance == 0 else expected, bound or B, B)
         for schedule in [settings.schedule] if settings.schedule else SCHEDULES:
             seconds = predict_seconds(calls, decoding, N, B, schedule, refinements, bound)
             plans.append((seconds, B, schedule, refinements))
     seconds, B, schedule, refinements = min(plans)
-    return {
-        "blocks": B,
-        "schedule": schedule,
-        "refinements": refinements,
-        "srds": seconds,
-        "sequential": N * calls[1] + decoding,
-        "calls": calls,
-    }
+    plan = {"blocks": B, "schedule": schedule, "refinements": refinements, "srds": seconds}
+    return {**plan, "sequential": N * calls[1] + decoding, "calls": calls}
 
 
 def describe_plan(plan):
-    """A plan in one line."""
-    verdict = (
-        "" if plan["srds"] < plan["sequential"] else "; SRDS is not faster than sequential sampling on this device"
-    )
-    return (
-        f"plan: {plan['blocks']} blocks, {plan['schedule']}: about {plan['srds']:.2f} s a prompt "
-        f"for {plan['refinements']} refinements, sequential {plan['sequential']:.2f} s{verdict}"
-    )
+    """Return a plan in one line."""
+    slower = plan["srds"] >= plan["sequential"]
+    verdict = "; sequential sampling is faster on this device" if slower else ""
+    costs = f"about {plan['srds']:.2f} s a sample for {plan['refinements']} refinements"
+    return f"plan: {plan['blocks']} blocks, {plan['schedule']}: {costs}, sequential {plan['sequential']:.2f} s{verdict}"
 
 
 def measure_calls(sampler, widest):
-    """Seconds of a tick by its lanes, {1: ..., 2: ..., ..., widest: ...}, and of a decoding; the median of five."""
+    """Return the seconds of a tick by its number of lanes, {1: ..., widest: ...}, and of decoding; medians of five."""
     denoise, x = sampler.processes.split(sampler.denoiser("")), sampler.noise()
 
     def seconds(call, *inputs):
@@ -64,7 +57,7 @@ def measure_calls(sampler, widest):
 
 
 def clock(call, device, *inputs):
-    """Seconds of a call, until the device has done what it asks for."""
+    """Return the seconds of a call until the device has finished."""
 
     def wait():
         if torch.device(device).type != "cpu":
@@ -78,13 +71,13 @@ def clock(call, device, *inputs):
 
 
 def predict_seconds(calls, decoding, N, B, schedule, refinements, bound=None):
-    """Seconds of a run that stops after so many refinements, from `measure_calls`."""
+    """Return the seconds of a sample that stops after so many refinements, from what `measure_calls` returns."""
     ticks = np.interp(tick_widths(N, B, schedule, refinements, bound), list(calls), list(calls.values()))
     return float(ticks.sum()) + (refinements + 1) * decoding
 
 
 def tick_widths(N, B, schedule, refinements, bound=None):
-    """Lanes in each tick of a run that stops after so many refinements: the engine's own, on states of one number."""
+    """Return the lanes in each tick of a sample that stops after so many refinements, as the engine has them."""
     widths = []
 
     def denoise(x, n):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as tests run side by side, one a core; for what they start as well
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 import diffusion
 from pipelines import stable_diffusion
-from study.quiet import quiet_libraries
+from study.console import quiet_libraries
 
 hypothesis.settings.register_profile("srds", deadline=None)  # a machine may be busy
 hypothesis.settings.load_profile("srds")
@@ -83,8 +84,18 @@ def arguments(out, model, *more, prompts=PROMPTS):
 
 
 def run_record(folder):
-    """The run.json of a run."""
+    """The run.json of an output directory."""
     return json.loads((folder / "run.json").read_text())
+
+
+def sample_folders(folder):
+    """The folders of the last command's samples, in its order."""
+    return [folder / "samples" / said["folder"] for said in run_record(folder)["samples"]]
+
+
+def sample_records(folder):
+    """The result.json of each of the last command's samples, in its order."""
+    return [json.loads((place / "result.json").read_text()) for place in sample_folders(folder)]
 
 
 def files(folder):
@@ -96,27 +107,24 @@ def pixels(path):
 
 
 def read_table(path):
-    """The rows of a CSV, but for seconds and places."""
-    table = pd.read_csv(path)
-    return table.drop(columns=[name for name in table if "seconds" in name or name == "device"]).to_csv()
+    """The rows of a CSV, but for seconds; texts such as "NA" stay texts."""
+    table = pd.read_csv(path, keep_default_na=False)
+    return table.drop(columns=[name for name in table if "seconds" in name]).to_csv()
 
 
 def contents(folder):
-    """Everything that a run leaves but seconds and places: pixels and tables by file, results."""
-    found = {}
-    for name in files(folder):
-        path = folder / name
-        readers = {".png": lambda path: pixels(path).tobytes(), ".csv": lambda path: read_table(path)}
-        found[name] = readers.get(path.suffix, lambda path: None)(path)
-    results = run_record(folder)["prompts"]
-    return found, [without_seconds(result) for result in results]
+    """Everything that a directory holds but times and bytes that depend on them: pixels, tables and records by file."""
+    readers = {".png": lambda path: pixels(path).tobytes(), ".csv": read_table, ".html": lambda path: None}
+    readers[".json"] = lambda path: without_times(json.loads(path.read_text()))
+    return {name: readers[Path(name).suffix](folder / name) for name in files(folder)}
 
 
-def without_seconds(value):
-    """A value as JSON has it, without what is called seconds."""
+def without_times(value):
+    """A value as JSON has it, without what differs between two runs that make the same."""
     if isinstance(value, dict):
-        return {key: without_seconds(each) for key, each in value.items() if key != "seconds"}
-    return [without_seconds(each) for each in value] if isinstance(value, list) else value
+        own = {"id", "begun", "sampled", "seconds", "sequential_seconds", "command", "reproduce", "output_dir", "files"}
+        return {name: without_times(each) for name, each in value.items() if name not in own}
+    return [without_times(each) for each in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="session", autouse=True)

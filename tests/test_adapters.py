@@ -1,5 +1,7 @@
 """LoRA weights and textual inversion embeddings from files."""
 
+import os
+
 import pytest
 import safetensors.torch
 import torch
@@ -39,6 +41,10 @@ def files(tmp_path_factory):
     save({**lora, **partly}, root / "partly.safetensors")
     save({key.replace("unet", "transformer"): value for key, value in lora.items()}, root / "dit.safetensors")
     save({"weight": torch.zeros(3)}, root / "none.safetensors")
+    save({key: value for key, value in lora.items() if "lora_B" in key}, root / "half.safetensors")
+    os.mkfifo(root / "pipe.safetensors")
+    (root / "piped").mkdir()
+    os.mkfifo(root / "piped" / "pytorch_lora_weights.safetensors")
     (root / "broken.safetensors").write_bytes(b"not weights")
     (root / "folder").mkdir()
     save(lora, root / "folder" / "pytorch_lora_weights.safetensors")
@@ -88,21 +94,22 @@ def test_an_embedding_for_two_encoders_is_named_by_its_file(files, tmp_path):
 @pytest.mark.parametrize(
     "setting, name, words",
     [
-        ("lora", "wide", "does not fit the model .*size mismatch"),
-        ("lora", "elsewhere", "does not fit the model"),
-        ("lora", "partly", "does not fit the model"),
-        ("lora", "dit", "does not fit the model"),
-        ("lora", "none", "does not fit the model"),
+        ("lora", "wide", "does not fit the model .*size mismatch"), ("lora", "elsewhere", "does not fit the model"),
+        ("lora", "partly", "does not fit the model"), ("lora", "dit", "does not fit the model"),
+        ("lora", "none", "does not fit the model"), ("lora", "half", "does not fit the model"),
+        ("lora", "pipe", "is neither a file nor a folder"),
+        ("lora", "piped", "is neither a file nor a folder|cannot be read"),
         ("lora", "broken", "(does not fit|cannot be read)"),
         ("lora", "missing", "is neither a file nor a folder here"),
         ("textual_inversion", "long", "does not fit the model"),
-        ("textual_inversion", "red", "it is for 2 text encoders, where the model has 1"),
+        ("textual_inversion", "red", "it is for 2 text encoders, but the model has 1"),
         ("textual_inversion", "broken", "(does not fit|cannot be read)"),
+        ("textual_inversion", "pipe", "is neither a file nor a folder"),
         ("textual_inversion", "missing", "is neither a file nor a folder here"),
     ],
-)
+)  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_in_one_line(setting, name, words, tiny, files, capfd):
-    path = str(files / f"{name}.safetensors")
+    path = str(files / name if name == "piped" else files / f"{name}.safetensors")
     capfd.readouterr()
     with pytest.raises(SettingError, match=words) as raised:
         Sampler.from_pretrained(tiny, SMALL, device="cpu", **{setting: path})
@@ -116,5 +123,5 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(setting, name, words, t
 def test_a_family_that_takes_none_says_so_before_weights_are_loaded(family, setting, files, tmp_path, monkeypatch):
     FAMILIES[family]().save_pretrained(tmp_path)
     monkeypatch.setattr("models.loading._from_pretrained", lambda *args: pytest.fail("weights were loaded"))
-    with pytest.raises(SettingError, match=f"{setting}: .* is of no use to a .*Pipeline; leave it out"):
+    with pytest.raises(SettingError, match=f"{setting}: .* does not suit a .*Pipeline; leave it out"):
         Sampler.from_pretrained(tmp_path, SMALL, device="cpu", **{setting: str(files / "lora.safetensors")})

@@ -1,6 +1,5 @@
 """The demo model and its scenes."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from conftest import sample_records
 from models import scenes
 from models.loading import DEMO
 from refinement import difference
@@ -27,20 +27,12 @@ def sampler():
     return Sampler.from_pretrained("demo", Settings(tolerance=0), device="cpu")
 
 
-def test_checker_reads_scenes_back():
+def test_checker_reads_scenes_back_and_captions_say_what_is_asked():
     rng = np.random.default_rng(3)
     drawn = [scenes.sample(rng) for _ in range(1000)]
     assert np.mean([scenes.read(image) == attributes for image, attributes in drawn]) >= 0.98
-
-
-def test_no_two_scenes_of_a_caption_are_alike():
-    rng = np.random.default_rng(4)
     one, other = (scenes.render(rng, "dusk", "red sun", "purple mountains").astype(int) for _ in range(2))
-    assert abs(one - other).mean() > 2
-
-
-def test_captions_say_what_is_asked():
-    rng = np.random.default_rng(5)
+    assert abs(one - other).mean() > 2, "no two scenes of a caption are alike"
     for _ in range(50):
         text = scenes.caption(rng, sky="night", light="empty sky", land="a calm sea")
         assert "at night" in text and "an empty sky" in text and "a calm sea" in text
@@ -74,6 +66,7 @@ def test_demo_loads_by_plain_diffusers_and_samples(caplog, recwarn):
 
 def test_demo_sequential_equals_diffusers_pipeline(sampler):
     """To a tenth of a grey level of the image's 255, and 1e-4 of the latents' scale."""
+    sampler = sampler.vary(fine_steps=25, coarse_steps=5)
     pipeline, settings = sampler.pipeline, sampler.settings
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.scheduler.config.timestep_spacing == "trailing"
@@ -85,25 +78,17 @@ def test_demo_sequential_equals_diffusers_pipeline(sampler):
 
 
 @pytest.mark.slow
-def test_with_fixed_batch_all_refinements_equal_sequential_bit_for_bit(sampler):
-    fixed = sampler.vary(fine_steps=25, coarse_steps=5, fixed_batch=True)
-    prompt = fixed.encode(PROMPTS[0])
-    *_, last = fixed.iterates(prompt)
-    assert last.exact and last.ticks == 25 and torch.equal(last.states, fixed.sequential(prompt).states)
-
-
-@pytest.mark.slow
 def test_readme_demo_converges_to_the_ground_truth(tmp_path):
     """The README's demo command: no refinement is worse than the initialisation, and the third is within 1."""
     argv = ["--prompts", "prompts.txt", "--output-dir", str(tmp_path), "--model", "demo", "--device", "cpu"]
     process = subprocess.run([sys.executable, "main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=480)
     assert process.returncode == 0 and process.stderr == ""
-    results = json.loads((tmp_path / "run.json").read_text())["prompts"]
-    assert [result["prompt"] for result in results] == PROMPTS
-    for result in results:
-        errors = [entry["image_error"] for entry in result["iterations"]]
-        assert result["converged"] and result["serial_evaluations"] < 100
-        assert max(errors) <= errors[0] + 0.5 and errors[:4][-1] < 1, errors
+    records = sample_records(tmp_path)
+    assert [record["made_by"]["prompt"] for record in records] == PROMPTS
+    for refinements in (record["result"]["refinements"] for record in records):
+        differences, last = [entry["difference"] for entry in refinements], refinements[-1]
+        assert last["verdict"] == "converged" and last["serial_evaluations"] < 100
+        assert max(differences) <= differences[0] + 0.5 and differences[:4][-1] < 1, differences
 
 
 @pytest.mark.slow
@@ -114,4 +99,5 @@ def test_the_model_of_real_pixels_loads_by_name_and_without_remarks(capfd, recwa
     assert truth.image.shape == (28, 28, 3) and 20 < truth.image.mean() < 200 and truth.image.std() > 30
     for method in ("srds", "collocation"):
         sample = sampler.vary(method=method, tolerance=0)("")
-        assert sample.stop_reason == "exact" and difference(sample.image, truth.image) < 0.2
+        assert sample.stop_reason == {"srds": "exact", "collocation": "all nodes"}[method]
+        assert difference(sample.image, truth.image) < 0.2

@@ -8,13 +8,6 @@ import diffusion
 from conftest import Gaussian, Mixture, Stiff
 
 
-@pytest.mark.parametrize("steps", [961, 30])
-def test_steps_that_do_not_divide_the_chain_are_sane(steps, noise):
-    problem = Mixture(steps)
-    sample = problem.sequential(noise)
-    assert sample.isfinite().all() and 0.9 < sample.abs().mean() < 1.1
-
-
 def test_grid_has_exactly_as_many_falling_timesteps_as_steps():
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     for steps in range(1, 1001):
@@ -62,6 +55,7 @@ def test_what_overshoots_is_carried_as_the_ode_carries_it(noise):
 def test_initial_noise_is_the_seeds_alone():
     first, again, other = (diffusion.initial_noise((4, 8, 16), seed) for seed in (1, 1, 2))
     assert first.shape == (1, 4, 8, 16) and torch.equal(first, again) and not torch.equal(first, other)
+    assert first.dtype == diffusion.normal((2,), 1).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -76,11 +70,10 @@ def test_compiled_batches_are_few_and_reach_the_widest(smallest, widest, sizes):
     assert diffusion.compiled_batches(smallest, widest) == sizes
 
 
-@pytest.mark.parametrize("N, B", [(25, 5), (97, 10), (7, 7), (5, 1)])
-def test_blocks_are_as_even_as_can_be(N, B):
-    n = diffusion.boundaries(N, B)
-    sizes = {end - start for start, end in zip(n, n[1:])}
-    assert n[0] == 0 and n[-1] == N and len(n) == B + 1 and max(sizes) - min(sizes) <= 1
+def test_blocks_are_as_even_as_can_be():
+    for N, B in ((25, 5), (97, 10), (7, 7), (5, 1)):
+        n = torch.tensor(diffusion.boundaries(N, B))
+        assert n[0] == 0 and n[-1] == N and len(n) == B + 1 and n.diff().max() - n.diff().min() <= 1
 
 
 @pytest.mark.parametrize("settings", [{"max_batch": m} for m in (1, 2, 3, 7, 100)] + [{"sizes": [4]}])
@@ -97,16 +90,16 @@ def test_a_call_has_at_most_so_many_samples(settings):
     whole = diffusion.Denoiser(network, conditions, times, 7.0)(x, n)
     torch.testing.assert_close(whole, x * (2 + 7 * (3 - 2)) + n.reshape(-1, 1, 1, 1))
     calls.clear()
-    torch.testing.assert_close(diffusion.Denoiser(network, conditions, times, 7.0, **settings)(x, n), whole)
+    denoiser = diffusion.Denoiser(network, conditions, times, 7.0, **settings)
+    torch.testing.assert_close(denoiser(x, n), whole)
     limit = settings.get("max_batch", 4)
     rest = [4] if "sizes" in settings else [10 % limit] * (10 % limit > 0)
-    assert calls == [limit] * (10 // limit) + rest
+    assert calls == [limit] * (10 // limit) + rest and denoiser.calls(5) == len(calls)
 
 
 def test_another_seed_shares_the_tables(noise):
-    solver = Mixture(10, solver="ddpm", seed=1).solver
+    solver, at = Mixture(10, solver="ddpm", seed=1).solver, torch.tensor([3])
     other = solver.with_seed(2)
-    assert other.carry is solver.carry and other.spread is solver.spread and (solver.seed, other.seed) == (1, 2)
-    at = torch.tensor([3])
+    assert other.carry is solver.carry and (solver.seed, other.seed) == (1, 2)
     steps = [each.step(noise, noise, at, at + 1, noise)[0] for each in (solver, other, solver.with_seed(1))]
     assert torch.equal(steps[0], steps[2]) and not torch.equal(steps[0], steps[1])

@@ -1,4 +1,4 @@
-"""How the code is laid out: which file may import which, and what an import may not do."""
+"""How the code is laid out: five rules."""
 
 import ast
 import subprocess
@@ -7,104 +7,67 @@ from pathlib import Path
 
 import pytest
 
-import settings
-import srds
-
 ROOT = Path(__file__).resolve().parent.parent
-LOADING = {"settings", "models.families", "models.adapters", "models.checks"}
-SAMPLER = {"settings", "refinement", "srds", "collocation", "diffusion", "models.loading", "study.planning"}
-PREPARATION = {
-    "settings", "refinement", "sampler", "models.loading", "study.comparison", "study.description", "study.directory",
-    "study.earlier", "study.fingerprint", "study.preview", "study.processes", "study.record", "study.samples",
-    "study.sampling",
-}  # fmt: skip
-STUDY = {
-    "settings", "models.loading", "study.directory", "study.earlier", "study.forecast", "study.preparation",
-    "study.processes", "study.results", "study.samples", "study.sampling",
-}  # fmt: skip
-RECORD = {"utils", "study.comparison", "study.directory", "study.earlier", "study.report", "study.results"}
-EAGER = {"settings", "study.samples", "study.terminal"}  # main's, which need no torch
-MAY_IMPORT = {
-    "settings": set(), "srds": set(), "collocation": {"srds"}, "diffusion": set(), "utils": {"settings"},
-    "refinement": {"settings"}, "models.families": set(),
-    "models.adapters": {"settings"}, "models.checks": {"settings"}, "models.loading": LOADING, "study.quiet": set(),
-    "study.planning": {"settings", "srds", "diffusion"}, "sampler": SAMPLER, "study.processes": {"settings"},
-    "study.directory": {"settings"}, "study.earlier": {"settings", "study.directory"}, "study.fingerprint": set(),
-    "study.results": {"utils"}, "study.plots": {"utils", "study.samples"},
-    "study.report": {"settings", "utils", "study.directory", "study.plots", "study.results", "study.samples"},
-    "study.comparison": {"settings", "study.directory", "study.earlier"}, "study.record": RECORD,
-    "study.preview": {"settings", "utils", "study.directory", "study.earlier"},
-    "study.description": {"models.loading", "study.planning", "study.samples", "study.sampling"},
-    "study.forecast": set(),
-    "study.samples": {"settings"}, "study.metrics": {"settings", "models.scenes"},
-    "study.sampling": {"settings", "utils", "refinement"}, "study.run": STUDY, "study.preparation": PREPARATION,
-    "study.terminal": set(), "models.scenes": set(),
-    "main": EAGER | {"study.quiet", "study.metrics", "study.processes", "study.run"},
-}  # fmt: skip
+FOLDERS = ("", "models", "study", "benchmarks", "tests")
+PATHS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+         for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))}  # fmt: skip
+OF_THE_COMMAND = {"test_command", "test_sequences", "test_folder", "test_sweep", "test_report", "test_processes"}
 
 
-def tree(room):
-    return ast.parse((ROOT / f"{room.replace('.', '/')}.py").read_text())
+def imported(room):
+    """What a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(PATHS[room].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
 
 
-def imported(node):
-    if isinstance(node, ast.Import):
-        return {name.name for name in node.names}
-    if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "a relative import"
-        return {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-    return set()
+def test_no_import_leads_back_to_where_it_came_from():
+    left = {room: imported(room) & PATHS.keys() for room in PATHS}
+    while free := [room for room, needed in left.items() if not needed & left.keys()]:
+        for room in free:
+            del left[room]
+    assert not left
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_arrows_run_one_way(room):
-    found = set().union(*map(imported, ast.walk(tree(room))))
-    assert found & MAY_IMPORT.keys() <= MAY_IMPORT[room]
+def test_the_methods_import_nothing_but_torch_math_and_the_iterate():
+    assert {name.partition(".")[0] for name in imported("srds")} == {"dataclasses", "typing", "torch"}
+    assert imported("collocation") == {"math", "torch", "srds", "srds.Iterate"}
 
 
-def test_nothing_imports_main_but_the_tests_of_the_command():
-    allowed = {"test_command.py", "test_resume.py", "test_processes.py", "test_families.py", "test_house.py"}
-    allowed |= {"test_sweep.py"}
-    rooms = [path for folder in ("", "models", "study", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")]
-    for path in rooms:
-        if path.name not in allowed:
-            assert "main" not in set().union(*map(imported, ast.walk(ast.parse(path.read_text())))), path
+def test_nothing_imports_main_but_tests_of_the_command():
+    assert {room.removeprefix("tests.") for room in PATHS if "main" in imported(room)} <= OF_THE_COMMAND
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_imports_are_at_the_top_but_for_the_commands_late_ones(room):
-    late = [
-        node
-        for function in ast.walk(tree(room))
-        if isinstance(function, (ast.FunctionDef, ast.Lambda))
-        for node in ast.walk(function)
-        if imported(node)
-    ]
-    found = set().union(*map(imported, late))
-    late_ones = MAY_IMPORT["main"] - EAGER if room == "main" else set()
-    assert found & MAY_IMPORT.keys() == late_ones
-    assert room == "main" or not found
+def run(script):
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_schedules_are_the_engines():
-    assert settings.SCHEDULES == srds.SCHEDULES
+@pytest.mark.parametrize("words", ["--help", "-o out --prompt a -fs 0"])
+def test_help_and_bad_arguments_need_no_torch(words):
+    heavy = "{'torch', 'numpy', 'pandas', 'diffusers', 'matplotlib'} & sys.modules.keys()"
+    process = run(f"import main, sys; status = main.main({words.split()}); sys.exit(10 * status + len({heavy}))")
+    assert process.returncode == (0 if words == "--help" else 20), process.stderr
 
 
 @pytest.mark.slow
 def test_importing_the_rooms_changes_nothing_in_the_process():
     """Neither a library's verbosity, nor a warning filter, a signal handler or the environment."""
-    script = f"""
-import accelerate, logging, matplotlib.figure, os, pandas, peft, signal, sys, torch, warnings
+    rooms = [room for room in PATHS if not room.startswith(("benchmarks", "tests", "models.train", "models.fashion"))]
+    process = run(f"""
+import accelerate, logging, matplotlib.figure, os, pandas, peft, signal, sys, torch, torchmetrics, warnings
 import diffusers, huggingface_hub, transformers
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
-import diffusers.loaders.textual_inversion
+import diffusers.loaders.textual_inversion, torchmetrics.multimodal.clip_score, skimage.metrics
 def state():
     libraries = [library.utils.logging.get_verbosity() for library in (diffusers, transformers, huggingface_hub)]
     others = signal.getsignal(signal.SIGTERM), torch.is_grad_enabled(), sys.path[:]
     return dict(os.environ), warnings.filters[:], libraries, logging.root.level, logging.root.handlers[:], others
 before = state()
-import {", ".join(MAY_IMPORT)}
+import {", ".join(rooms)}
 assert state() == before, [(a, b) for a, b in zip(before, state()) if a != b]
-"""
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+""")
     assert process.returncode == 0, process.stderr

@@ -5,158 +5,183 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from test_record import add, make
 
-from conftest import run_record
+import main
+from conftest import run_record, sample_folders
+from sampler import Sampler
+from study import folder as files_of
 from study import report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = ['<script>document.title = "owned"</script>', "quotes \" and ' & emoji 🌅", "a\x1b[2J moon"]
 # What a user does, and what is then there to see, as the page's last words.
-USE = """<script>
-const errors = [];
-window.onerror = message => errors.push(message);
-window.onload = () => {
-  const body = document.querySelector("#results tbody"), heads = [...document.querySelectorAll("#results th")];
-  const column = name => heads.findIndex(head => head.textContent === name);
-  const value = cell => cell.title || cell.textContent;
-  const values = name => [...body.rows].filter(row => !row.hidden).map(row => value(row.cells[column(name)]));
-  const found = {title: document.title, rows: values("seed").length};
-  heads[column("image error")].firstChild.click(); found.up = values("image error");
-  heads[column("image error")].firstChild.click(); found.down = values("image error");
-  const filter = document.querySelector("#filter");
-  filter.value = "emoji"; filter.oninput({target: filter}); found.filtered = values("prompt");
-  const compare = document.querySelector("[data-compare]"); compare.open = true; compare.ontoggle();
-  const stack = compare.querySelector(".stack"), [border, difference] = compare.querySelectorAll("input");
-  border.value = 20; border.oninput(); found.border = stack.style.getPropertyValue("--x");
-  difference.checked = true; difference.oninput(); found.difference = stack.className;
-  found.options = [...compare.querySelectorAll("select")].map(side => [...side.options].map(option => option.text));
-  found.chosen = [...stack.querySelectorAll("img")].map(image => image.alt);
-  compare.querySelector("select").value = 1; compare.querySelector("select").oninput();
-  found.source = stack.querySelector("img").src === compare.parentElement.querySelectorAll("figure img")[1].src;
-  found.images = stack.querySelectorAll("img").length;
-  found.broken = [...document.images].filter(image => image.complete && !image.naturalWidth).length;
-  found.alone = [...document.images].filter(image => !image.alt).length;
-  found.errors = errors;
-  document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
-};
-</script>"""
+USE = Path(__file__).with_name("use_page.html")
+
+
+def run(out, model, *more, prompts=NASTY):
+    texts = [f"--prompt={text}" for text in prompts]
+    short = ["--device", "cpu", "-cs", "2", "--max-iterations", "1"]
+    return main.main(["-o", str(out), "--model", str(model), *short, *texts, *more])
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A run of three prompts with names that mean harm, one of which failed; one of other blocks; and a sweep."""
+    root, refine = tmp_path_factory.mktemp("studies"), Sampler.refine
+
+    def failing(self, prompt, *rest):
+        if prompt.text.endswith("moon"):
+            raise FloatingPointError("not finite in <float32>")
+        yield from refine(self, prompt, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "refine", failing)
+        assert run(root / "out", tiny, "--seed", "7", "-fs", "6") == 1
+    assert run(root / "other", tiny, "--seed", "7", "-fs", "6", "-cs", "3", prompts=NASTY[:1]) == 0
+    swept = ["--sweep", "fs:solver=3:ddim,4:ddim,6:ddpm", "--seeds", "1,2"]
+    assert run(root / "sweep", tiny, *swept, prompts=["a"]) == 0
+    return root
 
 
 @pytest.fixture
-def study(tmp_path):
-    """A run of three prompts with names that mean harm, one of which failed."""
-    record = make(tmp_path / "out", NASTY)
-    record.begin()
-    for i in range(2):
-        add(record, i, grey=50 * i, errors=(3.0 + i, 1.0, 0.5))
-    record.fail(2, 0, "out of <memory>")
-    record.finish()
-    return tmp_path / "out"
+def study(made, tmp_path):
+    shutil.copytree(made, tmp_path / "studies")
+    return tmp_path / "studies"
 
 
-def test_a_page_shows_texts_as_texts_and_needs_nothing_from_elsewhere(study):
-    page = (study / "report.html").read_text()
-    assert "<script>document" not in page and "&lt;script&gt;document" in page and "out of &lt;memory&gt;" in page
-    assert "\x1b" not in page and "🌅" in page and "1 of 3 samples failed" in page
-    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
-    for source in re.findall(r'src="([^"]+)"', page):
-        assert (study / source).is_file()
+def test_a_page_shows_texts_as_texts_and_needs_nothing_from_elsewhere(made):
+    page, run = (made / "out" / "report.html").read_text(), run_record(made / "out")
+    assert "<script>document" not in page and "&lt;script&gt;document" in page
+    assert "failed: not finite in &lt;float32&gt;" in page and "1 of 3 samples failed" in page
+    assert "\x1b" not in page and "🌅" in page and not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
+    sources = re.findall(r'src="([^"]+)"', page)
+    assert len(sources) == 2 * 3 and all((made / "out" / source).is_file() for source in sources)
+    table = dict(re.findall("<tr><td>([a-z ]+)</td><td>(.*?)</td>", page.partition("All settings")[2]))
+    assert table.items() >= {name.replace("_", " "): html.escape(value) for name, value in run["settings"].items()
+                             if name != "prompt"}.items()  # fmt: skip
+    assert (table["seed"], table["eta"], table["model"]) == ("7", "0.0", str(run["settings"]["model"]))
+    reproduce = html.unescape(re.search("<pre>(.*?)</pre>", page, re.S)[1])
+    assert reproduce == run["reproduce"].replace("\x1b", r"\x1b") and {
+        "--seed=7",
+        "--fine-steps=6",
+        "--max-iterations=1",
+    } <= {*reproduce.split()}
 
 
-def test_a_run_can_do_without_its_page(tmp_path):
-    record = make(tmp_path, ["a"], report=False)
-    add(record, 0)
-    record.finish()
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_runs_side_by_side_are_told_apart_by_what_differs(study, tmp_path, capsys):
-    other = make(tmp_path / "other", NASTY)
-    other.about["settings"] = {**other.about["settings"], "coarse_steps": 4}
-    for i in range(3):
-        add(other, i)
-    other.finish()
-    page = tmp_path / "compare.html"
-    assert report.main([str(study), str(tmp_path / "other"), "-o", str(page)]) == 0
-    text = page.read_text()
-    assert "coarse_steps 2" in text and "coarse_steps 4" in text
-    assert text.count('src="data:image/png;base64,') == text.count("base64") == 2 * 4 + 3 * 3, "each image once"
-    assert report.main([str(study), str(tmp_path / "other"), "-o", str(page), "--link"]) == 0
-    assert "base64" not in page.read_text() and 'src="other/000-' in page.read_text()
-    assert report.main([str(tmp_path), "-o", str(page)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_settings_of_a_sweep_are_columns_lines_and_strips_of_their_own(tmp_path):
-    varied = [{"setting": f"coarse_steps={B}", "settings": {"coarse_steps": B}} for B in (2, 4, 8)]
-    record = make(tmp_path, ["a", "a", "a"], varied=varied)
-    record.about["settings"] = {**record.about["settings"], "sweep": {"coarse_steps": [2, 4, 8]}}
-    for i in range(2):
-        add(record, i)
-    record.fail(2, 0, "out of memory")
-    record.finish()
-    page = (tmp_path / "report.html").read_text()
-    assert "sweep of coarse_steps: 3 samples" in page and "failed: coarse_steps=8: out of memory" in page
-    assert page.count("<section>") == 1 and page.count("<h4>coarse_steps=2</h4>") == 1
-    assert ">coarse steps</button>" in page and "against coarse steps" not in page, "two numbers are no axis"
-    assert " coarse_steps=4</text>" in page and "coarse_steps=8</text>" not in page, "a line for what there is"
-
-
-def test_a_page_has_means_with_the_spread_of_pairs_and_a_plot_over_what_was_swept(tmp_path):
-    values = (2, 4, 8)
-    varied = [
-        {"setting": f"coarse_steps={B}, solver={solver}", "settings": {"coarse_steps": B, "solver": solver}}
-        for B in values
-        for solver in ("ddim", "ddpm")
-    ]
-    record = make(tmp_path, ["a"] * 6 + ["b"] * 6, varied=varied)
-    record.about["settings"] = {
-        **record.about["settings"],
-        "sweep": {"coarse_steps": [*values], "solver": ["ddim", "ddpm"]},
-    }
-    for i in range(11):
-        add(record, i, errors=(9.0, 1.0 if i < 6 else 3.0))
-    record.fail(11, 0, "out of memory")
-    record.finish()
-    page = (tmp_path / "report.html").read_text()
+def test_settings_of_a_sweep_are_columns_lines_and_strips_of_their_own(made):
+    page = (made / "sweep" / "report.html").read_text()
+    assert "6 samples, varied: fine steps, solver" in page and page.count("<section>") == 2
+    assert page.count("<h4>fine steps 6, solver ddpm</h4>") == 2 and ">fine steps</button>" in page
     table = re.search("<h2>Means over samples</h2>.*?</table>", page, re.S)[0]
     cells = [re.findall("<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
-    assert [row[0] for row in cells] == [each["setting"] for each in varied]
-    assert cells[0] == "coarse_steps=2, solver=ddim|2|0|1.0|4.0|9|0.50|2.00|2.0 ± 1.4|3.000".split("|")
-    assert cells[-1][1:3] == ["2", "1"] and cells[-1][-2:] == ["1.00000", "1.000"]
-    plot = page[page.index("<p>Last refinements, against coarse steps") :].partition("</svg>")[0]
-    words = re.findall(r"<text[^>]*>\s*(.*?)\s*</text>", plot)
-    assert {"2", "4", "8", "coarse steps", "solver=ddim", "solver=ddpm"} <= set(words)
-    assert "against solver" not in page
+    assert [row[0] for row in cells] == [
+        f"fine steps {words}" for words in ("3, solver ddim", "4, solver ddim", "6, solver ddpm")
+    ]
+    assert all(row[1:3] == ["2", "0"] for row in cells) and any("±" in cell for row in cells for cell in row)
+    plot = page[page.index("<p>Last refinements against fine steps") :].partition("</svg>")[0]
+    words = {*re.findall(r"<text[^>]*>\s*(.*?)\s*</text>", plot)}
+    assert {"3", "4", "6", "fine steps", "solver ddim", "solver ddpm"} <= words
+    assert "against solver" not in page, "two names are no axis"
 
 
-def test_a_run_that_was_killed_is_shown_as_far_as_it_came(tmp_path):
-    record = make(tmp_path / "out", ["a", "a", "b"])  # a prompt twice
-    for i in range(2):
-        add(record, i, errors=(3.0 + i, 1.0))
-    assert report.main([str(tmp_path / "out"), "-o", str(tmp_path / "page.html"), "--link"]) == 0
-    page = (tmp_path / "page.html").read_text()
-    assert (
-        "0 of 2 samples failed; 1 of 3 are missing" in page and page.partition('id="results"')[2].count("<tr><td") == 4
-    )
-    assert report.main([str(tmp_path / "out"), "-o", str(tmp_path / "out" / "run.json")]) == 2
+def test_runs_side_by_side_are_told_apart_by_what_differs(study, tmp_path):
+    page, both = tmp_path / "compare.html", [str(study / "out"), str(study / "other")]
+    assert report.main([*both, "-o", str(page)]) == 0
+    text = page.read_text()
+    assert "run 1, coarse steps 2" in text and "run 2, coarse steps 3" in text and "2 runs: 4 samples" in text
+    assert text.count('src="data:image/png;base64,') == text.count("base64") == 2 * 3 + 1 * 3, "each image once"
+    assert report.main([*both, "-o", str(page), "--link"]) == 0
+    assert "base64" not in page.read_text() and 'src="studies/other/samples/' in page.read_text()
+    shutil.copytree(study / "sweep" / "samples", study / "out" / "samples", dirs_exist_ok=True)
+    for more, count in (([], 3), (["--all"], 8)):
+        assert report.main([both[0], "-o", str(page), *more]) == 0
+        assert f": {count} samples" in page.read_text()
+
+
+def test_a_page_is_written_whole_or_not_at_all_and_never_over_another_file(study, tmp_path, monkeypatch, capsys):
+    out, theirs = str(study / "out"), tmp_path / "theirs.html"
+    theirs.write_text("<p>somebody's")
+    (tmp_path / "link.html").symlink_to(theirs)
+    for name in (
+        "theirs.html",
+        "link.html",
+        "page.txt",
+        "studies/out/run.json",
+        "studies/out/report.html",
+        "no/page.html",
+    ):
+        before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
+        assert report.main([out, "-o", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert before == ((tmp_path / name).read_bytes() if (tmp_path / name).exists() else None)
+    page = tmp_path / "page.html"
+    assert report.main([out, "-o", str(page)]) == 0
+    before = page.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files_of.os, "fsync", full)
+    assert report.main([str(study / "other"), "-o", str(page)]) == 2 and page.read_bytes() == before
+    monkeypatch.undo()
+    assert report.main([str(study / "other"), "-o", str(page)]) == 0 and page.read_bytes() != before
+    assert not list(tmp_path.glob(".part*")) and "No space left" in capsys.readouterr().err
+
+
+def test_links_and_foreign_records_in_a_study_that_was_sent_are_not_shown(study, tmp_path, capsys):
+    first, *_ = sample_folders(study / "out")
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((first / "srds_ddim_gt.png").read_bytes())
+    page = ["-o", str(tmp_path / "page.html")]
+
+    def forge(path, change):
+        record = json.loads(path.read_text())
+        change(record)
+        path.write_text(json.dumps(record))
+
+    def link(path, target):
+        path.rename(tmp_path / "moved")
+        path.symlink_to(target)
+
+    forged = lambda change: forge(first / "result.json", change)
+    forgeries = [
+        lambda: link(first / "srds_ddim_gt.png", secret),
+        lambda: link(first / "srds_initialized.png", "srds_ddim_gt.png"),
+        lambda: link(first / "result.json", tmp_path / "moved"), lambda: link(first, tmp_path / "moved"),
+        lambda: forged(lambda record: record["files"].update({"../../run.json": 1})),
+        lambda: forged(lambda record: record["result"]["refinements"][1].update(k=7)),
+        lambda: forged(lambda record: record["made_by"].update(width=-1)),
+        lambda: forged(lambda record: record["made_by"].pop("ground_truth")),
+    ]  # fmt: skip
+    shutil.copytree(study / "out", tmp_path / "whole", symlinks=True)
+    for forgery in forgeries:
+        forgery()
+        assert report.main([str(study / "out"), *page]) == 0, capsys.readouterr().err
+        assert "2 of 3 samples failed or are missing" in (tmp_path / "page.html").read_text()
+        for place in (study / "out", tmp_path / "moved"):
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        shutil.copytree(tmp_path / "whole", study / "out")
+    forge(study / "out" / "run.json", lambda run: run["samples"][0].update(folder="../../other"))
+    assert report.main([str(study / "out"), *page]) == 2
+    error = capsys.readouterr().err
+    assert "is not the output directory of a run" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
 def test_the_page_works_in_a_browser(study):
-    page = study / "report.html"
-    page.write_text(page.read_text().replace("</body>", USE + "</body>"))
+    page = study / "out" / "report.html"
+    page.write_text(page.read_text().replace("</body>", USE.read_text() + "</body>"))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
     shown = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     found = json.loads(html.unescape(re.search('<pre id="found">(.*?)</pre>', shown, re.S)[1]))
-    errors = [float(value) for value in found["up"] if value]
-    assert found["title"] == "srds, N = 8: 3 samples" and found["rows"] == 7 and len(run_record(study)["prompts"]) == 3
-    assert errors == sorted(errors) and [float(value) for value in found["down"] if value] == errors[::-1]
+    differences = [float(value) for value in found["up"] if value]
+    assert found["title"] == "srds, N = 6: 3 samples" and found["rows"] == 5 and len(differences) == 4
+    assert differences == sorted(differences) and [float(each) for each in found["down"] if each] == differences[::-1]
     assert set(found["filtered"]) == {NASTY[1]} and found["border"] == "20%" and "difference" in found["difference"]
-    stages = ["initialised", "iteration 0", "iteration 1", "ground truth"]
+    stages = ["k = 0", "k = 1", "ground truth"]
     assert found["options"] == [stages, stages] and found["chosen"] == [stages[0], stages[-1]] and found["source"]
     assert found["images"] == 2 and found["broken"] == found["alone"] == 0 and found["errors"] == []

@@ -1,176 +1,195 @@
-"""Whatever runs, kills and damage follow one another in a directory: a file is of one run, whole, or not ours."""
+"""Whatever commands, kills, damage and other people's files follow one another, no sample is lost, halved or mixed."""
 
+import builtins
 import contextlib
+import functools
 import os
-import shutil
 import tempfile
+import time
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
+import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from test_record import ABOUT
 
-from settings import Failure
-from study.comparison import compare
-from study.directory import OURS, checksum, read
-from study.earlier import MOVING, Earlier, Lock
-from study.record import Record, folder_names
+from settings import SettingError, Settings
+from study import folder
+from study.key import Task
 
-SECONDS = {"seconds": {"srds": 1.0, "ground_truth": None}}
-TEXTS = (["a"], ["a", "b"], ["a", "c", "b"])
+SETTINGS = Settings(fine_steps=9, coarse_steps=3, height=8, width=8, guidance_scale=1.0, solver="ddim")
+NUMBERS = dict.fromkeys(folder.REFINEMENT) | dict.fromkeys("serial_evaluations total_evaluations".split(), 3)
+REFINEMENT = NUMBERS | {"k": 0, "network_calls": 3, "widest_tick": 3, "seconds": 0.5, "damping": 0.0}
+REFINEMENT |= {"verdict": "continuing", "settled": True, "metrics": {}}
+RESULT = dict.fromkeys("model device sampled ignored stop_reason".split(), "")
+RESULT |= {"sequential_seconds": None, "errors": None, "refinements": [REFINEMENT]}
+RUN = dict.fromkeys("id begun command reproduce edited_defaults".split(), "")
+RUN |= {"settings": {}, "environment": {}, "samples": []}
+
+
+def make_task(text="a moon", seed=0):
+    made = {"prompt": text, **asdict(SETTINGS), "seed": seed, "metrics": [], "ground_truth": False, "dtype": "float32"}
+    return Task(text, seed, SETTINGS, None, made)
+
+
+def make_files(task, content=b"image"):
+    """The files of a sample, bytes by name, all with a content of their own."""
+    files = {"srds_initialized.png": content, "srds_final.png": 2 * content}
+    record = {"made_by": task.made_by, "result": {**RESULT, "sampled": content.decode()}}
+    sizes = {name: len(data) for name, data in files.items()}
+    return files | {"result.json": folder.pack({**record, "files": sizes})}
 
 
 class Killed(BaseException):
-    """The end of a process: none of its handlers does anything more, and its lock is let go."""
+    """The end of a process: none of its handlers changes anything more."""
 
 
-class Directory(RuleBasedStateMachine):
-    """An output directory, with runs of other seeds or prompts into it, and files of somebody's."""
-
-    def __init__(self):
-        super().__init__()
-        self.out, self.runs = Path(tempfile.mkdtemp()) / "out", 0
-        self.foreign, self.damaged, self.removed, self.removing = {}, {}, set(), False
-
-    def teardown(self):
-        shutil.rmtree(self.out.parent)
-
-    @rule(
-        seed=strategies.integers(0, 1), texts=strategies.sampled_from(TEXTS), mode=strategies.sampled_from("nro"),
-        steps=strategies.none() | strategies.integers(0, 60), fails=strategies.sets(strategies.integers(0, 2)),
-        length=strategies.integers(1, 2),
-    )  # fmt: skip
-    def run(self, seed, texts, mode, steps, fails, length):
-        """One run, new, resuming or overwriting; killed after some of its changes to the directory, or not at all."""
-        self.runs += 1
-        with killing(steps), contextlib.suppress(Failure):
-            lock = Lock(self.out, f"{self.runs:016x}")
-            try:
-                self.sample(seed, texts, mode, fails, length)
-            except Killed:
-                os.close(lock.file)
-                self.removing |= mode == "o"  # what is to be overwritten may be gone in part
-                raise
-            except Failure:
-                pass
-            lock.release()
-
-    def sample(self, seed, texts, mode, fails, length):
-        made = [{"seed": seed, "text": text} for text in texts]
-        folders, earlier, difference, whole = compare(self.out, folder_names(texts), made, resume=mode == "r")
-        about = {"run": f"{self.runs:016x}", **ABOUT}
-        record = Record(self.out, about, folders, made, earlier, difference, overwrite=mode == "o")
-        if mode == "r" or not earlier:
-            record.begin()
-        names = ["srds_initialized", "srds_final", *(f"srds_iteration_{k}" for k in range(length - 1))]
-        images = {name: np.full((8, 8, 3), 9 * seed, np.uint8) for name in names}
-        entry = {"iteration": -1, "serial_evaluations": 1, "image_error": None}
-        for i, text in enumerate(texts):
-            if i in fails:
-                record.fail(i, seed, "failed")
-            elif i not in whole:
-                record.add(i, {"prompt": text, "seed": seed, "iterations": [entry] * length, **SECONDS}, images)
-        record.finish()
-
-    @rule(name=strategies.sampled_from(["notes.txt", "srds_final.png", "000-a/run.json", "000-a/mine.png"]))
-    def put(self, name):
-        """Somebody's file, where there is none."""
-        path, known = self.out / name, [self.out / file for file in Earlier.find(self.out).files]
-        listed = {*read(path.parent / "result.json").get("files", ()), *read(self.out / "run.json").get("files", ())}
-        guessed = name == "srds_final.png" and not read(self.out / "run.json")  # see `damage`
-        free = not os.path.lexists(path) and path not in known and not {name, path.name} & listed
-        if path.parent.is_dir() and free and not guessed:
-            path.write_text("mine")
-            self.foreign[path] = path.read_bytes()
-
-    @rule(which=strategies.integers(0, 60), cut=strategies.sampled_from([0, 20, None]))
-    def damage(self, which, cut):
-        """Cut or remove one of our files; what only it told of is nobody's from then on.
-
-        Without a whole `run.json`, what lies beside prompts' folders by the names of their files is taken for theirs.
-        """
-        ours = [path for path in sorted(self.out.rglob("*")) if path.is_file() and path not in self.foreign]
-        if ours:
-            path = ours[which % len(ours)]
-            data = path.read_bytes()
-            path.unlink()
-            if path.name == "run.json":
-                self.foreign = {file: content for file, content in self.foreign.items() if file.parent != self.out}
-            self.removed.add(f"/{path.relative_to(self.out)}")
-            if cut is not None:
-                path.write_bytes(data[:cut])
-            known = {self.out / name for name in Earlier.find(self.out).files}
-            unknown = [file for file in self.ours() if file not in known]
-            self.damaged = {file: file.read_bytes() for file in {path, *unknown, *self.damaged} if file.is_file()}
-
-    def ours(self):
-        """The files in the directory, but not in what was set aside, that have names of ours, and are not foreign."""
-        paths = [path for place in ("", "[0-9]*/") for path in self.out.glob(f"{place}*")]
-        return [path for path in paths if OURS.fullmatch(path.name) and path not in self.foreign]
-
-    def is_damaged(self, path):
-        return path in self.damaged and path.is_file() and path.read_bytes() == self.damaged[path]
-
-    @invariant()
-    def somebodys_files_are_untouched(self):
-        for path, content in self.foreign.items():
-            assert path.read_bytes() == content, path
-
-    @invariant()
-    def the_next_run_knows_every_file_of_ours(self):
-        known = {self.out / name for name in Earlier.find(self.out).files}
-        for path in self.ours():
-            assert path in known or self.is_damaged(path), path
-
-    @invariant()
-    def the_files_of_a_complete_set_are_as_they_were_and_no_others_are_beside_them(self):
-        for path in self.out.rglob("result.json"):
-            entry = read(path)
-            if entry.get("complete"):
-                for name, facts in entry["files"].items():
-                    file = path.parent / name
-                    gone = not file.exists() and (self.removing or (self.out / MOVING).exists())
-                    data = b"" if gone or not file.exists() else file.read_bytes()
-                    assert gone or [len(data), checksum(data)] == facts or self.was_damaged(file), file
-                if path.parent.name.startswith("00"):
-                    there = {file for file in path.parent.iterdir() if OURS.fullmatch(file.name)}
-                    others = there - {path, *(path.parent / name for name in entry["files"])} - self.foreign.keys()
-                    assert all(map(self.is_damaged, others)), others
-
-    def was_damaged(self, path):
-        """Whether it is the very file that was cut or removed, or that was set aside afterwards."""
-        if path.exists():
-            return path.stat().st_size in (0, 20)
-        return any(path.as_posix().endswith(name) for name in self.removed)
+CHANGES = [(os, name) for name in ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync")]
 
 
 @contextlib.contextmanager
-def killing(steps):
-    """Have Killed raised, in place of the change to a directory after so many, and of all after that one."""
-    left, originals = [steps], {}
+def killing(steps, meanwhile=None, when=0):
+    """Kill what a block does, in place of its change after so many: each from then on raises Killed.
 
-    def counted(name):
-        def change(*args, **more):
-            if left[0] is not None:
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Killed
-            return originals[name](*args, **more)
+    A file that is being synced is cut in half. steps: None for never. meanwhile: is called ahead of change `when`, and
+    its changes do not count. Yields a list of the changes.
+    """
+    done, busy = [], []
 
-        return change
+    def change(name, original, first, *more, **how):
+        if busy:
+            return original(first, *more, **how)
+        done.append(name)
+        if meanwhile and len(done) == when + 1:
+            busy.append(True)
+            meanwhile()
+            busy.clear()
+        if steps is not None and len(done) > steps:
+            with contextlib.suppress(OSError):  # a folder
+                if name == "fsync" and len(done) == steps + 1:
+                    os.truncate(first, os.fstat(first).st_size // 2)
+            raise Killed
+        return original(first, *more, **how)
 
-    for name in ("replace", "rename", "unlink", "rmdir", "fsync"):
-        originals[name] = getattr(os, name)
-        setattr(os, name, counted(name))
-    try:
-        yield
-    except Killed:
-        pass
-    finally:
-        for name, original in originals.items():
-            setattr(os, name, original)
+    with contextlib.suppress(Killed), pytest.MonkeyPatch.context() as patch:
+        for place, name in [*CHANGES, (builtins, "open")]:
+            patch.setattr(place, name, functools.partial(change, name, getattr(place, name)))
+        yield done
 
 
-Directory.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None, derandomize=True)
+TASKS = [make_task(text, seed) for text in ("a moon", "a sun") for seed in (0, 1)]
+some = strategies.lists(strategies.integers(0, 3), min_size=1, max_size=3, unique=True)
+steps = strategies.none() | strategies.integers(0, 60)
+
+
+class Directory(RuleBasedStateMachine):
+    """An output directory, commands with it, and files of somebody's in it.
+
+    versions: the files that were made for each sample's folder. there: samples that must be there, or be finished by
+    the next command. foreign: paths of somebody's files. tops: what was written at the top.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.runs = tempfile.TemporaryDirectory(), 0
+        self.out = Path(self.place.name) / "out"
+        self.versions, self.there, self.foreign, self.tops = {}, set(), set(), {b""}
+
+    def teardown(self):
+        self.place.cleanup()
+
+    @rule(tasks=some, again=strategies.booleans(), steps=steps, other=strategies.none() | some, others=steps,
+          other_again=strategies.booleans(), when=strategies.integers(0, 40))  # fmt: skip
+    def run(self, tasks, again, steps, other, others, other_again, when):
+        """Run a command that may be killed; while it runs, another one may run, and may be killed as well."""
+
+        def meanwhile():
+            with killing(others):
+                self.command(other, other_again)
+
+        if self.shown() and not folder.read_run(self.out):
+            with pytest.raises(SettingError, match="but no run.json"):
+                folder.Folder(self.out).check()
+            for name in self.shown():
+                (self.out / name).unlink()
+        before = {path for path in self.foreign if path.exists()}
+        with killing(steps, meanwhile if other else None, when) as done:
+            self.command(tasks, again)
+        assert other or (steps is not None and len(done) > steps) or before <= {*self.out.rglob("*")}
+
+    def command(self, tasks, again):
+        """What the command does with a directory."""
+        self.runs += 1
+        content, output = f"{self.runs}".encode(), folder.Folder(self.out)
+        output.check()
+        output.open()
+        for task in [TASKS[i] for i in tasks]:
+            if again or not output.has(task):
+                files = make_files(task, content)
+                self.versions.setdefault(task.folder, []).append(files)
+                output.add(task.folder, files, again)
+                self.there.add(task.folder)
+        run = folder.pack({**RUN, "id": content.decode()})
+        self.tops |= {run, content}
+        output.write("run.json", run)
+        output.show({"srds_final.png": content})
+
+    @rule()
+    def put(self):
+        """Put somebody's files everywhere, once there is a run."""
+        inside = [f"samples/{sample}/mine.txt" for sample in self.versions if (self.out / "samples" / sample).is_dir()]
+        for name in (*inside, "notes.txt", "samples/notes.txt", "samples/mine/a.png"):
+            if (self.out / "samples").is_dir():
+                (self.out / name).parent.mkdir(exist_ok=True)
+                (self.out / name).write_text("mine")
+                self.foreign.add(self.out / name)
+
+    @rule(which=strategies.integers(0, 60), cut=strategies.sampled_from([0, 5, None]))
+    def damage(self, which, cut):
+        """Cut or remove one of the files that are not somebody's."""
+        ours = [path for path in sorted(self.out.rglob("*")) if path.is_file() and path not in self.foreign]
+        ours = [path for path in ours if path.name != "mine.txt"]
+        if ours:
+            path = ours[which % len(ours)]
+            self.there -= {sample for name, sample, _ in self.samples() if name == path.parent.name}
+            path.unlink() if cut is None else os.truncate(path, min(cut, path.stat().st_size // 2))
+            self.tops |= {path.read_bytes()} if path.parent == self.out and cut is not None else set()
+
+    @rule()
+    def wait(self):
+        """Let the hour pass after which what a killed command left is removed."""
+        for part in self.out.rglob(f"{folder.PART}*"):
+            os.utime(part, (time.time() - folder.STALE - 1,) * 2)
+
+    def shown(self):
+        return [path.name for path in self.out.glob("*") if folder.AT_THE_TOP.fullmatch(path.name)]
+
+    def samples(self):
+        """What is read as a sample: the name of each folder, the name that it should have, its record."""
+        found = [(path.name, folder.read_sample(path.parent, path.name)) for path in self.out.glob("samples/*")]
+        right = lambda made: make_task(made["prompt"], made["seed"]).folder
+        return [(name, right(record["made_by"]), record) for name, record in found if record]
+
+    @invariant()
+    def somebodys_files_are_untouched(self):
+        """Those in a sample's folder go where that goes."""
+        for path in self.foreign:
+            there = self.out.rglob(path.name) if path.name == "mine.txt" else [path]
+            assert "mine" in [each.read_text() for each in there]
+
+    @invariant()
+    def no_sample_is_half_mixed_or_lost(self):
+        for name, sample, record in self.samples():
+            assert name == sample or name.startswith(folder.PART)
+            there = {file: (self.out / "samples" / name / file).read_bytes() for file in record["files"]}
+            assert any(there.items() <= files.items() for files in self.versions[sample])
+        assert self.there <= {sample for _, sample, _ in self.samples()}
+
+    @invariant()
+    def files_at_the_top_are_whole_and_there_are_none_outside(self):
+        assert all((self.out / name).read_bytes() in self.tops for name in self.shown())
+        assert {path.name for path in self.out.parent.iterdir()} <= {"out"}
+
+
+Directory.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None, derandomize=True)
 test_sequences = Directory.TestCase

@@ -1,0 +1,135 @@
+"""A sample's key: everything that its result depends on, in one dictionary, and the name of its folder."""
+
+import ast
+import functools
+import hashlib
+import json
+import re
+import stat
+import unicodedata
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from refinement import Trajectory
+from settings import Failure, Settings, in_one_line
+
+ROOT = Path(__file__).resolve().parent.parent
+# The code that makes results. The effect of `settings.py` shows in the resolved settings.
+CODE = ["srds.py", "collocation.py", "diffusion.py", "refinement.py", "sampler.py", "study/sampling.py"]
+CODE += [f"models/{name}.py" for name in ("adapters", "checks", "families", "loading", "scenes")]
+CODE += ["study/metrics.py", "study/processes.py"]
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image", "torchmetrics")
+MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
+
+
+class Task(NamedTuple):
+    """A sample that a command asks for.
+
+    settings: resolved for the model. start: a `refinement.Trajectory` to start from, or None. made_by: everything that
+    the result depends on, as `made_by` returns it.
+    """
+
+    text: str
+    seed: int
+    settings: Settings
+    start: Trajectory | None
+    made_by: dict
+
+    @property
+    def folder(self):
+        """The name of the sample's folder in `samples/`."""
+        return folder_name(self.made_by)
+
+
+def made_by(text, seed, settings, start, *, command, model, weights, device, dtype, sharing):
+    """Return everything that a sample's result depends on: one flat dictionary that JSON can hold.
+
+    settings: resolved. start: a `refinement.Trajectory` or None. command: a `main.Command`. weights: what `weights`
+    returns. device: the kind, such as "cuda". dtype: such as "float32". sharing: processes that share a fixed batch.
+    """
+    experiment, loading = command.experiment, command.loading
+    return {
+        "prompt": text, **asdict(settings), "seed": seed, "family": type(model.family).__name__, **weights,
+        "variant": loading.variant, "vae_tiling": loading.vae_tiling, "compile": loading.compile,
+        "device": device, "dtype": dtype, "sharing": sharing, "start": start and start.digest,
+        "ground_truth": not experiment.no_ground_truth, "metrics": command.metrics,
+        "keep_trajectories": experiment.keep_trajectories,
+        **{f"version of {name}": version(name) for name in LIBRARIES}, "code": code_digest(),
+    }  # fmt: skip
+
+
+def key(made_by):
+    """Return the key of a sample: the first 8 hexadecimal digits of a hash."""
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def folder_name(made_by):
+    """Return the name of a sample's folder: the prompt's first words, seed and key; at most 100 ASCII characters."""
+    return f"{stem(made_by['prompt'], made_by['seed'])}-{key(made_by)}"
+
+
+def stem(text, seed):
+    """Return the first part of the folder names of a prompt and seed."""
+    plain = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode().lower()
+    words = "-".join(re.findall(r"[a-z0-9]+", plain))[:60].strip("-")
+    return f"{words or 'sample'}-{seed}"
+
+
+def first_difference(now, before):
+    """Return the first difference in what made two samples, for people: its name and both values."""
+    name = next(name for name in {**now, **before} if before.get(name) != now.get(name))
+    if name in ("model", "lora", "textual_inversion", "start", "code"):
+        other = {"model": "weights", "start": "trajectories to start from", "code": "code of this program"}
+        return f"other {other.get(name, name.replace('_', ' '))}"
+    before, now = (in_one_line(repr(made.get(name)), 60) for made in (before, now))
+    return f"{name} {before}, not {now}"
+
+
+@functools.cache
+def code_digest():
+    """Return a digest of the code that makes results, without its comments and docstrings."""
+    found = hashlib.sha256()
+    for name in CODE:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        found.update(ast.dump(tree).encode())
+    return found.hexdigest()[:16]
+
+
+def weights(model, adapters):
+    """Return digests of a `models.loading.Model` and its adapters, as they are on disk now. Raises Failure.
+
+    adapters: `models.adapters.Adapter` by setting, as `models.adapters.find` returns them.
+    """
+    found = {"model": model.commit or digest(model.folder)}
+    return found | {setting: [[digest(each.path), *each.how] for each in some] for setting, some in adapters.items()}
+
+
+def digest(path):
+    """Return a digest of a file's content, or of all files of a model's folder with their names.
+
+    Raises Failure for what cannot be read or is not a regular file.
+    """
+    found = hashlib.sha256()
+    try:
+        for file in _parts(path) if path.is_dir() else [path]:
+            if not stat.S_ISREG(file.stat().st_mode):  # a pipe would block
+                raise Failure(f"{file} is not a regular file")
+            found.update(f"{file.relative_to(path) if path.is_dir() else ''} {file.stat().st_size}\n".encode())
+            with file.open("rb") as content:
+                found.update(hashlib.file_digest(content, "sha256").digest())
+    except OSError as error:
+        raise Failure(f"{error.filename} cannot be read: {error.strerror}") from error
+    return found.hexdigest()[:16]
+
+
+def _parts(folder):
+    """Return the files in a folder and in the component folders that its index names."""
+    index = folder / "model_index.json"
+    named = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    places = [folder, *(folder / name for name in sorted(named) if (folder / name).is_dir())]
+    return [file for place in places for file in sorted(place.iterdir()) if file.suffix in MODEL_FILES]

@@ -1,0 +1,590 @@
+"""The promises of an output directory: a sample is there whole, or not there, and never lost, mixed or in the way."""
+
+import errno
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, strategies
+from test_sequences import RUN, killing, make_files, make_task
+
+import main
+from conftest import PROMPTS, arguments, contents, files, run_record, sample_folders
+from models.families import StableDiffusion
+from study import bench, key
+from study.bench import Bench
+from study.folder import PART, STALE, Folder, pack, read_run, read_sample
+from study.report import page
+from study.results import results_table, summary
+
+ROOT = Path(main.__file__).parent
+SHORT = ["--max-iterations", "1", "--no-ground-truth"]
+
+
+@pytest.fixture
+def run(tiny, tmp_path, capsys):
+    """Run the command on the tiny model into tmp_path/out: (exit status, stdout, stderr)."""
+
+    def run(*more, prompts=PROMPTS[:1], model=tiny, out="out"):
+        capsys.readouterr()
+        return main.main(arguments(tmp_path / out, model, *SHORT, *more, prompts=prompts)), *capsys.readouterr()
+
+    return run
+
+
+def snapshot(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def announced(printed):
+    return [line.split(": ", 1)[1] for line in printed.splitlines() if re.match(r"sample \d+ of", line)]
+
+
+# Killed, and gone on
+
+
+@pytest.mark.slow
+def test_a_command_killed_at_any_change_goes_on_to_what_an_uninterrupted_one_leaves(run, tmp_path):
+    assert run(prompts=PROMPTS[:2], out="whole")[0] == 0
+    kill, done = 0, [1]
+    while len(done) > kill:
+        out, kill = tmp_path / f"{kill}", kill + 7
+        with killing(kill) as done:
+            run(prompts=PROMPTS[:2], out=out)
+        before = {path: snapshot(path) for path in out.glob("samples/a-*")}
+        age(out)
+        assert run(prompts=PROMPTS[:2], out=out)[0] == 0 and contents(out) == contents(tmp_path / "whole")
+        assert all(snapshot(path) == before[path] for path in before), "it was made again"
+    assert kill > 50
+
+
+@pytest.mark.slow
+def test_a_command_killed_at_a_random_moment_goes_on(run, tiny, tmp_path):
+    argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, *SHORT)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    next(line for line in process.stdout if line.startswith("sample 2"))
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "samples are there already" in run(prompts=PROMPTS)[1]
+    assert run(prompts=PROMPTS, out="whole")[0] == 0
+    age(tmp_path / "out")
+    assert run(prompts=PROMPTS)[0] == 0 and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def age(out):
+    for part in out.rglob(f"{PART}*"):
+        os.utime(part, (time.time() - STALE - 1,) * 2)
+
+
+def test_the_same_command_goes_on_and_loads_nothing_if_nothing_is_left(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(prompts=PROMPTS[:3])[0] == 0
+    before, (_, missing, damaged) = contents(out), sample_folders(out)
+    shutil.rmtree(missing)
+    os.truncate(damaged / "srds_final.png", 50)
+    _, printed, _ = run(prompts=PROMPTS[:3])
+    assert "1 of 3 samples are there already" in printed and announced(printed) == PROMPTS[1:3]
+    assert contents(out) == before
+    monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    whole = snapshot(out / "samples")
+    for name in files(out):
+        if "/" not in name and name != "run.json":
+            (out / name).unlink()
+    status, printed, _ = run(prompts=PROMPTS[:3])
+    assert status == 0 and "3 of 3 samples are there already" in printed and announced(printed) == []
+    assert contents(out) == before and snapshot(out / "samples") == whole
+
+
+def test_prompts_seeds_and_values_of_a_sweep_are_added_in_any_order(run, tmp_path):
+    out, both = tmp_path / "out", PROMPTS[1::-1]
+    assert run(prompts=PROMPTS[:1])[0] == 0
+    before = snapshot(out / "samples")
+    swept = ["--sweep", "eta=0.5,0", "--seeds"]
+    for more, new, count in (
+        (["--seeds", "42"], ["a moon"], 2),
+        (["--seeds", "7,42"], ["a moon, seed 7", "a red sun, seed 7"], 4),
+        ([*swept, "42,7"], [f"{text}, eta 0.5, seed {seed}" for text in both for seed in (42, 7)], 8),
+    ):
+        status, printed, _ = run(*more, prompts=both)
+        assert status == 0 and announced(printed) == new and len(run_record(out)["samples"]) == count
+    assert [(each["prompt"], each["seed"], each["settings"]["eta"]) for each in run_record(out)["samples"]] == [
+        (text, seed, eta) for text in both for seed in (42, 7) for eta in (0.5, 0)
+    ]
+    assert before.items() <= snapshot(out / "samples").items()
+    assert run(*swept, "7", prompts=both[:1])[0] == 0, "fewer of them"
+    assert pd.read_csv(out / "results.csv").folder.nunique() == 2 and len(Folder(out).names()) == 8
+
+
+def test_again_makes_samples_anew_and_one_that_fails_leaves_the_old_one(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(prompts=PROMPTS[:2])[0] == 0
+    first, second = sample_folders(out)
+    (first / "notes.txt").write_text("mine")
+    times, before = [(each / "result.json").stat().st_mtime_ns for each in (first, second)], snapshot(second)
+    status, printed, _ = run("--again")
+    assert status == 0 and announced(printed) == ["a red sun"] and (first / "notes.txt").read_text() == "mine"
+    assert (first / "result.json").stat().st_mtime_ns > times[0] and snapshot(second) == before
+    failing(monkeypatch, PROMPTS[1], torch.OutOfMemoryError("out of memory"))
+    assert run("--again", prompts=PROMPTS[:2])[0] == 1
+    assert snapshot(second) == before and (second / "result.json").stat().st_mtime_ns == times[1]
+
+
+def test_a_killed_again_leaves_the_old_sample_or_the_new_one_and_what_is_somebodys(tmp_path):
+    task, kill, done = make_task(), 0, [1]
+    old, new = make_files(task, b"old"), make_files(task, b"new")
+    while len(done) > kill:
+        out, kill = tmp_path / f"{kill}", kill + 1
+        folder = Folder(out)
+        folder.open()
+        folder.add(task.folder, old)
+        (out / "samples" / task.folder / "notes.txt").write_text("mine")
+        with killing(kill) as done:
+            folder.add(task.folder, new, again=True)
+        assert (out / "samples" / task.folder / "notes.txt").exists() or len(done) > kill
+        Folder(out).open()
+        found = snapshot(out / "samples" / task.folder)
+        assert {name: found[name] for name in old} in (old, new) and [*out.rglob("notes.txt")]
+    assert found == {**new, "notes.txt": b"mine"} and Folder(out).names() == [task.folder]
+
+
+# Never mixed
+
+
+def edit_weights(model):
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["conv_out.bias"] += 1e-3
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    return []
+
+
+def edit_lora(model):
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.randn(2, 16), f"{layer}.lora_B.weight": torch.randn(16, 2)}
+    safetensors.torch.save_file(weights, model.with_name("lora.safetensors"))
+    return ["--lora", str(model.with_name("lora.safetensors"))]
+
+
+def edit_start(model):
+    argv = [*SHORT, "--keep-trajectories", "--again", "--seed", str(random.randrange(10**6))]
+    assert main.main(arguments(model / "start", model, *argv, prompts=PROMPTS[:1])) == 0
+    return ["--start-from", str(model / "start")]
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Have the program's code and versions be what they were once a test has ended."""
+    monkeypatch.setattr(key, "ROOT", key.ROOT)
+    monkeypatch.setattr(key, "version", key.version)
+    yield key.code_digest.cache_clear()
+    key.code_digest.cache_clear()
+
+
+def edit_code(model, edit=lambda text: text + "\nONE = 1\n"):
+    """Have the program's code be a copy in which each file is edited."""
+    for name in key.CODE:
+        path = model / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(edit((ROOT / name).read_text()))
+    key.ROOT = model / "code"
+    key.code_digest.cache_clear()
+    return []
+
+
+def edit_version(model):
+    key.version = lambda name: "2.99"
+    return []
+
+
+@pytest.mark.parametrize(
+    "first, edit, words",
+    [
+        (None, lambda model: ["-gs", "3"], "guidance_scale 7.5, not 3.0"),
+        (None, lambda model: ["--correction", "paper", "--dtype", "bfloat16"], "correction 'damped', not 'paper'"),
+        (None, lambda model: ["--dtype", "bfloat16"], "dtype 'float32', not 'bfloat16'"),
+        (None, edit_weights, "other weights"),
+        (None, edit_lora, "other lora"),
+        (edit_lora, edit_lora, "other lora"),
+        (edit_lora, lambda model: ["--lora", f"{model.with_name('lora.safetensors')}:0.5"], "other lora"),
+        (edit_start, edit_start, "other trajectories to start from"),
+        (None, edit_code, "other code of this program"),
+        (None, edit_version, "version of torch '.*', not '2.99'"),
+    ],
+)
+def test_what_is_made_otherwise_is_another_sample_and_a_line_says_how(first, edit, words, run, tiny, tmp_path, program):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny, model)
+    assert run(*(first(model) if first else []), model=model)[0] == 0
+    before = snapshot(out / "samples")
+    status, printed, _ = run(*edit(model), model=model)
+    assert status == 0 and announced(printed) == PROMPTS[:1]
+    assert re.search(rf"^1 of 1 samples must be made again: those in the directory have {words}$", printed, re.M), (
+        printed
+    )
+    assert before.items() <= snapshot(out / "samples").items() and len(Folder(out).names()) == 2
+    (shown,) = sample_folders(out)
+    assert f"{shown.name}/result.json" not in before, "the top shows the new one"
+
+
+def test_a_comment_or_docstring_in_the_code_is_no_difference_and_a_number_is(tmp_path, program):
+    own = key.code_digest()
+    edit_code(tmp_path, lambda text: re.sub(r'^( *)"""', r'\1# a comment\n\1"""New. ', text, count=1, flags=re.M))
+    assert key.code_digest() == own
+    for one in [(ROOT / name).read_text() for name in key.CODE]:
+        edit_code(tmp_path, lambda text, one=one: text + "\nONE = 1\n" * (text == one))
+        assert key.code_digest() != own, one[:80]
+
+
+def test_a_model_is_known_by_what_is_in_it_not_by_where_it_lies(run, tiny, tmp_path, monkeypatch):
+    assert run()[0] == 0
+    shutil.copytree(tiny, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    assert "1 of 1 samples are there already" in run(model="copy")[1]
+
+
+def test_weights_that_change_while_they_are_loaded_are_one_line(run, tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny, tmp_path / "model")
+
+    def load(model, loading):
+        pipeline = load_pipeline(model, loading)
+        edit_weights(tmp_path / "model")
+        return pipeline
+
+    load_pipeline = bench.load_pipeline
+    monkeypatch.setattr(bench, "load_pipeline", load)
+    status, _, error = run(model=tmp_path / "model")
+    assert status == 1 and error.count("\n") == 1 and "changed while they were loaded; run it again" in error
+    assert Folder(tmp_path / "out").names() == []
+
+
+# Two commands at once
+
+
+def test_who_comes_second_to_a_sample_drops_its_own(tmp_path):
+    task, folders = make_task(), [Folder(tmp_path / "out") for _ in range(2)]
+    first, second = make_files(task, b"first"), make_files(task, b"second")
+    for folder in folders:
+        folder.open()
+    folders[0].add(task.folder, first)
+    folders[1].add(task.folder, second)
+    assert snapshot(tmp_path / "out" / "samples" / task.folder) == first
+    folders[1].add(task.folder, second, again=True)
+    assert snapshot(tmp_path / "out" / "samples" / task.folder) == second
+    assert Folder(tmp_path / "out").names() == [task.folder]
+
+
+@pytest.mark.slow
+def test_a_command_goes_on_whenever_another_one_is_killed_beside_it(tmp_path):
+    task = make_task()
+    for when, kill in itertools.product(range(20), range(40)):
+        one, other = (Folder(tmp_path / f"{when}-{kill}") for _ in range(2))
+
+        def meanwhile(other=other, kill=kill):
+            with killing(kill):
+                other.open()
+                other.add(task.folder, make_files(task, b"other"), again=True)
+
+        one.open()
+        with killing(None, meanwhile, when):
+            one.add(task.folder, make_files(task, b"one"))
+        Folder(one.path).open()
+        assert one.has(task)
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_leave_the_samples_of_both(tiny, tmp_path):
+    out = tmp_path / "out"
+    commands = [arguments(out, tiny, *SHORT, prompts=PROMPTS[:3]), arguments(out, tiny, *SHORT, prompts=PROMPTS[1:])]
+    started = [
+        subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, stderr=subprocess.PIPE) for argv in commands
+    ]
+    for process in started:
+        assert process.communicate(timeout=200)[1] == b"" and process.returncode == 0
+    names = Folder(out).names()
+    assert len(names) == 4 and all(read_sample(out / "samples", name) for name in names)
+    shown = set(pd.read_csv(out / "results.csv").prompt)
+    assert (
+        shown in ({*PROMPTS[:3]}, {*PROMPTS[1:]}) and {each["prompt"] for each in run_record(out)["samples"]} == shown
+    )
+
+
+# A sample that fails
+
+
+def failing(monkeypatch, text, error):
+    """Have the network fail for a prompt: with an error, or with None by numbers that are not finite."""
+    encode, predict, prompts = StableDiffusion.encode, StableDiffusion.predict, []
+
+    def watch(self, pipeline, prompt, *rest):
+        prompts[:] = [prompt]
+        return encode(self, pipeline, prompt, *rest)
+
+    def fail(self, pipeline, x, t, **conditions):
+        if prompts == [text] and error:
+            raise error
+        return predict(self, pipeline, x, t, **conditions) * (float("nan") if prompts == [text] else 1)
+
+    monkeypatch.setattr(StableDiffusion, "encode", watch)
+    monkeypatch.setattr(StableDiffusion, "predict", fail)
+
+
+@pytest.mark.parametrize("error, words", [(torch.OutOfMemoryError("CUDA out of memory."), "out of memory; try"),
+                                          (None, "not finite")])  # fmt: skip
+def test_a_sample_that_fails_is_a_row_with_its_error_and_is_tried_again(error, words, run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        failing(patch, PROMPTS[1], error)
+        status, printed, line = run(prompts=PROMPTS)
+    assert status == 1 and line.count("\n") == 1 and "1 of 4 samples failed; the first, of 'a moon': " in line
+    rows = [row.split()[:2] for row in printed.splitlines() if row.endswith("failed")]
+    assert words in line and rows == [["a", "moon"]]
+    assert [words in (each["error"] or "") for each in run_record(out)["samples"]] == [False, True, False, False]
+    table = pd.read_csv(out / "results.csv", keep_default_na=False)
+    assert words in table[table.prompt == "a moon"].error.item() and set(table.prompt) == {*PROMPTS}
+    status, printed, _ = run(prompts=PROMPTS)
+    assert status == 0 and announced(printed) == ["a moon"]
+    assert run(prompts=PROMPTS, out="whole")[0] == 0 and contents(out) == contents(tmp_path / "whole")
+
+
+# Nobody else's files
+
+
+def write(name):
+    return lambda out: (out / name).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        *((write(name), f"{name}, but no run.json") for name in ("srds_final.png", "run.json", "results.csv")),
+        (write("samples"), "contains `samples`, which is not a folder"),
+        (lambda out: (out / "samples").symlink_to("elsewhere"), "contains `samples`, which is not a folder"),
+    ],
+)  # fmt: skip
+def test_names_of_ours_without_a_run_are_refused_before_anything_is_sampled(make, words, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    (tmp_path / "out" / "elsewhere").mkdir(parents=True)
+    make(tmp_path / "out")
+    before = snapshot(tmp_path)
+    status, printed, error = run()
+    assert (status, printed, error.count("\n")) == (2, "", 1) and words in error and snapshot(tmp_path) == before
+
+
+def test_other_files_are_left_alone_and_nothing_is_written_through_a_link(run, tmp_path):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    names = ("notes.txt", "srds_my_notes.png", ".part-mine", "samples/.part-own", "samples/mine/srds_final.png")
+    mine = {name: b"mine" for name in names}
+    (out / "samples" / "mine").mkdir(parents=True)
+    for name, content in mine.items():
+        (out / name).write_bytes(content)
+        os.utime(out / name, (0, 0))
+    assert run()[0] == 0
+    (folder,) = sample_folders(out)
+    shutil.copytree(folder, victim / "sample")
+    (victim / "image").write_text("keep")
+    before = snapshot(victim)
+    for name in ("srds_final.png", "results.csv", "srds_iteration_9.png"):
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(victim / "image")
+    assert run()[0] == 0 and not any(path.is_symlink() for path in out.rglob("*")) and (out / "results.csv").is_file()
+    shutil.rmtree(folder)
+    folder.symlink_to(victim / "sample")
+    status, printed, error = run()
+    assert (status, announced(printed), error.count("\n")) == (1, [], 1) and "is not a folder; move it" in error
+    assert snapshot(victim) == before and mine.items() <= snapshot(out).items()
+
+
+@pytest.mark.parametrize("lost", ["", "samples"])
+@pytest.mark.parametrize("instead", ["nothing", "a folder", "a link"])
+def test_a_directory_that_is_gone_in_mid_run_is_one_line_and_nothing_is_written_elsewhere(
+    lost, instead, run, tmp_path, monkeypatch
+):
+    out, elsewhere, sample = tmp_path / "out", tmp_path / "elsewhere", Bench.sample
+    (elsewhere / "samples").mkdir(parents=True)
+    (elsewhere / "preview.png").write_text("mine")
+
+    def replace(*args):
+        if (out / lost).exists() and Folder(out).names():
+            (out / lost).rename(tmp_path / "before")
+            if instead == "a folder":
+                shutil.copytree(elsewhere, out / lost)
+            elif instead == "a link":
+                (out / lost).symlink_to(elsewhere)
+        return sample(*args)
+
+    monkeypatch.setattr(Bench, "sample", replace)
+    status, _, error = run(prompts=PROMPTS[:3])
+    assert status == 1 and error.count("\n") == 1 and "cannot be written" in error
+    assert snapshot(elsewhere) == {"preview.png": b"mine"}
+    if instead == "a folder":
+        assert snapshot(out / lost) == {"preview.png": b"mine"}
+    elif instead == "nothing":
+        assert not (out / lost).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("full", ["samples", "results.csv"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(number, full, run, tmp_path, monkeypatch):
+    out, sync, synced = tmp_path / "out", os.fsync, []
+
+    def fail(file):
+        place = os.readlink(f"/proc/self/fd/{file}")
+        synced.append(place)
+        if "samples" in place if full == "samples" else len(run_record(out)["samples"]) == 2 and "/out/.part" in place:
+            os.truncate(place, 10) if os.path.isfile(place) else None
+            raise OSError(number, os.strerror(number))
+        return sync(file)
+
+    assert run()[0] == 0
+    whole = snapshot(out / "samples")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        status, _, error = run(prompts=PROMPTS[:2])
+    assert status == 1 and error.count("\n") == 1 and f"cannot be written: {os.strerror(number)}" in error and synced
+    assert whole.items() <= snapshot(out / "samples").items() and not [*out.rglob(f"{PART}*")]
+    assert all(read_sample(out / "samples", name) for name in Folder(out).names()) and read_run(out)
+    assert run(prompts=PROMPTS[:2])[0] == 0 and run(prompts=PROMPTS[:2], out="whole")[0] == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+# Records of others
+
+
+ODD = [None, True, -1, 2**64, 10**400, 1e308, 1e200, "", "\ud800", "../../victim", [], [[]], [5], {}, {"a": [None]}]
+
+
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+def test_a_record_of_another_shape_is_no_sample_and_one_of_its_shape_can_be_shown(value, tmp_path):
+    folder, task, read = Folder(tmp_path), make_task(), []
+    folder.open()
+    folder.add(task.folder, make_files(task))
+    make = lambda: (json.loads(make_files(task)["result.json"]), {**RUN})
+    parts = lambda record, run: [record, *record.values(), record["result"]["refinements"][0], run]
+    said, (whole, _) = {"prompt": "", "seed": 0, "folder": task.folder, "settings": {}, "error": None}, make()
+    whole["result"]["refinements"][0] |= {"difference": 1.0, "ssim": 1.0}
+    for i, name in [(i, name) for i, part in enumerate(parts(*make())) for name in part]:
+        record, run = make()
+        parts(record, run)[i][name] = value
+        (folder.samples / task.folder / "result.json").write_text(json.dumps(record))
+        (folder.path / "run.json").write_text(json.dumps(run))
+        if found := folder.read(task.folder):
+            read.append(results_table([(said, found)]) and summary([(said, found), (said, whole)]))
+        if found := read_run(folder.path):
+            read.append(page([(found, [], "")]))
+    assert all(read)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.rename(path.parent.parent / "r"), path.symlink_to("../r")),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: os.truncate(path, 2**30),
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: path.write_text(path.read_text().replace("0.5", "NaN")),
+        lambda path: path.write_text(path.read_text().replace('"k": 0', '"k": 0, "more": 0')),
+        lambda path: path.write_text(path.read_text().replace('"srds_final.png"', '"../srds_final.png"')),
+        lambda path: path.write_bytes(b"\xff"),
+        lambda path: (path.with_name("srds_final.png").unlink(), path.with_name("srds_final.png").mkdir()),
+    ],
+    ids="pipe link folder huge deep nan more outside bytes image".split(),
+)
+def test_what_is_no_regular_record_is_no_sample_and_makes_nobody_wait(forge, tmp_path):
+    folder, task = Folder(tmp_path), make_task()
+    folder.open()
+    folder.add(task.folder, make_files(task))
+    assert folder.has(task)
+    forge(tmp_path / "samples" / task.folder / "result.json")
+    assert folder.read(task.folder) is None and not folder.has(task)
+
+
+def test_a_folder_with_another_sample_than_its_name_says_is_one_line(run, tmp_path):
+    assert run()[0] == 0
+    (folder,) = sample_folders(tmp_path / "out")
+    record = json.loads((folder / "result.json").read_text())
+    record["made_by"]["eta"] = 0.5
+    (folder / "result.json").write_bytes(pack(record))
+    status, _, error = run()
+    assert status == 1 and error.count("\n") == 1 and "does not hold the sample of that name" in error
+
+
+# What a killed command left
+
+
+def test_unfinished_folders_are_finished_if_whole_and_removed_after_an_hour(tmp_path):
+    folder, task = Folder(tmp_path), make_task()
+    folder.open()
+    parts = {name: tmp_path / f"{name}{PART}{16 * '1'}" for name in ("samples/", "")}
+    whole, half = tmp_path / "samples" / f"{PART}{16 * '2'}", tmp_path / "samples" / f"{PART}{16 * '1'}"
+    (tmp_path / f"{PART}{16 * '1'}").write_text("half")
+    for part in (whole, half):
+        part.mkdir()
+        for name, data in make_files(task).items():
+            (part / name).write_bytes(data)
+    (half / "srds_final.png").unlink()
+    (half / "notes.txt").write_text("mine")
+    Folder(tmp_path).open()
+    assert folder.has(task) and not whole.exists() and all(part.exists() for part in parts.values())
+    age(tmp_path)
+    Folder(tmp_path).open()
+    assert files(half) == {"notes.txt"} and not parts[""].exists() and folder.has(task)
+
+
+@given(strategies.text(), strategies.integers(0, 2**64 - 1))
+def test_folder_names_are_safe_whatever_the_prompt(text, seed):
+    name = make_task(text, seed).folder
+    assert re.fullmatch(rf"[a-z0-9][a-z0-9-]*-{seed}-[0-9a-f]{{8}}", name) and len(name) <= 100
+
+
+def test_folder_names_begin_with_the_prompts_words():
+    texts = {
+        "A red sun": "a-red-sun-7",
+        "Ünïcode ☃": "unicode-7",
+        "夜": "sample-7",
+        "../../etc/passwd\0": "etc-passwd-7",
+    }
+    assert {text: key.stem(text, 7) for text in texts} == texts
+
+
+def test_a_command_that_fails_after_its_plan_is_not_in_the_next_ones_way(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing(patch, "", None)  # as the warm-up has no prompt
+        assert run("-cs", "auto")[0] == 1 and len([*tmp_path.glob("out/plan-*")]) == 1
+    assert run("-cs", "auto")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result["refinements"][0].update(difference=None),
+        lambda result: result["refinements"][0].update(k=7),
+        lambda result: result["refinements"][0]["metrics"].update(prompt=3.0),
+        lambda result: result.update(errors=[]),
+        lambda result: result["errors"][0].append(1.0),
+        lambda result: result.update(refinements=[]),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_no_sample(change, tiny, tmp_path, capsys):
+    argv = arguments(tmp_path, tiny, "--max-iterations", "1", prompts=PROMPTS[:1])
+    assert main.main(argv) == 0
+    (folder,) = sample_folders(tmp_path)
+    record = json.loads((folder / "result.json").read_text())
+    change(record["result"])
+    (folder / "result.json").write_text(json.dumps(record))
+    assert Folder(tmp_path).read(folder.name) is None
+    capsys.readouterr()
+    assert main.main(argv) == 0 and len(announced(capsys.readouterr().out)) == 1, "it is made again"
