@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from models import scenes
 from sampler import Sampler
 from settings import SEED, Settings
-from study.quiet import quiet_libraries
+from study.console import quiet_libraries
 from study.sampling import Shared, entry_of
 
 quiet_libraries()  # before a script imports what remarks on being imported

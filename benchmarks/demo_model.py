@@ -4,7 +4,7 @@
 
 Prompt adherence: 100-step DDIM at the demo's default guidance on 400 prompts, read back by `models/scenes.py`.
 SRDS: the command's defaults on `prompts.txt` and on 100 other prompts, each with a seed of its own. A prompt
-counts as good where no refinement's image error exceeds the initialisation's by more than 0.5 grey level and
+counts as good if no refinement's difference exceeds the initialisation's by more than 0.5 grey level and
 the third refinement's is at most 1.
 """
 
@@ -57,7 +57,7 @@ def plot(table, path):
     axes.plot(range(errors.shape[1]), errors.T, color="0.75", linewidth=0.7)
     axes.plot(range(errors.shape[1]), errors.median(), color="black", marker="o", label="median")
     axes.axhline(1, color="0.4", linestyle="--", label="1 grey level")
-    axes.set(yscale="log", xlabel="refinement k", ylabel="image error, grey levels", xticks=range(errors.shape[1]))
+    axes.set(yscale="log", xlabel="refinement k", ylabel="difference, grey levels", xticks=range(errors.shape[1]))
     axes.set_title(f"{len(errors)} prompts on the demo model")
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -87,7 +87,7 @@ def benchmark():
     texts = common.TEXTS + common.prompts(np.random.default_rng(7), args.others)[0]
     pairs = list(zip(texts, [SEED] * named + list(range(args.others))))
     refinements = common.refinements(sampler, [{"tolerance": 0}], pairs)
-    errors = refinements.pivot(index=["prompt", "seed"], columns="iteration", values="image_error")
+    errors = refinements.pivot(index=["prompt", "seed"], columns="k", values="difference")
     errors = errors.loc[pairs].to_numpy()
     table = pd.DataFrame(errors, columns=[f"k={k}" for k in range(errors.shape[1])])
     table.insert(0, "prompt", texts)

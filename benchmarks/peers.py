@@ -5,7 +5,7 @@
 DDIM in sequence, ParaDiGMS, DDIM of fewer steps and DPM-Solver++ are diffusers' own pipelines and schedulers, which has
 ParaDiGMS for Stable Diffusion alone: `benchmarks/collocation.py` compares on pixels, and more settings. "serial"
 are network calls one after the other, "total" the guided evaluations in them, "widest" the network samples in the
-largest, all means over prompts. "own" is the image difference, in grey levels, to the method's own sequential limit,
+largest, all means over prompts. "own" is the difference, in grey levels, to the method's own sequential limit,
 "to N" to N-step DDIM. "speedup" is the seconds of the sequential run over those of the method, prompt by prompt.
 """
 
@@ -29,8 +29,8 @@ import common
 from models import scenes
 from refinement import difference, judge
 from sampler import Sampler
-from settings import SCHEDULES, STOP_RULES, Settings
-from study.planning import describe_plan
+from settings import EXPECTED_REFINEMENTS, SCHEDULES, STOP_RULES, Settings
+from study.planning import describe_plan, make_plan
 
 STEPS = (25, 100, 200, 1000)
 FEWER = (10, 15, 20, 25)
@@ -95,7 +95,7 @@ def refined_rows(sampler, text, seed, truth, name):
             k, image, seconds = refinement.k, refinement.image, encoding + refinement.seconds
             counts = refinement.serial_evaluations, refinement.total_evaluations, max(calls)
             rows.append(row(sampler, f"{name}, k={k}", truth, truth[0], image, seconds, *counts))
-            last = refinement.exact or k == settings.max_iterations
+            last = refinement.exact or refinement.all_nodes or k == settings.max_iterations
             for rule in STOP_RULES:
                 if rule not in stops and (last or judge(refinement, earlier, rule, settings.tolerance) == "converged"):
                     stops[rule] = {**rows[-1], "method": f"{name}, {rule} rule"}
@@ -201,9 +201,9 @@ if __name__ == "__main__":
     sampler = Sampler(with_scheduler(loaded.pipeline, to_one), settings)
     texts, attributes = common.prompts(np.random.default_rng(11), args.prompts)
     for N in args.steps:
-        varied = sampler.vary(fine_steps=N, coarse_steps="auto")
-        plan = varied.plan
         sqrt = round(N**0.5)
+        varied = sampler.vary(fine_steps=N, coarse_steps=sqrt)
+        plan = make_plan(varied, varied.asked, EXPECTED_REFINEMENTS)
         blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in SCHEDULES]  # pipelined first
         blocks += [(plan["blocks"], plan["schedule"])] * ((plan["blocks"], plan["schedule"]) not in blocks)
         print(f"N = {N}:", describe_plan(plan), flush=True)

@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 import common
@@ -38,7 +39,7 @@ def sample(sampler, text):
 
 def measure(processes):
     """What the first process of a launch finds: seconds by what was done."""
-    processes.join(cpu=True, parallel="lanes")
+    processes.join(torch.device("cpu"), "lanes")
     alone = common.load()
     lanes = Sampler(alone.pipeline, processes=processes)
     texts = [text for text, _ in common.pairs(PROMPTS)]
@@ -51,7 +52,7 @@ def measure(processes):
         return time.perf_counter() - started
 
     def sample_prompts():
-        for text in processes.take(texts):
+        for text in processes.deal(texts):
             sample(alone, text)
 
     lanes.warm_up()

@@ -2,10 +2,10 @@
 
     python benchmarks/solvers.py          # about 15 minutes; writes benchmarks/results/solvers.{csv,png}
 
-On the demo model: the image error to the solver's own sequential sample, in grey levels, after refinements 0 to 4, the
+On the demo model: the difference to the solver's own sequential image, in grey levels, after refinements 0 to 4, the
 worst prompt and the mean; and the refinements and serial evaluations at the default stop. A stochastic solver's coarse
 step has the noise of its fine steps ("fine steps'", what srds runs), noise of its own of the same variance ("own"), or
-none ("none", DDIM's step). "to the limit" is the image difference of the sequential sample to that of 1000 DDIM steps,
+none ("none", DDIM's step). "to the limit" is the difference of the sequential sample to that of 1000 DDIM steps,
 "unrestarted" the same of diffusers' DPMSolverMultistepScheduler, which has no blocks to restart at.
 """
 
@@ -101,7 +101,7 @@ def plot(table, path):
             color = f"C{list(SOLVERS).index(line.solver)}"
             axes.plot(errors, styles[line["coarse noise"]], marker="o", color=color, label=line.solver + noise)
         axes.set(yscale="log", xlabel="refinement k", xticks=range(5), title=f"N = {N}, B = {B}")
-        axes.set_ylabel("mean image error, grey levels (from 0.001)")
+        axes.set_ylabel("mean difference, grey levels (from 0.001)")
         axes.grid(color="0.9")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)

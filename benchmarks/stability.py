@@ -2,7 +2,7 @@
 
     python benchmarks/stability.py          # about 25 minutes; writes benchmarks/results/stability.{csv,png}
 
-Image error to the sequential sample, in grey levels, over model, guidance, N and B: after each refinement the worst
+Difference to the sequential image, in grey levels, over model, guidance, N and B: after each refinement the worst
 prompt and the mean. "excess" is by how much a refinement's image is worse than the initialisation's, at worst. "ticks"
 are the mean serial evaluations until the image stays within 1 grey level, and "never" counts the prompts that the
 refinements that were run do not bring there (then there is no mean).
@@ -35,16 +35,14 @@ def measure(model, count, most):
 
 def summary(model, key, part):
     """One setting's row, of its samples' refinements."""
-    error, ticks = (
-        part.pivot(index="seed", columns="iteration", values=name) for name in ("image_error", "serial_evaluations")
-    )
+    error, ticks = (part.pivot(index="seed", columns="k", values=name) for name in ("difference", "serial_evaluations"))
     outside = (error > LIMIT).iloc[:, ::-1].cummax(axis=1).iloc[:, ::-1]
     within = ticks.mask(outside).min(axis=1)  # nan where the refinements that were run do not come there
     row = dict(zip(("model", "guidance", "N", "B", "correction"), (model, *key)))
-    row |= {"excess": error.drop(columns=-1).sub(error[-1], axis=0).max(axis=None), "ticks": within.mean(skipna=False)}
+    row |= {"excess": error.drop(columns=0).sub(error[0], axis=0).max(axis=None), "ticks": within.mean(skipna=False)}
     row["never"] = within.isna().sum()
     for name, values in (("worst", error.max()), ("mean", error.mean())):
-        row |= {f"{name} k={k + 1}": value for k, value in values.items()}
+        row |= {f"{name} k={k}": value for k, value in values.items()}
     return row
 
 
@@ -63,7 +61,7 @@ def plot(table, path):
         names = [f"{model}, {guidance:g}" if guidance else model for model, guidance in values.index]
         axes.set_yticks(range(len(values)), names)
         axes.set(xlabel="N, B", ylabel="model, guidance", title=title)
-    label = "largest image error of a refinement\nabove that of the initialisation, grey levels"
+    label = "largest difference of a refinement\nabove that of the initialisation, grey levels"
     figure.colorbar(shown, label=label, ticks=(-10, -1, 0, 1, 10, 100), format="%g")
     figure.savefig(path, dpi=120)
 

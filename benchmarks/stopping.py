@@ -51,11 +51,11 @@ def evaluate(table, name):
                 "pairs": len(runs),
                 "rule": rule,
                 "tolerance": tolerance,
-                "refinements": stops.iteration.mean() + 1,
+                "refinements": stops.k.mean(),
                 "serial evaluations": stops.serial_evaluations.mean(),
-                "wrong, %": 100 * (stops.image_error > 1).mean(),
-                "above tolerance, %": 100 * (stops.image_error > tolerance).mean(),
-                "worst": stops.image_error.max(),
+                "wrong, %": 100 * (stops.difference > 1).mean(),
+                "above tolerance, %": 100 * (stops.difference > tolerance).mean(),
+                "worst": stops.difference.max(),
             })  # fmt: skip
     return rows
 
@@ -67,7 +67,7 @@ def plot(table, path):
             line = part[part.rule == rule]
             axes.plot(line.refinements, line.worst.clip(lower=1e-3), marker=marker, label=rule)
         axes.axhline(1, color="0.4", linestyle="--")
-        axes.set(yscale="log", xlabel="mean refinements used", ylabel="worst error at the stop, grey levels")
+        axes.set(yscale="log", xlabel="mean refinements used", ylabel="worst difference at the stop, grey levels")
         axes.set_title(name, fontsize=10)
         axes.grid(color="0.9")
         axes.legend(fontsize=8)
