@@ -21,6 +21,7 @@ MEASURED = [
 ]  # fmt: skip
 SETTINGS = [each.name for each in fields(Settings) if each.name != "seed"]
 HIDDEN = ["metrics", "settled", "stop_reason", "most_damping"]  # not in the CSV
+NOT_MADE = "not made"  # the error of a sample that was not reached
 WIDTH = 100  # columns of a terminal
 KNOWN = [*SETTINGS, "model", "device", "dtype"]
 
@@ -32,7 +33,7 @@ def results_rows(samples):
     """
     rows = []
     for said, record in samples:
-        entries, known = [{"verdict": "failed", "error": said["error"] or "not made"}], said["settings"]
+        entries, known = [{"verdict": "failed", "error": said["error"] or NOT_MADE}], said["settings"]
         if record:
             known = record["made_by"] | {name: record["result"][name] for name in ("model", "device", "stop_reason")}
             own = {"sequential_seconds": record["result"]["sequential_seconds"], "error": None}
@@ -103,9 +104,13 @@ def _of_samples(last):
         table["calls"] = text("network_calls", "{}")
     table |= {"seconds": text("seconds", "{:.2f}"), "sequential s": text("sequential_seconds", "{:.2f}")}
     table |= {"difference": text("difference", "{:.2g}"), "damping": text("most_damping", "{:.2g}")}
-    ended = ["failed" if row["error"] else f"{'yes' if row['verdict'] == 'converged' else 'no'} ({row['stop_reason']})"
-             for row in last]  # fmt: skip
-    return pd.DataFrame({**table, "converged": ended})
+    return pd.DataFrame({**table, "converged": [_ended(row) for row in last]})
+
+
+def _ended(row):
+    if row["error"]:
+        return NOT_MADE if row["error"] == NOT_MADE else "failed"
+    return f"{'yes' if row['verdict'] == 'converged' else 'no'} ({row['stop_reason']})"
 
 
 def by_setting(rows, names=None):
@@ -121,7 +126,7 @@ def by_setting(rows, names=None):
              "seconds": ("seconds", 2), "sequential_seconds": ("sequential s", 2)}  # fmt: skip
     for name, part in table.groupby("setting", sort=False):
         known = part.reindex(columns=[*costs, *PAIRED]).astype(float)
-        row = {"setting": name, "samples": len(part), "failed": int(part.error.notna().sum())}
+        row = {"setting": name, "samples": len(part), "failed": int(part.error.dropna().ne(NOT_MADE).sum())}
         row |= {words: f"{known[column].mean():.{digits}f}" for column, (words, digits) in costs.items()}
         row |= {words: _spread(known[column].dropna()) for column, words in measured.items()}
         means.append(row | ({"worst": f"{known.difference.max():.2g}"} if "difference" in measured else {}))

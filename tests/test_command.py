@@ -412,6 +412,9 @@ def test_ctrl_c_leaves_what_is_known_of_every_sample(run, monkeypatch, capsys):
     table = pd.read_csv(out / "results.csv", keep_default_na=False)
     ended = table[table.final].error.tolist()
     assert ended[0] == "" and "out of memory" in ended[1] and ended[2] == "not made" and len(ended) == 3
+    shown, means = printed.split("\n\n")[:2]
+    assert [line.split(")")[0].split()[-1] for line in shown.splitlines()[-2:]] == ["failed", "made"]
+    assert means.splitlines()[1].split()[:3] == ["all", "3", "1"], "one failed"
     monkeypatch.undo()
     assert "1 of 3 samples are there already" in run(*argv)[2]
 
