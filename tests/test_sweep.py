@@ -42,6 +42,7 @@ def counted(monkeypatch):
     return lambda: {name: calls.count(name) for name in ("load_pipeline", "sequential", "encode")}
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_path, counted, capsys):
     swept = ["--sweep", "cs=2,3", "--sweep", "tol=0,100", *SHORT]
     assert run(tmp_path / "sweep", tiny, *swept, "--seeds", "3,5", prompts=PROMPTS[:1]) == 0
