@@ -28,7 +28,7 @@ UNFINISHED = re.compile(r"\.part-[0-9a-f]{16}(-[0-9]+)?")
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
 MOST_JSON = 64 * 2**20  # bytes
 
-METRICS = {"lpips", "clip", "clip_difference", "scene", "scene_difference"}
+METRICS = ("lpips", "clip", "clip_difference", "scene", "scene_difference")
 TRUTH = lambda value: isinstance(value, bool)
 TEXT = lambda value: isinstance(value, str)
 COUNT = lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
@@ -120,7 +120,7 @@ def is_consistent(refinements, errors, **result):
     compared = [entry["difference"] is not None for entry in refinements]
     widths = [len(row) for row in errors or ()]
     whole = widths == [widths[0]] * len(refinements) and widths[0] if widths else errors is None
-    measured = all(entry["metrics"].keys() <= METRICS for entry in refinements)
+    measured = all(entry["metrics"].keys() <= {*METRICS} for entry in refinements)
     rising = [entry["k"] for entry in refinements] == [*range(len(refinements))] != []
     return bool(rising and measured and whole and compared == [errors is not None] * len(refinements))
 

@@ -14,12 +14,11 @@ import jinja2
 
 import utils
 from settings import Failure, in_one_line
-from study.folder import load_samples, read_file, read_run, read_sample, replace_file
+from study.folder import METRICS, load_samples, read_file, read_run, read_sample, replace_file
 from study.plots import plots
 from study.results import MEASURED, by_setting, results_rows, setting_of, varied
 
 MARK = b"<!-- made by srds -->"
-METRICS = ["lpips", "clip", "clip_difference", "scene", "scene_difference"]
 
 
 def page(runs, embed=None):
