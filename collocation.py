@@ -43,7 +43,7 @@ CPU = {"dtype": torch.float64, "device": "cpu"}  # for small tensors
 @torch.no_grad()
 def collocation(
     x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, start=None,
-    agree=lambda chosen: chosen, tolerance=0.0,
+    broadcast=lambda value: value, tolerance=0.0,
 ):  # fmt: skip
     """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
@@ -57,7 +57,8 @@ def collocation(
         Nodes also become dense if the first ones show d to be too rough for interpolation, or if a refinement changes
         the sample by much.
     start: what d is at first: float32 (B, E), and W, float64 (N, B). The first tick then evaluates all nodes.
-    agree: a function from this process's nodes for a tick, a list, or answer, a bool, to those that all processes use.
+    broadcast: returns the first process's value, a list or a bool, if several share the lanes of a tick, so that all
+        evaluate the same nodes.
     tolerance: how far off most samples may be, in grey levels. If nodes become dense because they are rough or
         doubtful, a tolerance between 0.015 and 0.1 saves evaluations once the image is `DECIDED`.
 
@@ -90,7 +91,7 @@ def collocation(
         W = interpolation(N, system.t)
         C, free, bound = (chain.K[system.t] @ W).to(x), chain.states(x, system.t), min(N, ticks + 2 * M + 8)
         rough = False
-        while (chosen := agree(chosen)) and ticks < bound:
+        while (chosen := broadcast(chosen)) and ticks < bound:
             n = system.t[chosen]
             X = system.X[chosen].reshape(-1, *shape)
             d = solver.clean(X, denoise(X, n), n)
@@ -100,7 +101,7 @@ def collocation(
             chosen = system.moved(matters)[:wide]
             # By now, d is known at five nodes or more.
             first_look = not (nodes or dense) and ticks == (1 if start else 2)
-            rough = first_look and agree(system.roughness(solver.signal) > ROUGH)
+            rough = first_look and broadcast(system.roughness(solver.signal) > ROUGH)
             if rough:
                 break
         if rough:  # what is known at later nodes would mislead: keep the first one, whose state is exact
@@ -115,7 +116,7 @@ def collocation(
         if M == N or ticks >= N or k == refinements:
             return
         change = 127.5 * float((states[-1] - last).norm() / states[-1].norm()) if k else 0.0
-        doubtful = agree(not dense and change > DOUBTFUL)
+        doubtful = broadcast(not dense and change > DOUBTFUL)
         if doubtful:
             dense, densely = True, allowed(tolerance)
         at_once = not doubtful

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import settings as table
 from settings import Experiment, Failure, Loading, SettingError, Settings, did_you_mean, flag_of, in_one_line, number
 from study import asked
-from study.console import lasting_streams
+from study.console import prepare_terminal, quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,9 @@ def parse(argv):
     texts = texts or (asked.read_prompts(experiment.prompts) if experiment.prompts is not None else [])
     asked.check_count(max(1, len(texts)) * len(seeds or [0]) * math.prod(map(len, axes)), experiment.yes)
     notes = {}
-    variants = [asked.make_variant(own(Settings) | values, notes) for values in asked.combinations(axes)]
-    if loading.compile and any(variant.auto for variant in variants):
-        remedy = "measures calls of many sizes, which a compiled network does not have; give a number"
-        raise SettingError("coarse_steps", "auto", remedy)
-    metrics = asked.read_metrics(experiment.metrics, loading, not experiment.no_ground_truth)
+    combined = [own(Settings) | values for values in asked.combinations(axes)]
+    variants = [asked.make_variant(values, notes, loading.compile) for values in combined]
+    metrics = asked.read_metrics(experiment.metrics, loading.model)
     return Command(given, loading, experiment, texts, seeds, axes, variants, metrics, [*notes], argv)
 
 
@@ -105,7 +103,6 @@ def run(command, processes):
 
     bench, folder = Bench(command, processes), Folder(command.experiment.output_dir)
     if processes.first:
-        folder.check()
         folder.open()
     processes.wait()
     if not processes.first:
@@ -121,7 +118,7 @@ def run(command, processes):
                 for task in group:
                     overview.announce(task)
                     try:
-                        made = bench.sample(task, group)
+                        made = bench.sample(task)
                         folder.add(task.folder, overview.files(*made), command.experiment.again)
                     except Exception as error:
                         overview.failed(task, bench.explain(task, error))
@@ -138,25 +135,26 @@ def run(command, processes):
 def main(argv=None):
     """Run the command and return its exit status: 0; 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    with lasting_streams():
-        try:
-            command = parse(argv)
-            # torch, and everything that imports it, waits until the arguments have been checked.
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            from study.console import quiet_libraries
-            from study.processes import Processes
+    try:
+        command = parse(argv)
+        # torch, and everything that imports it, waits until the arguments have been checked.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from study.processes import Processes
 
-            quiet_libraries()
-            processes = Processes()
-            with processes.quiet():
-                run(command, processes)
-            processes.close()
-        except SystemExit as shown:  # --help
-            return shown.code
-        except Failure as failure:
-            return end(one_line(failure), failure.status)
-        except KeyboardInterrupt:
-            return end("interrupted; what was finished is kept, and the same command goes on from there", 130)
+        quiet_libraries()
+        processes = Processes()
+        with processes.quiet():
+            run(command, processes)
+        processes.close()
+    except SystemExit as shown:  # --help
+        return shown.code
+    except Failure as failure:
+        return end(one_line(failure), failure.status)
+    except KeyboardInterrupt:
+        return end("interrupted; what was finished is kept, and the same command goes on from there", 130)
+    except BrokenPipeError:  # the program that read the output, such as `head`, has ended
+        sys.stdout = open(os.devnull, "w")
+        return end("the output cannot be written; what was finished is kept, and the same command goes on", 1)
     return 0
 
 
@@ -179,4 +177,5 @@ def end(message, status):
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

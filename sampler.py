@@ -56,10 +56,6 @@ class OneProcess:
         """Return `denoise` with the lanes of a call shared out to the processes."""
         return denoise
 
-    def agree(self, value):
-        """Return the value of the first of the processes that share lanes."""
-        return value
-
     def in_step(self, iterates):
         """Return the iterates, as many on every process as on the first."""
         return iterates
@@ -75,7 +71,8 @@ class Sampler:
     pipeline: an instance of a class in `models.families.FAMILIES`, or of one derived from it.
     settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; `settings` has the model's usual
         values in place of None.
-    processes: those of a launch, all of which must make the same calls; None for this process alone.
+    processes: those that share the lanes of each tick, all of which must make the same calls; None for this process
+        alone.
 
     Public attributes: model, device, shape (of a state), grid, solver and boundaries.
 
@@ -216,7 +213,8 @@ class Sampler:
             iterates = srds(x, denoise, solver.step, self.boundaries, *how, begun)
         else:
             how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent, held
-            iterates = collocation(x, denoise, solver, self.boundaries, *how, self.processes.agree, settings.tolerance)
+            broadcast, tolerance = self.processes.broadcast, settings.tolerance
+            iterates = collocation(x, denoise, solver, self.boundaries, *how, broadcast, tolerance)
         return self.processes.in_step(iterates)
 
     def encode(self, prompt) -> Prompt:

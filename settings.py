@@ -337,9 +337,8 @@ class Experiment(Checked):
     sweep: tuple[str, ...] = row((), anything, "a sample with each value of a setting, such as coarse-steps=5,10,auto; "
                                  "or of several in step, such as fine-steps:coarse-steps=25:5,100:10; may be repeated, "
                                  "for all combinations", "NAME=V1,V2", "experiment")
-    metrics: str | None = row(None, anything, "further measures of images: lpips, the distance to the ground truth; "
-                              "clip, the match to the prompt; scene, the share of it that the demo shows", "NAMES",
-                              "experiment")
+    metrics: str | None = row(None, anything, "further measures of images: clip, the match to the prompt; scene, "
+                              "the share of it that the demo shows", "NAMES", "experiment")
     no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared to", group="experiment")
     start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
                                  "a run with --keep-trajectories", "DIR", "experiment")

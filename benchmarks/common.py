@@ -33,7 +33,7 @@ def refinements(sampler, settings, pairs):
     """
     samplers, rows = [sampler.vary(**each) for each in settings], []
     for text, seed in tqdm(pairs, unit="pair"):
-        shared = Shared(text, seed, samplers)
+        shared = Shared(text, seed)
         for each, varied in zip(settings, samplers):
             truth = shared.truth(varied)
             for refinement in varied.refine(shared.prompt(varied), seed):

@@ -39,11 +39,6 @@ class Family:
             raise ValueError("has its guidance scale embedded in a UNet, which is not supported")
         levels = autoencoder.get("block_out_channels") or autoencoder.get("decoder_block_out_channels")
         self.factor = 2 ** (len(levels) - 1) if levels else 8  # pixels a latent
-        self.decoded_channels = levels[0] if levels else 0  # of an image that is nearly decoded
-        first = [i for i, block in enumerate(network.get("down_block_types") or [""]) if "Attn" in block]
-        self.attends_to = 2 ** first[0] if first else None if network.get("down_block_types") else self.patch
-        heads = network.get("num_attention_heads") or network.get("attention_head_dim") or 1
-        self.heads = heads if isinstance(heads, int) else heads[0]
         self.channels = network.get("in_channels", 4)
         size = network.get("sample_size") or self.sample_size
         self.native_size = tuple(side * self.factor for side in ((size, size) if isinstance(size, int) else size))
@@ -66,13 +61,6 @@ class Family:
     def default_size(self):
         """Height and width where the user gives none, in pixels."""
         return self.native_size
-
-    def memory(self, height, width, attention):
-        """Bytes that one sample of such a size takes at the least: the nearly decoded image in float32 or, where it is
-        counted, a quarter of an attention's matrices. These are not made whole, but on a CPU take hours by then."""
-        _, h, w = self.shape(height, width)
-        tokens = h * w // self.attends_to**2 if attention and self.attends_to else 0
-        return max(4 * height * width * self.decoded_channels, tokens**2 * self.heads)
 
     def sigmas(self, steps):
         """The noise levels, before their shift, that the family's own pipeline asks of a flow's scheduler."""
@@ -271,7 +259,7 @@ class Unconditional(Family):
         super().__init__(network, {"block_out_channels": [0]})
         # diffusers' own widths where a config has none
         widths = network.get("block_out_channels", (224, 448, 672, 896))
-        self.patch, self.decoded_channels = 2 ** (len(widths) - 1), widths[0]
+        self.patch = 2 ** (len(widths) - 1)
 
     @torch.no_grad()
     def encode(self, pipeline, prompt, negative_prompt, guidance_scale, size, device):

@@ -3,17 +3,14 @@
 import itertools
 import math
 import re
-import stat
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from settings import COARSE_STEPS, SettingError, Settings, choice, did_you_mean, flag_of, number, text
 
-MEASURES = ("lpips", "clip", "scene")
-MOST_SEEDS = 10_000
-MOST_SAMPLES = 10**6
-UNASKED = 1000  # most samples that are made without --yes
+MOST_SEEDS = 10_000  # in a range
+UNASKED, MOST_SAMPLES = 1000, 10**6  # most samples without and with --yes
 MOST_CHARACTERS = 10_000  # of a prompt
 MOST_BYTES = 64 * 2**20  # of a prompt file
 
@@ -25,28 +22,23 @@ class Variant(NamedTuple):
     auto: bool
 
 
-def make_variant(values, notes):
+def make_variant(values, notes, compiled=False):
     """Return the `Variant` for settings by name; "sqrt" blocks are replaced by their number.
 
-    notes: a dict whose keys are lines to print; one is added if the default number of blocks is reduced.
+    notes: a dict whose keys are lines to print; one is added if the default number of blocks is reduced. compiled:
+    whether the network is compiled, for calls of one size.
     """
-    rows = {each.name: each for each in fields(Settings)}
-    blocks = values.get("coarse_steps", COARSE_STEPS)
-    steps = rows["fine_steps"].metadata["check"]("fine_steps", values.get("fine_steps", rows["fine_steps"].default))
+    settings = Settings(**values | {"coarse_steps": 1})
+    blocks, steps = values.get("coarse_steps", COARSE_STEPS), settings.fine_steps
     root = max(1, round(math.sqrt(steps)))
-    if blocks == "sqrt":
-        blocks = root
-    elif "coarse_steps" not in values and isinstance(blocks, int) and blocks > steps:
+    if "coarse_steps" not in values and isinstance(blocks, int) and blocks > steps:
         notes[f"note: {root} blocks instead of the default {blocks}, as there are {steps} fine steps"] = True
         blocks = root
-    auto = blocks == "auto"
-    settings = Settings(**values | {"coarse_steps": 1 if auto else blocks})
-    if auto and settings.method != "srds":
-        raise SettingError("coarse_steps", "auto", f"is for srds, not {settings.method}; give a number")
-    if auto and settings.fixed_batch:
-        remedy = "measures calls of many sizes, but with a fixed batch there is one; give a number"
+    if blocks == "auto" and (settings.method != "srds" or settings.fixed_batch or compiled):
+        remedy = "plans calls of all sizes for srds; give a number for collocation, a fixed batch or a compiled network"
         raise SettingError("coarse_steps", "auto", remedy)
-    return Variant(settings, auto)
+    number_of = {"auto": 1, "sqrt": root}
+    return Variant(replace(settings, coarse_steps=number_of.get(blocks, blocks)), blocks == "auto")
 
 
 def read_sweep(sweeps):
@@ -56,28 +48,29 @@ def read_sweep(sweeps):
     for `Settings` to check. Raises SettingError.
     """
     rows = {each.name: each for each in fields(Settings) if each.name != "seed"}
-    names = rows | {each.metadata["short"].lstrip("-"): each for each in rows.values() if each.metadata["short"]}
-    axes, swept = [], set()
+    short = {each.metadata["short"].lstrip("-"): name for name, each in rows.items() if each.metadata["short"]}
+    axes, swept = [], []
     for sweep in sweeps:
-        given, equals, values = sweep.partition("=")
-        words = [word.strip().lstrip("-").replace("-", "_") for word in given.split(":")]
-        unknown = [word for word in words if word not in names]
-        if unknown or not equals:
+        given, _, values = sweep.partition("=")
+        names = [word.strip().lstrip("-").replace("-", "_") for word in given.split(":")]
+        names = [short.get(name, name) for name in names]
+        unknown = [name for name in names if name not in rows]
+        if unknown or not values:
             known = ", ".join(map(flag_of, rows.values())).replace("--", "")
-            near = did_you_mean(unknown[0], names) if unknown else ""
+            near = did_you_mean(unknown[0], rows) if unknown else ""
             remedy = f"is not usable; give a setting and its values, as in coarse-steps=5,10{near}; settings: {known}"
             raise SettingError("sweep", sweep, remedy)
         axis = []
         for value in values.split(","):
-            parts = value.split(":") if len(words) > 1 else [value]
-            if len(parts) != len(words):
-                raise SettingError("sweep", sweep, f"has {value!r} for {len(words)} settings; join values by colons")
-            axis.append({names[word].name: read_value(names[word], part.strip()) for word, part in zip(words, parts)})
-        if twice := swept & axis[0].keys():
-            raise SettingError("sweep", sweep, f"repeats {twice.pop()}; give all its values in one --sweep")
-        if len(axis[0]) < len(words) or any(axis.count(each) > 1 for each in axis):
-            raise SettingError("sweep", sweep, "repeats a setting or value; give each once")
-        swept |= axis[0].keys()
+            words = value.split(":") if len(names) > 1 else [value]
+            if len(words) != len(names):
+                raise SettingError("sweep", sweep, f"has {value!r} for {len(names)} settings; join values by colons")
+            axis.append({name: read_value(rows[name], word.strip()) for name, word in zip(names, words)})
+        swept += names
+        if len({*swept}) < len(swept) or any(axis.count(each) > 1 for each in axis):
+            raise SettingError(
+                "sweep", sweep, "repeats a setting or value; give all values of a setting once, together"
+            )
         axes.append(axis)
     return axes
 
@@ -115,21 +108,19 @@ def read_seeds(words):
             remedy = f"has a range that falls, ends above 2^64 - 1, or has more than {MOST_SEEDS} seeds"
             raise SettingError("seeds", words, f"{remedy}; give another range")
         seeds += range(first, last + 1)
-    if len(set(seeds)) < len(seeds):
+    if len({*seeds}) < len(seeds):
         raise SettingError("seeds", words, "repeats a seed; give each once")
     return seeds
 
 
-def read_metrics(words, loading, ground_truth):
-    """Return the metrics in words such as "lpips,clip". Raises SettingError for unknown or unusable ones."""
-    names = [word.strip() for word in words.split(",")] if words is not None else []
+def read_metrics(words, model):
+    """Return the metrics in words such as "clip,scene". Raises SettingError for unknown or unusable ones."""
+    names = [*dict.fromkeys(word.strip() for word in words.split(","))] if words is not None else []
     for name in names:
-        choice(*MEASURES)("metrics", name)
-    if "lpips" in names and not ground_truth:
-        raise SettingError("metrics", "lpips", "is a distance to the ground truth; leave out --no-ground-truth")
-    if "scene" in names and loading.model != "demo":
+        choice("clip", "scene")("metrics", name)
+    if "scene" in names and model != "demo":
         raise SettingError("metrics", "scene", "reads what the demo draws; leave it out for other models")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def check_prompt(prompt):
@@ -147,20 +138,17 @@ def read_prompts(path):
 
     Raises SettingError.
     """
-    wanted = "give a text file in UTF-8, one prompt a line"
+    refuse = lambda why: SettingError("prompts", path, f"{why}; give a text file in UTF-8, one prompt a line")
     try:
-        facts = Path(path).stat()
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_BYTES:
-            raise SettingError("prompts", path, f"is not a file of at most {MOST_BYTES >> 20} MiB; {wanted}")
+        if Path(path).stat().st_size > MOST_BYTES or not Path(path).is_file():
+            raise refuse(f"is not a file of at most {MOST_BYTES >> 20} MiB")
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-    except OSError as error:
-        raise SettingError("prompts", path, f"cannot be read ({error.strerror}); {wanted}") from None
-    except UnicodeDecodeError:
-        raise SettingError("prompts", path, f"is not UTF-8; {wanted}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse(f"cannot be read ({getattr(error, 'strerror', 'it is not UTF-8')})") from None
+    for i, line in enumerate(lines, 1):
+        if len(line) > MOST_CHARACTERS or "\0" in line:
+            raise refuse(f"has a NUL or more than {MOST_CHARACTERS} characters in line {i}")
     prompts = [re.sub(r"^\\#", "#", line) for line in lines if line and not line.startswith("#")]
-    long = [i for i, line in enumerate(lines, 1) if len(line) > MOST_CHARACTERS]
-    problem = f"has more than {MOST_CHARACTERS} characters in line {long[0]}" if long else ""
-    problem = "holds NUL bytes" if any("\0" in line for line in lines) else problem
-    if problem or not prompts:
-        raise SettingError("prompts", path, f"{problem or 'holds no prompt'}; {wanted}")
+    if not prompts:
+        raise refuse("holds no prompt")
     return prompts

@@ -1,26 +1,20 @@
 """The means to make samples: the model, loaded when it is first needed, and a sampler for each of the settings."""
 
-import contextlib
 import functools
-import hashlib
-import json
 from dataclasses import asdict, replace
-
-import psutil
-import torch
 
 from models.adapters import find_adapters
 from models.loading import ModelError, choose_device, choose_dtype, find_model, load_pipeline
 from refinement import Trajectory
 from sampler import Sampler
-from settings import SCHEDULES, Failure, SettingError, in_one_line
+from settings import Failure, SettingError, in_one_line, out_of_memory
 from study import key
 from study.folder import COUNT, MAPPING, NUMBER, TEXT, pack, read_file, read_json, read_run
 from study.key import Task, made_by
+from study.metrics import Metrics
 from study.planning import describe_plan, make_plan
-from study.sampling import Shared, explain, sample, warn_if_cut
+from study.sampling import Shared, sample, warn_if_cut
 
-SMALLEST = 32  # pixels a side of images for LPIPS
 PLAN = {"made_by": MAPPING(lambda value: True), "blocks": COUNT, "schedule": TEXT, "refinements": COUNT, "srds": NUMBER,
         "sequential": NUMBER, "calls": MAPPING(NUMBER)}  # fmt: skip
 
@@ -44,83 +38,54 @@ class Bench:
             self.model, self.adapters = find_model(loading.model), find_adapters(loading)
         self.dtype = str(choose_dtype(loading, self.model, self.device)).removeprefix("torch.")
         self.weights = key.weights(self.model, self.adapters)
-        self.failures, self.shared, self.group = {}, None, None  # the group is that of `shared`
-        self.texts = command.texts or [""]
+        self.texts, self.failures = command.texts or [""], {}
+        self.shared = functools.lru_cache(maxsize=1)(Shared)  # of the last prompt and seed
         self._check()
         self.starts = self._starts()
         with processes.in_turn():
-            self.metrics = self._metrics()
+            self.metrics = Metrics(command.metrics)
 
     def _check(self):
         command, family = self.command, self.model.family
         if family.prompted and not command.texts:
             raise Failure("argument --prompts/-p or --prompt: give one of them", status=2)
         if command.seeds and not family.prompted and len({*command.texts}) > 1:
-            remedy = f"would make the same samples for each line, as {self.model.name} reads no prompts; give one line"
-            raise SettingError("seeds", command.experiment.seeds, remedy)
-        if "clip" in command.metrics and not family.prompted:
-            raise SettingError("metrics", "clip", f"scores prompts, but {self.model.name} reads none; leave it out")
-        for settings in (variant.settings.resolve(self.model) for variant in command.variants):
-            if "lpips" in command.metrics and min(settings.height, settings.width) < SMALLEST:
-                raise SettingError("metrics", "lpips", f"needs sides of {SMALLEST} pixels or more; leave it out")
-            self._check_size(settings)
-
-    def _check_size(self, settings):
-        """Raise SettingError for an image that does not fit in the device's memory."""
-        if self.command.loading.vae_tiling or self.device.type not in ("cpu", "cuda"):
-            return
-        on_cpu = self.device.type == "cpu"
-        has = psutil.virtual_memory().total if on_cpu else torch.cuda.get_device_properties(self.device).total_memory
-        needed = self.model.family.memory(settings.height, settings.width, attention=on_cpu)
-        if needed > has:
-            side = "height" if settings.height >= settings.width else "width"
-            room = f"need {needed / 2**30:.0f} GiB or more, but there are {has / 2**30:.0f}"
-            remedy = f"gives images of {settings.height} x {settings.width} pixels, which {room}; give less"
-            raise SettingError(side, getattr(settings, side), remedy)
-
-    def _metrics(self):
-        if not self.command.metrics or (self.processes.sharing > 1 and not self.processes.first):
-            return None
-        from study.metrics import Metrics  # takes a second to import
-
-        return Metrics(self.command.metrics)
+            raise SettingError("seeds", command.experiment.seeds, "needs a single prompt, as the model reads none")
+        for variant in command.variants:
+            variant.settings.resolve(self.model)  # raises SettingError
 
     def _starts(self):
-        """Return the trajectories of the --start-from run, by prompt and seed; by None if it has only one sample."""
+        """Return the trajectories of the --start-from run by prompt and seed; {} if the flag is not given."""
         folder = self.command.experiment.start_from
         if folder is None:
             return {}
         try:
-            samples = (read_run(folder) or {"samples": None})["samples"]
-            if samples is None:
-                raise ValueError("it has no run.json of this program")
-            found = [Trajectory.unpack(read_file(folder, f"samples/{said['folder']}/trajectory.safetensors", 2**32))
-                     for said in samples]  # fmt: skip
-        except (OSError, TypeError, ValueError) as error:
+            samples = (read_run(folder) or {"samples": []})["samples"]
+            read = lambda said: read_file(folder, f"samples/{said['folder']}/trajectory.safetensors", 2**32)
+            starts = {(said["prompt"], said["seed"]): Trajectory.unpack(read(said)) for said in samples}
+            if not 0 < len(starts) == len(samples):
+                raise ValueError("it has no samples, or several of one prompt and seed")
+            return starts
+        except (OSError, ValueError) as error:
             remedy = f"is not the directory of a run that kept its trajectories ({error}); give one"
             raise SettingError("start_from", folder, remedy) from None
-        pairs = [(said["prompt"], said["seed"]) for said in samples]
-        if len({*pairs}) < len(pairs) or not pairs:
-            raise SettingError("start_from", folder, "has none or several of a prompt and seed; give a run with one")
-        return dict(zip(pairs if len(pairs) > 1 else [None], found))
 
     def planned(self, variant, folder):
         """Return the settings of a `study.asked.Variant`, resolved for the model, with planned blocks for -cs auto.
 
         The plan is read from the folder, or made and stored there.
         """
-        if not variant.auto:
-            return variant.settings.resolve(self.model)
         settings, expected = variant.settings, self.command.experiment.expected_refinements
+        if not variant.auto:
+            return settings.resolve(self.model)
         about = {**asdict(settings), "seed": None, "expected": expected, **self.weights, "dtype": self.dtype}
         about |= {"device": str(self.device), "processes": self.processes.sharing}
         name = f"plan-{key.key(about)}.json"
-        plan = self.processes.broadcast(read_json(folder.path, name, PLAN))
-        usable = plan and 1 <= plan["blocks"] <= settings.fine_steps and plan["schedule"] in SCHEDULES
-        if not usable or plan["made_by"] != json.loads(json.dumps(about)):
+        stored = read_json(folder.path, name, PLAN)
+        plan = self.processes.broadcast(stored if stored and stored["made_by"] == about else None)
+        if not plan:
             sampler = self.sampler(settings)
-            with self._explaining(settings):
-                plan = make_plan(sampler, settings, expected)
+            plan = self._first_call(settings, lambda: make_plan(sampler, settings, expected))
             plan = self.processes.broadcast({"made_by": about, **plan})
             if self.processes.first:
                 folder.write(name, pack(plan))
@@ -129,27 +94,29 @@ class Bench:
 
     def tasks(self, settings):
         """Return the command's `study.key.Task`s, in its order: each of these settings for each prompt and seed."""
-        command, tasks, seed = self.command, [], settings[0].seed
-        for i, text in enumerate(self.texts):
-            # Without prompts, samples differ only by their noise.
-            rising = seed if self.model.family.prompted else (seed + i) % 2**64
-            for each in command.seeds or [rising]:
-                start = self.starts.get(None) or self.starts.get((text, each))
-                if self.starts and not start:
-                    remedy = f"has no sample of {in_one_line(text, 40)!r} with seed {each}; give a run that has it"
-                    raise SettingError("start_from", command.experiment.start_from, remedy)
-                for own in settings:
-                    if start:
-                        start.check(self.model.family.shape(own.height, own.width), self.model.name)
-                    sharing = self.processes.sharing if own.fixed_batch else 1  # it sets the size of a call
-                    made = made_by(text, each, own, start, command=command, model=self.model, weights=self.weights,
-                                   device=self.device.type, dtype=self.dtype, sharing=sharing)  # fmt: skip
-                    tasks.append(Task(text, each, own, start, made))
-        names = hashlib.sha256(" ".join(task.folder for task in tasks).encode()).hexdigest()
+        command, prompted, seed = self.command, self.model.family.prompted, settings[0].seed
+        # Without prompts, samples differ only by their noise.
+        seeds = lambda i: command.seeds or [seed if prompted else (seed + i) % 2**64]
+        pairs = [(text, each) for i, text in enumerate(self.texts) for each in seeds(i)]
+        tasks = [self._task(text, each, own) for text, each in pairs for own in settings]
+        names = key.key([task.folder for task in tasks])
         if self.processes.broadcast(names) != names:
             what = "other prompts, settings, weights or versions than the first"
             raise Failure(f"process {self.processes.rank} has {what}; start all alike", status=2)
         return tasks
+
+    def _task(self, text, seed, settings):
+        starts, model = self.starts, self.model
+        start = starts.get((text, seed)) if len(starts) != 1 else next(iter(starts.values()))  # one is for all samples
+        if starts and not start:
+            remedy = f"has no sample of {in_one_line(text, 40)!r} with seed {seed}; give a run that has it"
+            raise SettingError("start_from", self.command.experiment.start_from, remedy)
+        if start:
+            start.check(model.family.shape(settings.height, settings.width), model.name)
+        sharing = self.processes.sharing if settings.fixed_batch else 1  # it sets the size of a call
+        made = made_by(text, seed, settings, start, command=self.command, model=model, weights=self.weights,
+                       device=self.device.type, dtype=self.dtype, sharing=sharing)  # fmt: skip
+        return Task(text, seed, settings, start, made)
 
     @functools.cached_property
     def pipeline(self):
@@ -163,32 +130,21 @@ class Bench:
     @functools.cache  # noqa: B019
     def sampler(self, settings):
         """Return a `sampler.Sampler` with these settings."""
-        return Sampler(self.pipeline, settings, processes=self.processes)
+        return Sampler(self.pipeline, settings, processes=self.processes if self.processes.sharing > 1 else None)
 
     @functools.cache  # noqa: B019
     def warm(self, settings):
         """Return the sampler with these settings, warmed up. Raises Failure if the model cannot be run with them."""
         sampler = self.sampler(settings)
         warn_if_cut(settings.negative_prompt, sampler.ignored(settings.negative_prompt))
-        with self._explaining(settings):
-            sampler.warm_up()
+        self._first_call(settings, sampler.warm_up)
         return sampler
 
-    def sample(self, task, group):
-        """Make a sample, see `study.sampling.sample`. group: the tasks of its prompt and seed."""
+    def sample(self, task):
+        """Make a sample, see `study.sampling.sample`."""
         if task.settings in self.failures:
             raise self.failures[task.settings]
-        try:
-            sampler = self.warm(task.settings)
-        except Failure as failure:
-            self.failures[task.settings] = failure  # later samples with them fail at once
-            raise
-        if group is not self.group:
-            prompts = self.shared.prompts if self.shared and self.shared.text == task.text else {}
-            self.shared = Shared(task.text, task.seed, [self.sampler(each.settings) for each in group], prompts)
-            self.group = group
-        begin = functools.partial(self.processes.broadcast, task.folder) if self.processes.sharing > 1 else lambda: None
-        return sample(sampler, task, self.shared, begin, self.metrics)
+        return sample(self.warm(task.settings), task, self.shared(task.text, task.seed), self.metrics)
 
     def follow(self, tasks):
         """Share the ticks of each sample that the first process makes, until it dismisses the others."""
@@ -203,20 +159,41 @@ class Bench:
         if self.processes.sharing > 1:
             self.processes.broadcast(None)
 
-    def explain(self, task, error):
-        """Return why a sample failed, in one line. Raises an error that is a bug or stops a shared tick."""
-        message = explain(task.settings, self.command.loading, error)
-        message = message or (str(error) if type(error) is Failure else None)
-        if not message or (self.processes.sharing > 1 and not isinstance(error, FloatingPointError)):
-            raise error
-        return message
+    def _first_call(self, settings, call):
+        """Return what `call` returns, which is the first to run the network with some settings.
 
-    @contextlib.contextmanager
-    def _explaining(self, settings):
+        Raises Failure, which is kept, so that later samples with these settings fail at once.
+        """
         try:
-            yield
+            return call()
         except Exception as error:
-            if message := explain(settings, self.command.loading, error):
-                raise Failure(message) from error
             why = in_one_line(f"{type(error).__name__}: {error}")
-            raise ModelError(f"{self.model.name} cannot be run with its configs: {why}") from error
+            unknown = ModelError(f"{self.model.name} cannot be run with its configs: {why}")
+            self.failures[settings] = self._failure(settings, error) or unknown
+            raise self.failures[settings] from error
+
+    def explain(self, task, error):
+        """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""
+        failure = self._failure(task.settings, error)
+        # Processes that share lanes are still in step if a sample is not finite, but not after another error.
+        in_step = self.processes.sharing == 1 or isinstance(error, FloatingPointError)
+        if type(failure) is not Failure or not in_step:
+            raise failure or error
+        return str(failure)
+
+    def _failure(self, settings, error):
+        """Return a Failure that says what went wrong in the network or on the device, and a remedy; None for a bug."""
+        loading = self.command.loading
+        if isinstance(error, Failure):
+            return error
+        if isinstance(error, FloatingPointError):
+            if "float32" in str(error):
+                return Failure(f"{error}; try other settings, such as a lower --guidance-scale, or other weights")
+            return Failure(f"argument --dtype: {loading.dtype!r}: {error}; try --dtype float32 or bfloat16")
+        if out_of_memory(error):
+            remedies = ["a smaller --max-batch"] * (settings.max_batch != 1)
+            remedies += ["--offload"] * (self.device.type != "cpu" and not loading.offload)
+            return Failure(f"out of memory; try {' or '.join([*remedies, 'a smaller image'])}")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return Failure(f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out")
+        return None

@@ -1,11 +1,17 @@
-"""The terminal: output that survives a broken pipe, and libraries that print nothing."""
+"""The terminal: what it cannot show, and libraries that print nothing."""
 
-import contextlib
-import io
 import os
 import signal
 import sys
 import warnings
+
+
+def prepare_terminal():
+    """Have output escaped where the terminal cannot show it, and SIGTERM act as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # if closed
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def quiet_libraries():
@@ -22,45 +28,3 @@ def quiet_libraries():
         disable_progress_bars()
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()
-
-
-class Lasting:
-    """A stream whose pipe or disk may fail without ending the run; later output is lost."""
-
-    def __init__(self, stream):
-        self.stream = io.StringIO() if stream is None else stream  # it was closed before the start
-        if hasattr(stream, "reconfigure"):  # a prompt may have characters that the terminal cannot show
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
-
-    def write(self, text):
-        return self._lasting(self.stream.write, text)
-
-    def flush(self):
-        self._lasting(self.stream.flush)
-
-    def _lasting(self, call, *text):
-        try:
-            return call(*text)
-        except OSError:
-            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
-            return len("".join(text))
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def lasting_streams():
-    """A context in which standard output and error are `Lasting` streams, and SIGTERM acts as Ctrl-C."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(Lasting(sys.stdout)))
-        stack.enter_context(contextlib.redirect_stderr(Lasting(sys.stderr)))
-        with contextlib.suppress(ValueError):  # not in the main thread
-            before = signal.signal(signal.SIGTERM, interrupt)
-            stack.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
-        yield

@@ -24,11 +24,11 @@ PICTURES = (r"srds_(initialized|iteration_[0-9]+|final|filmstrip|ddim_gt|ddim_co
 IN_A_SAMPLE = re.compile(rf"{PICTURES}|trajectory\.safetensors|result\.json")
 AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json|plan-[0-9a-f]{{8}}\.json")
 PART = ".part-"  # the names of unfinished files and folders begin with this
-UNFINISHED = re.compile(r"\.part-[0-9a-f]{16}(-[0-9]+)?")
+UNFINISHED = re.compile(r"\.part-[0-9a-f]{16}")
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
 MOST_JSON = 64 * 2**20  # bytes
 
-METRICS = ("lpips", "clip", "clip_difference", "scene", "scene_difference")
+METRICS = ("clip", "clip_difference", "scene", "scene_difference")
 TRUTH = lambda value: isinstance(value, bool)
 TEXT = lambda value: isinstance(value, str)
 COUNT = lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
@@ -51,7 +51,7 @@ SAMPLE = {"made_by": lambda value: is_made_by(value), "result": RESULT, "files":
 ASKED = {"prompt": TEXT, "seed": COUNT, "folder": lambda name: TEXT(name) and bool(FILE.fullmatch(name)),
          "settings": MAPPING(lambda value: not isinstance(value, (dict, list))), "error": MAYBE(TEXT)}  # fmt: skip
 RUN = {
-    **dict.fromkeys("id begun command reproduce edited_defaults".split(), TEXT), "settings": MAPPING(TEXT),
+    **dict.fromkeys("begun command reproduce edited_defaults".split(), TEXT), "settings": MAPPING(TEXT),
     "environment": MAPPING(TEXT), "samples": [ASKED],
 }  # fmt: skip
 
@@ -170,39 +170,34 @@ class Folder:
         self.given, self.path = path, Path(os.path.realpath(path))
         self.samples, self.identities = self.path / "samples", None
 
-    def check(self):
-        """Raise SettingError unless the directory can be made and written to, and holds no conflicting files."""
-        place, problem = self.path, ""
-        while not os.path.lexists(place) and place != place.parent:
-            place = place.parent
-        try:
-            if os.path.islink(self.given) and not os.path.exists(self.given):
-                problem = "is a broken link"
-            elif any(len(os.fsencode(part)) > 255 for part in self.path.parts):
-                problem = "has a name that is too long"
-            elif not stat.S_ISDIR(place.stat().st_mode):
-                problem = "is not a directory"
-            elif not os.access(place, os.R_OK | os.W_OK | os.X_OK):
-                problem = "is not writable"
-            elif os.path.lexists(self.samples) and (self.samples.is_symlink() or not self.samples.is_dir()):
-                problem = "contains `samples`, which is not a folder"
-            elif place == self.path and not read_run(self.path):
-                there = [name for name in sorted(os.listdir(place)) if not name.startswith("plan-")]
-                ours = [name for name in there if AT_THE_TOP.fullmatch(name)]
-                problem = f"holds {ours[0]}, but no run.json of this program" if ours else ""
-        except OSError as error:
-            problem = f"cannot be used ({error.strerror})"
-        if problem:
-            raise SettingError("output_dir", self.given, f"{problem}; give another directory, existing or new")
-
     def open(self):
-        """Make the directory, and finish or remove what a killed command has left. Raises WriteError."""
-        with reporting(self.path):
-            self.samples.mkdir(parents=True, exist_ok=True)
-            self.identities = [os.lstat(place) for place in (self.path, self.samples)]
-            for part in [*self.samples.glob(f"{PART}*"), *self.path.glob(f"{PART}*")]:
-                if UNFINISHED.fullmatch(part.name):
-                    self._tidy(part)
+        """Make the directory, and finish or remove what a killed command has left.
+
+        Raises SettingError if it cannot be made or written to, or if it holds files with our names, but no run.json.
+        """
+        try:
+            problem = self._make()
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if problem:
+            remedy = f"cannot be used ({problem}); give another directory, existing or new"
+            raise SettingError("output_dir", self.given, remedy)
+        for part in [*self.samples.glob(f"{PART}*"), *self.path.glob(f"{PART}*")]:
+            if UNFINISHED.fullmatch(part.name):
+                self._tidy(part)
+
+    def _make(self):
+        """Make the directory and return what prevents its use, or ""."""
+        there = sorted(os.listdir(self.path)) if os.path.lexists(self.path) else []
+        ours = [name for name in there if AT_THE_TOP.fullmatch(name) and not name.startswith("plan-")]
+        if ours and not read_run(self.path):
+            return f"it holds {ours[0]}, but no run.json of this program"
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.identities = [os.lstat(place) for place in (self.path, self.samples)]
+        if not stat.S_ISDIR(self.identities[1].st_mode):
+            return "its `samples` is a link"
+        writable = all(os.access(place, os.W_OK | os.X_OK) for place in (self.path, self.samples))
+        return "" if writable else "it is not writable"
 
     def _tidy(self, part, place=None, stale=STALE):
         """Put a complete folder in its place, if that is free; else remove it if it is `stale` seconds old.
@@ -220,11 +215,10 @@ class Folder:
                         os.rename(part / file, place / file)
                 discard(part)
 
-    def names(self):
-        """Return the names of everything in `samples`."""
-        with contextlib.suppress(OSError):
-            return sorted(os.listdir(self.samples))
-        return []
+    def by_stem(self):
+        """Return the names in `samples`, lists by what comes before the key."""
+        names, stem = os.listdir(self.samples), lambda name: name[:-9]
+        return {before: [*some] for before, some in itertools.groupby(sorted(names, key=stem), stem)}
 
     def read(self, name):
         """Return the record of the sample in a folder, see `read_sample`; None if it is not complete."""
@@ -245,37 +239,31 @@ class Folder:
         If a complete one is there, it stays and the new one is dropped; with `again`, the new one replaces it. Other
         files in a folder that is replaced are kept.
         """
+        part, replaced = self.samples / f"{PART}{secrets.token_hex(8)}", []
         with reporting(self.samples / name):
             self._check_place()
-            part = self.samples / f"{PART}{secrets.token_hex(8)}"
             os.mkdir(part)
             try:
                 for file, data in files.items():
                     create(part / file, data)
                 sync(part)
-                self._place(part, self.samples / name, again)
+                while os.path.lexists(part):  # another command may find it complete, and put it in its place
+                    try:
+                        os.rename(part, self.samples / name)
+                    except OSError as error:
+                        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                            raise
+                        if self.read(name) and not again:
+                            break
+                        replaced.append(self.samples / f"{PART}{secrets.token_hex(8)}")
+                        with contextlib.suppress(FileNotFoundError):  # another command may replace it too
+                            os.rename(self.samples / name, replaced[-1])
                 sync(self.samples)
+                self._check_place()
             finally:
                 discard(part)
-                for aside in self.samples.glob(f"{part.name}-*"):  # what was in its place
-                    self._tidy(aside, self.samples / name, stale=0)
-
-    def _place(self, part, place, again):
-        for i in itertools.count():
-            try:
-                return os.rename(part, place)
-            except FileNotFoundError:
-                self._check_place()
-                if os.path.lexists(part):
-                    raise
-                return  # another command has found it complete, and put it there
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            if self.read(place.name) and not again:
-                return
-            with contextlib.suppress(FileNotFoundError):  # another command may replace it too
-                os.rename(place, part.with_name(f"{part.name}-{i}"))
+                for old in replaced:
+                    self._tidy(old, self.samples / name, stale=0)
 
     def write(self, name, data):
         """Write a file at the top level, replacing an earlier one as a whole. Raises WriteError."""

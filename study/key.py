@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ["srds.py", "collocation.py", "diffusion.py", "refinement.py", "sampler.py", "study/sampling.py"]
 CODE += [f"models/{name}.py" for name in ("adapters", "checks", "families", "loading", "scenes")]
 CODE += ["study/metrics.py", "study/processes.py"]
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image", "torchmetrics")
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image")
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 
 

@@ -1,91 +1,51 @@
-"""Further measures of images: LPIPS and the CLIP score by torchmetrics, and the content of the demo's scenes.
+"""Further measures of images: the CLIP score, and the content of the demo's scenes.
 
 A score comes with its difference to the score of the ground truth, as scores vary more between prompts.
 """
 
-import warnings
-
 import torch
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
 from models import scenes
 from settings import SettingError, in_one_line
 
-CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default
-WANTED = {
-    "lpips": "torchvision, in the version for the installed torch, and AlexNet's weights, which it downloads",
-    "clip": f"the weights of {CLIP}, from the hub or its cache",
-}
+CLIP = "openai/clip-vit-large-patch14"
 
 
 class Metrics:
-    """Measures by name: "lpips" (Zhang et al., 2018, AlexNet), "clip" (Hessel et al., 2021), "scene".
+    """Scores of how well an image shows its prompt: "clip" (Hessel et al., 2021), "scene".
 
-    Their networks stay on the CPU, so that the reported memory of the sampler's device is the sampler's alone. Raises
+    CLIP stays on the CPU, so that the reported memory of the sampler's device is the sampler's alone. Raises
     SettingError for weights that cannot be loaded.
     """
 
     def __init__(self, names):
-        self.names, self.networks = names, {}
-        for name in set(names) & WANTED.keys():
+        self.scores = {name: {"clip": self.clip, "scene": scene}[name] for name in names}
+        if "clip" in names:
             try:
-                self.networks[name] = {"lpips": lpips, "clip": clip}[name]()
-            except (ImportError, OSError, RuntimeError) as error:
+                self.model, self.processor = CLIPModel.from_pretrained(CLIP), CLIPProcessor.from_pretrained(CLIP)
+            except OSError as error:
                 why = in_one_line(error).split(". ")[0]
-                raise SettingError("metrics", name, f"needs {WANTED[name]} ({why}); leave it out") from error
+                raise SettingError("metrics", "clip", f"needs the weights of {CLIP} ({why}); leave it out") from error
 
     def measure(self, image, truth, text):
-        """Return an image's measures by column; None for one that does not apply.
+        """Return the scores of an image and their differences to the truth's, by column; None if one does not apply.
 
         image: uint8 (height, width, 3). truth: the ground truth's image, or None. text: the prompt.
         """
         found = {}
-        for name in self.names:
-            if name == "lpips":
-                found[name] = self._lpips(image, truth)
-                continue
-            score = {"clip": self._clip, "scene": scene}[name]
+        for name, score in self.scores.items():
             found[name] = score(image, text)
-            known = truth is not None and found[name] is not None
-            found[f"{name}_difference"] = found[name] - score(truth, text) if known else None
+            compared = truth is not None and found[name] is not None
+            found[f"{name}_difference"] = found[name] - score(truth, text) if compared else None
         return found
 
-    def _lpips(self, image, truth):
-        with torch.no_grad():
-            return float(self.networks["lpips"](_tensor(image)[None] / 255, _tensor(truth)[None] / 255))
-
-    def _clip(self, image, text):
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the part of a long prompt that CLIP cannot read
-            return float(self.networks["clip"](_tensor(image), text))
-
-
-def _tensor(image):
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)
-
-
-def lpips():
-    return LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
-
-
-def clip():
-    return CLIPScore(lambda: (Features(CLIPModel.from_pretrained(CLIP)), CLIPProcessor.from_pretrained(CLIP)))
-
-
-class Features(torch.nn.Module):
-    """A CLIP model whose features are tensors, which torchmetrics expects and transformers no longer returns."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model.eval(), model.config
-
-    def get_image_features(self, pixels):
-        return self.model.get_image_features(pixels).pooler_output
-
-    def get_text_features(self, ids, mask):
-        return self.model.get_text_features(ids, mask).pooler_output
+    @torch.no_grad()
+    def clip(self, image, text):
+        """Return 100 times the cosine of image and prompt, cut to what CLIP reads; 0 if it is negative."""
+        inputs = self.processor(text=text, images=image, return_tensors="pt", truncation=True)
+        found = self.model(**inputs)
+        return max(0.0, 100 * float(torch.cosine_similarity(found.text_embeds, found.image_embeds)))
 
 
 def scene(image, text):

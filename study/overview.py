@@ -1,11 +1,10 @@
 """The overview of a command's samples: printed lines, `run.json`, and the pictures, table and page."""
 
 import io
+import itertools
 import json
-import secrets
 import shlex
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -17,13 +16,11 @@ from tqdm import tqdm
 import settings as table
 import utils
 from models.loading import MIRRORS
-from settings import Failure, SettingError, edited_defaults, flag_of, in_one_line
-from study.folder import WriteError, load_samples, pack, read_file, read_run
+from settings import Failure, edited_defaults, flag_of, in_one_line
+from study.folder import WriteError, load_samples, pack, read_file
 from study.key import first_difference, stem
 from study.report import page
 from study.results import results_table, summary
-
-PATIENCE = 60  # seconds in which a network file system shows what another machine has written
 
 
 def edited():
@@ -52,43 +49,37 @@ class Overview:
         self._introduce(len(distinct) - len(left), [] if again else left)
         if left:
             self.bench.warm(left[0].settings)
-        self.run = self.processes.broadcast(self._about())
+        self.run = self._about()
         if here:
             self._write_run()
-        elif self.processes.parallel == "samples":
-            self._check_shared()
         names = utils.names_of([task.made_by for task in self.tasks], 60)
         self.names = {task.folder: (1 + i, names[i]) for i, task in reversed([*enumerate(self.tasks)])}
-        groups = {}
-        for task in left:
-            groups.setdefault((task.text, task.seed), []).append(task)
         layout = "samples: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
         self.bar = tqdm(total=len(left), bar_format=layout, disable=None if here else True)
-        return [*groups.values()]
+        return [[*group] for _, group in itertools.groupby(left, lambda task: (task.text, task.seed))]
 
     def _introduce(self, there, made_anew):
         """Print what will run; `there` counts the samples that are reused, `made_anew` has the other tasks."""
         command, bench, made = self.command, self.bench, self.tasks[0].made_by
-        for line in (*[f"edited defaults: {edited()}"] * bool(edited()), *command.notes):
-            print(line)
+        if edited():
+            print(f"edited defaults: {edited()}")
         if bench.model.name == MIRRORS.get(command.loading.model):
             print(f"{command.loading.model} was withdrawn from the hub; using its mirror {bench.model.name}")
+        for note in command.notes:
+            print(note)
         words = [made["method"], made["solver"], f"N = {made['fine_steps']}"]
         if made["method"] == "srds":
             words += [f"B = {made['coarse_steps']}", made["correction"], made["schedule"]]
-        words += [f"tolerance {made['tolerance']:g}"]
         place = f"on {in_one_line(command.loading.model)} ({bench.device}, {bench.dtype})"
         swept = ", ".join(":".join(axis[0]) for axis in command.axes)
         varied = f"; sweep of {swept}: {len(command.variants)} settings" if swept else ""
-        print(f"{', '.join(words)} {place}{varied}")
+        print(f"{', '.join(words)}, tolerance {made['tolerance']:g} {place}{varied}")
         if not bench.model.family.prompted and len(command.texts) > 1:
             print(f"{in_one_line(bench.model.name)} reads no prompts: seeds rise from {made['seed']}, one a line")
         if there:
             print(f"{there} of {len(self.tasks)} samples are there already")
-        alike = {}
-        for name in self.folder.names():
-            alike.setdefault(name[:-9], []).append(name)
-        reasons = Counter(self._other(task, alike.get(stem(task.text, task.seed), ())) for task in made_anew)
+        alike = self.folder.by_stem()
+        reasons = Counter(self._other(task, alike.get(stem(task.text, task.seed), [])) for task in made_anew)
         for reason, count in reasons.items():
             if reason:
                 print(f"{count} of {len(self.tasks)} samples must be made again: those in the directory have {reason}")
@@ -109,9 +100,8 @@ class Overview:
         values |= asdict(command.loading) | asdict(command.experiment)
         versions = {name.split()[2]: value for name, value in first.made_by.items() if name.startswith("version of ")}
         return {
-            "id": secrets.token_hex(8), "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+            "begun": datetime.now(UTC).isoformat(timespec="seconds"), "edited_defaults": edited(),
             "command": shlex.join(["python", "main.py", *command.argv]), "reproduce": self._reproduce(),
-            "edited_defaults": edited(),
             "settings": {name: in_one_line(value, 1000) for name, value in values.items()},
             "environment": {"model": bench.model.title, "device": str(bench.device), "dtype": bench.dtype,
                             "processes": str(bench.processes.size), "python": sys.version.split()[0], **versions},
@@ -120,21 +110,19 @@ class Overview:
     def _reproduce(self):
         """Return a command line that makes the same samples with the shipped defaults: all other values are flags."""
         command, shipped = self.command, json.loads(table.SHIPPED_DEFAULTS.read_text())
-        swept, words = {name for axis in command.axes for name in axis[0]}, ["python", "main.py"]
-        resolved, varied = asdict(self.tasks[0].settings), [asdict(task.settings) for task in self.tasks]
+        swept = {name for axis in command.axes for name in axis[0]}
         fixed = ["coarse_steps", *["schedule"] * command.variants[0].auto]
         fixed += ["guidance_scale"] * ("DEMO_GUIDANCE_SCALE" in edited_defaults())
-        fixed = [name for name in fixed if all(each[name] == resolved[name] for each in varied)]
-        for kind in table.TABLES:
-            for each in fields(kind):
-                usual = shipped.get(each.name.upper(), each.default)
-                value = command.given.get(each.name, each.default)
-                if each.name in fixed:
-                    value = resolved[each.name]
-                if each.name in swept or value == usual or (each.name == "seed" and command.seeds):
-                    continue
-                for one in value if isinstance(value, tuple) else [value]:
-                    words += [flag_of(each)] if one is True else [f"{flag_of(each)}={one}"]
+        settings = [asdict(task.settings) for task in self.tasks]
+        resolved = {name: settings[0][name] for name in fixed if len({each[name] for each in settings}) == 1}
+        words = ["python", "main.py"]
+        for each in itertools.chain(*map(fields, table.TABLES)):
+            value = {**command.given, **resolved}.get(each.name, each.default)
+            unwanted = each.name in swept or (each.name == "seed" and command.seeds)
+            if unwanted or value == shipped.get(each.name.upper(), each.default):
+                continue
+            for one in value if isinstance(value, tuple) else [value]:
+                words += [flag_of(each)] if one is True else [f"{flag_of(each)}={one}"]
         return shlex.join(words)
 
     def _write_run(self):
@@ -143,15 +131,6 @@ class Overview:
                     "error": self.errors.get(task.folder)} for task in self.tasks]  # fmt: skip
         self.folder.write("run.json", pack({**self.run, "samples": samples}))
         return {**self.run, "samples": samples}
-
-    def _check_shared(self):
-        """Raise SettingError unless this process sees what the first one has written."""
-        limit = time.monotonic() + PATIENCE
-        while (read_run(self.folder.path) or {"id": None})["id"] != self.run["id"]:
-            if time.monotonic() > limit:
-                remedy = "is not shared by all machines; give a directory that is, or --parallel lanes"
-                raise SettingError("output_dir", self.command.experiment.output_dir, remedy)
-            time.sleep(0.2)
 
     # While sampling
 
@@ -186,8 +165,32 @@ class Overview:
         self.errors = {name: in_one_line(error, 1000) for name, error in said.items() if error}
         run = self._write_run()
         samples = load_samples(self.folder.path, run)
-        show_samples(self.folder, run, samples, self.command.experiment.no_report)
+        self.folder.show(self._shown(run, samples))
+        self.folder.write("run.json", pack(run))  # once more, as another command may have written its own meanwhile
         print(summary(samples))
+
+    def _shown(self, run, samples):
+        """Return the pictures, the table and the page that show samples: bytes by name."""
+        records = [record for _, record in samples if record]
+        folders = {id(record): said["folder"] for said, record in samples if record}
+
+        def image_of(record, name):
+            place = f"samples/{folders[id(record)]}/{name}.png"
+            try:
+                image = Image.open(io.BytesIO(read_file(self.folder.path, place)))
+                if image.size != (record["made_by"]["width"], record["made_by"]["height"]):
+                    raise ValueError(f"its size is {image.size}")
+                return np.asarray(image.convert("RGB"))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                remedy = "remove its folder and run the command again"
+                raise WriteError(f"{self.folder.path / place} cannot be read; {remedy}") from error
+
+        settings = {str({**record["made_by"], "prompt": None, "seed": None, "start": None}) for record in records}
+        files = utils.pictures(records, image_of, alike=len(settings) == 1) if records else {}
+        files["results.csv"] = results_table(samples).encode(errors="backslashreplace")
+        if not self.command.experiment.no_report:
+            files["report.html"] = page([(run, samples, "")]).encode(errors="backslashreplace")
+        return files
 
     def check(self):
         """Raise Failure if a sample failed."""
@@ -195,29 +198,3 @@ class Overview:
             first = next(task for task in self.tasks if task.folder in self.errors)
             what = f"{sum(task.folder in self.errors for task in self.tasks)} of {len(self.tasks)} samples failed"
             raise Failure(f"{what}; the first, of {in_one_line(first.text, 40)!r}: {self.errors[first.folder]}")
-
-
-def show_samples(folder, run, samples, no_report=False):
-    """Write the pictures, the table and the page that show samples, and remove those of an earlier command."""
-    files, records = {}, [record for _, record in samples if record]
-    folders = {id(record): said["folder"] for said, record in samples if record}
-
-    def image_of(record, name):
-        place = f"samples/{folders[id(record)]}/{name}.png"
-        try:
-            image = Image.open(io.BytesIO(read_file(folder.path, place)))
-            if image.size != (record["made_by"]["width"], record["made_by"]["height"]):
-                raise ValueError(f"its size is {image.size}")
-            return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            remedy = "remove its folder and run the command again"
-            raise WriteError(f"{folder.path / place} cannot be read; {remedy}") from error
-
-    if records:
-        settings = {str({**record["made_by"], "prompt": None, "seed": None, "start": None}) for record in records}
-        files = utils.pictures(records, image_of, alike=len(settings) == 1)
-    files["results.csv"] = results_table(samples).encode(errors="backslashreplace")
-    if not no_report:
-        files["report.html"] = page([(run, samples, "")]).encode(errors="backslashreplace")
-    folder.show(files)
-    folder.write("run.json", pack(run))  # once more, as another command may have written its own meanwhile

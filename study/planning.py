@@ -1,5 +1,6 @@
 """The plan for `-cs auto`: the blocks and the schedule with the least predicted time on this device."""
 
+import itertools
 import math
 import time
 
@@ -19,28 +20,24 @@ def make_plan(sampler, settings, expected):
     Returns a dict with "blocks", "schedule", the "refinements" planned for, the predicted seconds for a sample by
     "srds" and by "sequential" sampling, and the measured "calls": seconds by number of lanes.
     """
-    N = settings.fine_steps
+    N, bound = settings.fine_steps, settings.max_iterations
     # Fewer blocks than these converge badly; more only widen the ticks.
     candidates = {min(N, max(1, round(factor * math.sqrt(N)))) for factor in (0.7, 1, 1.4, 2)}
     calls, decoding = measure_calls(sampler, max(candidates))
     plans = []
-    for B in candidates:
-        bound = settings.max_iterations
+    for B, schedule in itertools.product(candidates, [settings.schedule] if settings.schedule else SCHEDULES):
         refinements = min(B if settings.tolerance == 0 else expected, bound or B, B)
-        for schedule in [settings.schedule] if settings.schedule else SCHEDULES:
-            seconds = predict_seconds(calls, decoding, N, B, schedule, refinements, bound)
-            plans.append((seconds, B, schedule, refinements))
-    seconds, B, schedule, refinements = min(plans)
-    plan = {"blocks": B, "schedule": schedule, "refinements": refinements, "srds": seconds}
+        seconds = predict_seconds(calls, decoding, N, B, schedule, refinements, bound)
+        plans.append({"srds": seconds, "blocks": B, "schedule": schedule, "refinements": refinements})
+    plan = min(plans, key=lambda plan: [*plan.values()])
     return {**plan, "sequential": N * calls[1] + decoding, "calls": calls}
 
 
 def describe_plan(plan):
     """Return a plan in one line."""
-    slower = plan["srds"] >= plan["sequential"]
-    verdict = "; sequential sampling is faster on this device" if slower else ""
     costs = f"about {plan['srds']:.2f} s a sample for {plan['refinements']} refinements"
-    return f"plan: {plan['blocks']} blocks, {plan['schedule']}: {costs}, sequential {plan['sequential']:.2f} s{verdict}"
+    slower = "; sequential sampling is faster on this device" if plan["srds"] >= plan["sequential"] else ""
+    return f"plan: {plan['blocks']} blocks, {plan['schedule']}: {costs}, sequential {plan['sequential']:.2f} s{slower}"
 
 
 def measure_calls(sampler, widest):
@@ -48,8 +45,8 @@ def measure_calls(sampler, widest):
     denoise, x = sampler.processes.split(sampler.denoiser("")), sampler.noise()
 
     def seconds(call, *inputs):
-        call(*inputs)
-        return float(np.median([clock(call, x.device, *inputs) for _ in range(5)]))
+        _, *measured = [clock(call, x.device, *inputs) for _ in range(6)]  # the first call is slower
+        return float(np.median(measured))
 
     lanes = sorted({widest, *(L for i in range(12) for L in (2**i, 3 * 2**i) if L < widest)})
     calls = {L: seconds(denoise, x.expand(L, -1, -1, -1), torch.zeros(L, dtype=int)) for L in lanes}
@@ -58,11 +55,7 @@ def measure_calls(sampler, widest):
 
 def clock(call, device, *inputs):
     """Return the seconds of a call until the device has finished."""
-
-    def wait():
-        if torch.device(device).type != "cpu":
-            torch.accelerator.synchronize()
-
+    wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
     wait()
     started = time.perf_counter()
     call(*inputs)
@@ -84,10 +77,7 @@ def tick_widths(N, B, schedule, refinements, bound=None):
         widths.append(len(x))
         return x
 
-    def step(x, m, start, end, past):
-        return x, past
-
-    for iterate in srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B), schedule, bound):
-        if iterate.k >= refinements:
-            break
+    step = lambda x, m, start, end, past: (x, past)
+    iterates = srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B), schedule, bound)
+    next((iterate for iterate in iterates if iterate.k == refinements), None)  # there is none if k = 0 is exact
     return widths

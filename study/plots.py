@@ -1,86 +1,73 @@
 """The page's plots: differences to the sequential image against cost, and against the settings that vary."""
 
 import io
-import warnings
 
 import matplotlib
-import numpy as np
+import pandas as pd
+from cycler import cycler
 from matplotlib.figure import Figure
 
-from study.results import setting_of
+from study.results import SETTINGS, last_rows, settings_of
 from utils import mean_points
 
-MARKERS = "osD^v<>pX*"
+# Lines can be distinguished without colours.
+LOOKS = cycler(color=["0", "0.3", "0.6"] * 10, linestyle=["-", "--", ":"] * 10, marker=[*"osD^v<>pX*"] * 3)
 
 
 def plots(rows, names):
     """Return pairs of a plot's caption and the plot as SVG.
 
-    One plot has differences against the cost of refinements, a line for each setting; and for each of `names` with
-    three numbers or more, one has the last refinements against it.
+    One plot has differences against the cost of refinements, a line for each setting; and for each setting in `names`
+    with three numbers or more, one has the last refinements against it.
     """
-    known = [row for row in rows if row["difference"] is not None]
-    numbers = {name: {row[name] for row in known if is_number(row[name])} for name in names}
-    style = {"svg.fonttype": "none", "svg.hashsalt": "srds", "svg.id": None}
-    with warnings.catch_warnings(), matplotlib.rc_context(style):
-        warnings.simplefilter("ignore")  # about letters that matplotlib's font lacks; the browser's has them
-        first = [against_cost(known, names)] if known else []
-        return [*first, *(against_setting(known, name, names) for name in names if len(numbers[name]) > 2)]
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    known = rows[rows["difference"].notna()]
+    numbers = known[[name for name in names if name in SETTINGS]].apply(pd.to_numeric, errors="coerce")
+    swept = [values for _, values in numbers.items() if values.nunique() > 2]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "axes.prop_cycle": LOOKS}):
+        first = [against_cost(known, names)] if len(known) else []
+        return first + [against_setting(last_rows(known), values, names) for values in swept]
 
 
 def against_cost(rows, names):
     """Return caption and plot: means over samples, a point for each refinement."""
 
-    def draw(axes, across, part, look):
-        samples = {}
-        for row in part:
-            samples.setdefault((row["run"], row["folder"]), []).append((row[across], row["difference"]))
-        axes.plot(*mean_points(list(samples.values())).T, **look)
+    def draw(axes, across, part, label):
+        samples = [each[[across, "difference"]].values.tolist() for _, each in part.groupby(["run", "folder"])]
+        axes.plot(*mean_points(samples).T, label=label)
         axes.set_xlabel(across.replace("_", " "))
 
     svg = two_plots(rows, names, ("serial_evaluations", "seconds"), draw, sharey=True)
     return "Each refinement against its cost; means over samples.", svg
 
 
-def against_setting(rows, name, names):
-    """Return caption and plot: means over samples of last refinements, and bars from least to most."""
-    rows = [row for row in rows if row["final"] and is_number(row[name])]
-    values = sorted({row[name] for row in rows})
+def against_setting(rows, values, names):
+    """Return caption and plot: means over samples of last refinements, and bars from least to most.
 
-    def draw(axes, column, part, look):
-        own = sorted({row[name] for row in part})
-        samples = [[row[column] for row in part if row[name] == value] for value in own]
-        means = np.array([np.mean(each) for each in samples])
-        bars = means - [min(each) for each in samples], [max(each) for each in samples] - means
-        axes.errorbar(own, means, yerr=np.maximum(bars, 0), capsize=3, **look)  # equals differ by rounding
-        if values[0] > 0 and values[-1] > 5 * values[0]:
-            axes.set_xscale("log")
-        if len(values) < 10:
-            axes.set_xticks(values, [f"{value:g}" for value in values])
-            axes.minorticks_off()
-        axes.set_xlabel(name.replace("_", " "))
-        axes.set_ylabel(column.replace("_", " "))
+    values: the setting's numbers, a Series; NaN for a value that is none.
+    """
+    ticks, words = sorted(values.dropna().unique()), values.name.replace("_", " ")
 
-    svg = two_plots(rows, [other for other in names if other != name], ("difference", "serial_evaluations"), draw)
-    return f"Last refinements against {name.replace('_', ' ')}; means over samples, bars from least to most.", svg
+    def draw(axes, column, part, label):
+        found = part.groupby(values)[column].agg(["mean", "min", "max"])
+        axes.plot(found["mean"], label=label)
+        axes.vlines(found.index, found["min"], found["max"], "0.6")
+        axes.set_xscale("log" if ticks[0] > 0 else "linear")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel=words, ylabel=column.replace("_", " "))
+
+    svg = two_plots(rows, [name for name in names if name != values.name], ("difference", "serial_evaluations"), draw)
+    return f"Last refinements against {words}; means over samples, bars from least to most.", svg
 
 
 def two_plots(rows, names, columns, draw, **how):
-    """Return the SVG of two plots side by side; draw(axes, column, rows, look) draws the line of a setting."""
-    lines = {}
-    for row in rows:
-        lines.setdefault(setting_of(row, names), []).append(row)
+    """Return the SVG of two plots side by side; draw(axes, column, rows, label) draws the line of a setting."""
+    lines = rows.groupby(settings_of(rows, names), sort=False)
     figure = Figure(figsize=(10, 3.6 + 0.25 * -(-len(lines) // 3)), layout="constrained")
     for axes, column in zip(figure.subplots(1, 2, **how), columns):
         axes.grid(True, color="0.9")
-        for i, (name, part) in enumerate(lines.items()):  # lines can be distinguished without colours
-            look = {"color": str(0.6 * i / max(len(lines) - 1, 1)), "linestyle": ("-", "--", ":")[i % 3]}
-            label = " " + name.replace("$", r"\$")  # not a formula, nor a name that a legend would omit
-            draw(axes, column, part, {**look, "marker": MARKERS[i % 10], "label": label})
+        for label, part in lines:
+            draw(axes, column, part, label.replace("$", r"\$"))  # not a formula
     figure.axes[0].set_ylabel("difference, grey levels of 255")
     figure.axes[0].set_yscale("symlog", linthresh=0.01)
     if len(lines) > 1:

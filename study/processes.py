@@ -30,15 +30,8 @@ class Processes:
 
     def __init__(self):
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        try:
-            launched = all(name in os.environ for name in names)  # some clusters set one or two of them
-            found = [int(os.environ[name]) for name in names] if launched else [0, 1, 0]
-        except ValueError:
-            found = [-1, 0, 0]
-        self.rank, self.size, self.local_rank = found
-        if not 0 <= self.rank < self.size or self.local_rank < 0:
-            said = ", ".join(f"{name}={os.environ[name][:20]!r}" for name in names)
-            raise Failure(f"a launch cannot have {said}; launch with torchrun, or unset these variables", 2)
+        launched = all(name in os.environ for name in names)  # some clusters set one or two of them
+        self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched else (0, 1, 0)
         # accelerate sets these if it was asked for several processes but found fewer than two GPUs.
         if not launched and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
             raise Failure("accelerate launch has started one process, not several; add --multi_gpu, or use torchrun", 2)
@@ -60,8 +53,7 @@ class Processes:
                 raise SettingError("device", str(device), remedy)
             device = torch.device(device.type, self.local_rank)
         try:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self.store = PrefixStore(f"srds/{attempt}", next(rendezvous("env://"))[0])
+            self.store = PrefixStore("srds", next(rendezvous("env://"))[0])
             self.store.set_timeout(ENDLESS)
             self.state = PartialState(cpu=device.type == "cpu", timeout=ENDLESS)
         except (RuntimeError, ValueError) as error:
@@ -88,18 +80,11 @@ class Processes:
 
     def broadcast(self, value=None):
         """Return the first process's value, anything that JSON can hold; those of the others are ignored."""
-        if self.size == 1:
-            return value
         self.messages += 1
         name = f"message/{self.messages}"
         if self.first:
             self.store.set(name, json.dumps(value))
-            return value
         return json.loads(self.store.get(name))
-
-    def agree(self, value):
-        """Return the first process's value if lanes are shared, as in `broadcast`; else this process's own."""
-        return value if self.sharing == 1 else self.broadcast(value)
 
     def count(self, name, by=1):
         """Add to a counter that all processes share, and return its value."""
@@ -119,9 +104,7 @@ class Processes:
         return self.store.get(name).decode() if self.store.check([name]) else None
 
     def split(self, denoise):
-        """Return `denoise` with the lanes of a call shared out evenly, if they are shared; all get all outputs."""
-        if self.sharing == 1:
-            return denoise
+        """Return `denoise` with the lanes of a call shared out evenly; all processes get all outputs."""
 
         def together(x, n):
             most = -(-len(x) // self.size)
@@ -135,10 +118,7 @@ class Processes:
         return together
 
     def in_step(self, iterates):
-        """Yield the iterates, as many in every process that shares lanes as in the first before it leaves its loop."""
-        if self.sharing == 1:
-            yield from iterates
-            return
+        """Yield the iterates, as many in every process as in the first before it leaves its loop."""
         for iterate in iterates:
             try:
                 yield iterate

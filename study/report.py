@@ -8,90 +8,56 @@ import base64
 import os
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 import jinja2
+import pandas as pd
 
 import utils
 from settings import Failure, in_one_line
 from study.folder import METRICS, load_samples, read_file, read_run, read_sample, replace_file
 from study.plots import plots
-from study.results import MEASURED, by_setting, results_rows, setting_of, varied
+from study.results import MADE_ON, MEASURED, by_setting, last_rows, results_rows, settings_of, varied
 
 MARK = b"<!-- made by srds -->"
 
 
-def page(runs, embed=None):
+def page(runs):
     """Return the HTML of runs: for each, its `run.json`, its samples, see `study.results`, and the path of its folder.
 
-    The path is relative to the page or absolute, "" for the page's own folder. embed: a function from a run's folder
-    and a file's name to the file's bytes, which are then embedded in the page; None to link images.
+    Images in that folder are embedded; those of a run whose path is "" are linked, for a page in the run's own folder.
     """
-    names = [f"run {i + 1}" if len(runs) > 1 else "" for i in range(len(runs))]
-    rows = [{"run": name, **row} for (_, samples, _), name in zip(runs, names) for row in results_rows(samples)]
-    differing = [*["run"] * (len(runs) > 1), *varied(rows)] if rows else []
-    columns = dict.fromkeys(["run", "prompt", "seed", *differing, *MEASURED, *METRICS, "model", "device", "dtype"])
-    shown = [name for name in columns if any(row.get(name) not in (None, "", False) for row in rows)]
-    how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    tables = [results_rows(samples).assign(run=1 + i) for i, (_, samples, _) in enumerate(runs)]
+    rows = pd.concat(tables, ignore_index=True)
+    differing = [*["run"] * (len(runs) > 1), *varied(rows)]
+    rows["setting"] = settings_of(rows, differing)
+    last = last_rows(rows).assign(
+        record=[record for _, samples, _ in runs for _, record in samples],
+        root=[root for _, samples, root in runs for _ in samples],
+    )
+    columns = dict.fromkeys(["run"] * (len(runs) > 1) + ["prompt", "seed", *differing, *MEASURED, *METRICS, *MADE_ON])
+    shown = [name for name in columns if name in rows and rows[name].fillna(0).astype(bool).any()]
+    how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "finalize": _plain}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
-    environment.filters["cell"] = _cell
-    count, missing = len({(row["run"], row["folder"]) for row in rows}), sum(bool(row["error"]) for row in rows)
-    made = rows[0] if rows else {}
-    title = f"{made.get('method')}, N = {made.get('fine_steps')}" if len(runs) == 1 else f"{len(runs)} runs"
-    swept = [name.replace("_", " ") for name in differing if name != "run"]
     return environment.get_template("report.html.jinja").render(
-        title=f"{title}: {count} samples" + (f", varied: {', '.join(swept)}" if swept else ""),
-        summary=f"{missing} of {count} samples failed or are missing." if missing else "All samples are there.",
-        runs=[{**run, "name": name, **{each: in_one_line(run[each], 10**6) for each in ("command", "reproduce")}}
-              for (run, _, _), name in zip(runs, names)],
-        settings=[(name, [run["settings"].get(name, "") for run, _, _ in runs]) for name in runs[0][0]["settings"]],
-        plots=plots(rows, differing), means=by_setting(rows, differing) if count > 1 else None, columns=shown,
-        rows=[{name: _plain(row.get(name)) for name in shown} for row in rows],
-        samples=_samples(runs, names, differing, embed),
+        runs=[run for run, _, _ in runs], count=len(last), failed=last["error"].count(),
+        varied=[name for name in differing if name != "run"], plots=plots(rows, differing),
+        means=by_setting(last, differing).reset_index(names="setting"), rows=rows[shown],
+        groups=[(*key, part.to_dict("records")) for key, part in last.groupby(["prompt", "seed"], sort=False)],
+        source=_source, facts=utils.facts,
     )  # fmt: skip
 
 
-def _samples(runs, names, differing, embed):
-    """Return the images of all runs and settings, grouped by prompt and seed."""
-    samples = {}
-    for (_, pairs, place), run in zip(runs, names):
-        for said, record in pairs:
-            title = f"{in_one_line(said['prompt'], 300) or '(no prompt)'}, seed {said['seed']}"
-            sample = samples.setdefault(title, {"name": title, "errors": [], "strips": []})
-            (row, *_) = results_rows([(said, record)])
-            name = setting_of({"run": run, **row}, differing)
-            if record is None:
-                sample["errors"].append(f"{name}: {row['error']}" if name else row["error"])
-            elif all(strip["name"] != name for strip in sample["strips"]):
-                sample["strips"].append({"name": name, "images": _images(said, record, place, embed)})
-    return samples.values()
-
-
-def _images(said, record, place, embed):
-    """Return a sample's images, in order, with their captions."""
-    result, made = record["result"], record["made_by"]
-    stages = [(f"k = {entry['k']}", f"srds_iteration_{entry['k']}" if entry["k"] else "srds_initialized",
-               utils.facts(entry)) for entry in result["refinements"]]  # fmt: skip
-    stages += [("ground truth", "srds_ddim_gt", [])] if result["errors"] is not None else []
-    images = []
-    for title, name, facts in stages:
-        path = f"samples/{said['folder']}/{name}.png"
-        if embed:
-            source = f"data:image/png;base64,{base64.b64encode(embed(place, path)).decode()}"
-        else:
-            source = quote(os.fsencode(Path(place, path).as_posix()))
-        size = {"width": made["width"], "height": made["height"]}
-        images.append({"name": title, "src": source, "facts": ", ".join(facts), **size})
-    return images
-
-
 def _plain(value):
-    """Return a value without control characters; "" for None."""
-    return "" if value is None else in_one_line(value, 4000) if isinstance(value, str) else value
+    """Return what the page shows of a value: no control characters, and nothing for a missing value."""
+    if type(value) is str:  # and not HTML, of a type of its own
+        return in_one_line(value, 10**6)
+    return "" if value is None or value != value else value
 
 
-def _cell(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)[:120]
+def _source(root, folder, image):
+    """Return the `src` of a sample's image: its content, or a link in a page of the run's own folder."""
+    path = f"samples/{folder}/{image}.png"
+    return f"data:image/png;base64,{base64.b64encode(read_file(root, path)).decode()}" if root else path
 
 
 def read_study(folder, every=False):
@@ -102,10 +68,8 @@ def read_study(folder, every=False):
     if not every:
         return run, load_samples(folder, run)
     names = [name for name in sorted(os.listdir(Path(folder, "samples"))) if name[0] != "."]
-    found = [(name, record) for name in names if (record := read_sample(folder, f"samples/{name}"))]
-    about = {"settings": {}, "error": None}
-    return run, [({"prompt": record["made_by"]["prompt"], "seed": record["made_by"]["seed"], "folder": name, **about},
-                  record) for name, record in found]  # fmt: skip
+    found = [({"folder": name, "error": None}, read_sample(folder, f"samples/{name}")) for name in names]
+    return run, [(said, record) for said, record in found if record]
 
 
 def main(argv=None):
@@ -113,16 +77,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m study.report", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output directories")
     parser.add_argument("-o", "--output", default="compare.html", metavar="FILE", help="the page (%(default)s)")
-    parser.add_argument("--link", action="store_true", help="link images instead of embedding them")
     parser.add_argument("--all", action="store_true", help="show all samples in DIR, not just the last command's")
     args = parser.parse_args(argv)
     try:
-        runs = []
-        for folder in args.folders:
-            place = os.path.relpath(folder, Path(args.output).parent) if args.link else folder
-            runs.append((*read_study(folder, args.all), place))
-        html = MARK + b"\n" + page(runs, None if args.link else read_file).encode(errors="backslashreplace")
-        write_page(Path(args.output), html)
+        html = page([(*read_study(folder, args.all), folder) for folder in args.folders])
+        write_page(Path(args.output), MARK + b"\n" + html.encode(errors="backslashreplace"))
     except (Failure, OSError, ValueError) as error:
         print(f"study.report: error: {in_one_line(error)}", file=sys.stderr)
         return 2
@@ -133,13 +92,12 @@ def write_page(path, html):
     """Write a page as a whole; it may replace only a page of this program. Raises Failure and OSError."""
     if path.suffix != ".html":
         raise Failure(f"argument --output: {path} does not end in .html; give a name that does")
-    if os.path.lexists(path):
-        try:
-            ours = read_file(path.parent, path.name, 2**34).startswith(MARK)
-        except (OSError, ValueError):
-            ours = False
-        if not ours:
-            raise Failure(f"argument --output: {path} exists and is not a page of this program; give another name")
+    try:
+        usable = not os.path.lexists(path) or read_file(path.parent, path.name, 2**34).startswith(MARK)
+    except (OSError, ValueError):
+        usable = False
+    if not usable:
+        raise Failure(f"argument --output: {path} exists and is not a page of this program; give another name")
     replace_file(path, html)
 
 

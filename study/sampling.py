@@ -10,55 +10,46 @@ from tqdm import tqdm
 
 import utils
 from refinement import difference
-from settings import in_one_line, out_of_memory
+from settings import in_one_line
 
 
 class Shared:
-    """What the samples of one prompt and seed share across several samplers; each part is made once.
+    """What the samples of one prompt and seed share across several samplers; each part is made once."""
 
-    text: the prompt. seed: that of the noise. prompts: the encoded prompts so far, by what they are encoded for.
-    """
+    def __init__(self, text, seed):
+        self.text, self.seed, self.made = text, seed, {}
 
-    def __init__(self, text, seed, samplers, prompts=None):
-        self.text, self.seed, self.samplers = text, seed, samplers
-        self.prompts, self.truths, self.coarse = {} if prompts is None else prompts, {}, {}
+    def _once(self, name, make):
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def prompt(self, sampler):
         """Return the `sampler.Prompt` for a sampler."""
-        if sampler.encoded_for not in self.prompts:
-            self.prompts[sampler.encoded_for] = sampler.encode(self.text)
-        return self.prompts[sampler.encoded_for]
+        return self._once(("prompt", sampler.encoded_for), lambda: sampler.encode(self.text))
 
     def truth(self, sampler):
-        """Return a sampler's `refinement.Sequential`. If it failed once, it fails again without another try."""
-        name = sampler.truth_depends_on
-        alike = [other for other in self.samplers if other.truth_depends_on == name]
-        kept = sorted({point for other in alike for point in other.boundaries})
-        if name not in self.truths:
-            try:
-                with ticking("ground truth", sampler.N) as on_tick:
-                    truth = sampler.sequential(self.prompt(sampler), self.seed, on_tick=on_tick, kept=kept)
-            except Exception as error:
-                truth = error
-            self.truths[name] = truth
-        if isinstance(self.truths[name], Exception):
-            raise self.truths[name]
-        truth = self.truths[name]
-        return truth._replace(states=truth.states[[kept.index(point) for point in sampler.boundaries]])
+        """Return a sampler's `refinement.Sequential`."""
+
+        def make():
+            with ticking("ground truth", sampler.N) as on_tick:
+                every = range(sampler.N + 1)
+                truth = sampler.sequential(self.prompt(sampler), self.seed, on_tick=on_tick, kept=every)
+            return truth._replace(states=truth.states.cpu())  # samplers differ in their boundaries
+
+        truth = self._once(("truth", sampler.truth_depends_on), make)
+        return truth._replace(states=truth.states[sampler.boundaries].to(sampler.device))
 
     def coarse_image(self, sampler):
         """Return the image of a sampler's coarse steps alone."""
-        name = *sampler.truth_depends_on, *sampler.boundaries
-        if name not in self.coarse:
-            self.coarse[name] = sampler.sequential(self.prompt(sampler), self.seed, coarse=True).image
-        return self.coarse[name]
+        make = lambda: sampler.sequential(self.prompt(sampler), self.seed, coarse=True).image
+        return self._once(("coarse image", sampler.truth_depends_on, *sampler.boundaries), make)
 
 
-def sample(sampler, task, shared, begin=lambda: None, metrics=None):
+def sample(sampler, task, shared, metrics=None):
     """Make a sample and return its record, images by name, and a `refinement.Trajectory` if one is to be kept, or None.
 
-    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. begin: called before the first tick.
-    metrics: a `study.metrics.Metrics`, or None.
+    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. metrics: a `study.metrics.Metrics`, or None.
     """
     settings, seed, prompt, truth = sampler.settings, task.seed, shared.prompt(sampler), None
     warn_if_cut(task.text, prompt.ignored)
@@ -68,13 +59,14 @@ def sample(sampler, task, shared, begin=lambda: None, metrics=None):
     if task.made_by["ground_truth"]:
         truth, errors = shared.truth(sampler), []
         images |= {"srds_ddim_gt": truth.image, "srds_ddim_course": shared.coarse_image(sampler)}
-    begin()
+    sampler.processes.broadcast(task.folder)  # tells those that share lanes which sample's ticks follow
     if sampler.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(sampler.device)
-    with contextlib.ExitStack() as stack:
-        on_tick = stack.enter_context(ticking(settings.method, None if settings.schedule == "sweep" else sampler.N))
-        refinements = sampler.refine(prompt, seed, on_tick, task.start)
-        for refinement in stack.enter_context(contextlib.closing(refinements)):
+    with (
+        ticking(settings.method, None if settings.schedule == "sweep" else sampler.N) as on_tick,
+        contextlib.closing(sampler.refine(prompt, seed, on_tick, task.start)) as refinements,
+    ):
+        for refinement in refinements:
             name = f"srds_iteration_{refinement.k}" if refinement.k else "srds_initialized"
             images[name] = images["srds_final"] = refinement.image
             entries.append(entry_of(refinement, truth, task.text, metrics))
@@ -83,8 +75,10 @@ def sample(sampler, task, shared, begin=lambda: None, metrics=None):
             tqdm.write(utils.line_of(entries[-1]))
     if not refinement.settled:
         tqdm.write(f"  note: not settled within {sampler.N} serial evaluations; sequential sampling is better here")
+    device = sampler.device
     result = {
-        "model": sampler.model.title, "device": device_name(sampler.device),
+        "model": sampler.model.title,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "sampled": datetime.now(UTC).isoformat(timespec="seconds"), "ignored": prompt.ignored,
         "stop_reason": refinement.stop_reason, "sequential_seconds": truth.seconds if truth else None,
         "refinements": entries, "errors": errors,
@@ -93,31 +87,20 @@ def sample(sampler, task, shared, begin=lambda: None, metrics=None):
     return {"made_by": task.made_by, "result": result}, images, kept
 
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
 def entry_of(refinement, truth, text, metrics=None):
-    """Return a refinement as in `result.json`. PSNR (None for an equal image) and SSIM are to the ground truth."""
-    device = refinement.states.device
-    names = ("k", "verdict", "settled", "serial_evaluations", "total_evaluations", "network_calls", "widest_tick",
-             "seconds", "image_change", "trajectory_change", "predicted_change", "damping")  # fmt: skip
-    compared = compare(refinement.image, truth.image) if truth else dict.fromkeys(("difference", "psnr", "ssim"))
-    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    measures = metrics.measure(refinement.image, truth and truth.image, text) if metrics else {}
-    about = {name: getattr(refinement, name) for name in names}
-    return {**about, "peak_memory_mib": memory, **compared, "metrics": measures}
-
-
-def compare(image, truth):
-    """Return difference, PSNR (dB; None for equal images) and SSIM of two uint8 images (height, width, 3)."""
-    smallest = min(image.shape[:2])
-    window = min(7, smallest - 1 + smallest % 2)  # the library's default, or less if it does not fit
-    return {
-        "difference": difference(image, truth),
-        "psnr": None if (image == truth).all() else float(peak_signal_noise_ratio(truth, image)),
-        "ssim": float(structural_similarity(truth, image, channel_axis=2, win_size=window)),
-    }
+    """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given."""
+    image, device = refinement.image, refinement.states.device
+    unstored = ("image", "states", "exact", "all_nodes")
+    entry = {name: value for name, value in refinement._asdict().items() if name not in unstored}
+    entry |= dict.fromkeys(("peak_memory_mib", "difference", "psnr", "ssim"))
+    if device.type == "cuda":
+        entry["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    if truth:
+        entry["difference"] = difference(image, truth.image)
+        if entry["difference"]:  # the PSNR of equal images is infinite
+            entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image))
+        entry["ssim"] = float(structural_similarity(truth.image, image, channel_axis=2))
+    return {**entry, "metrics": metrics.measure(image, truth and truth.image, text) if metrics else {}}
 
 
 def warn_if_cut(text, ignored):
@@ -132,18 +115,3 @@ def ticking(name, most):
     """A context with a progress bar of at most `most` ticks (None: unknown); call its value at each tick."""
     with tqdm(desc=name, total=most, unit="tick", leave=False, disable=None) as bar:
         yield lambda lanes: bar.update()
-
-
-def explain(settings, loading, error):
-    """Return what went wrong in the network or on the device, and a remedy, in one line; None for a bug."""
-    if isinstance(error, FloatingPointError):
-        if "float32" in str(error):
-            return f"{error}; try other settings, such as a lower --guidance-scale, or other weights"
-        return f"argument --dtype: {loading.dtype!r}: {error}; try --dtype float32 or bfloat16"
-    if out_of_memory(error):
-        nowhere = loading.device == "cpu" or not torch.accelerator.is_available()
-        useless = {"a smaller --max-batch": settings.max_batch == 1, "--offload": loading.offload or nowhere}
-        remedies = [remedy for remedy in useless if not useless[remedy]]
-        return f"out of memory; try {' or '.join([*remedies, 'a smaller image'])}"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out"

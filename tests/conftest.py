@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import diffusion
-from pipelines import stable_diffusion
+from pipelines import SD, stable_diffusion
 from study.console import quiet_libraries
 
 hypothesis.settings.register_profile("srds", deadline=None)  # a machine may be busy
@@ -32,10 +32,8 @@ class Gaussian:
         if prediction_type == "flow":
             self.grid = diffusion.flow_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), steps)
         else:
-            scheduler = DDIMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr,
-            )  # fmt: skip
+            config = {**SD, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
+            scheduler = DDIMScheduler(**config, clip_sample=False)
             self.grid = diffusion.diffusion_grid(scheduler, steps, solver)
         self.solver = diffusion.Solver(self.grid, solver, **settings)
         self.step, self.points = self.solver.step, range(steps + 1)
@@ -106,15 +104,11 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def read_table(path):
-    """The rows of a CSV, but for seconds; texts such as "NA" stay texts."""
-    table = pd.read_csv(path, keep_default_na=False)
-    return table.drop(columns=[name for name in table if "seconds" in name]).to_csv()
-
-
 def contents(folder):
     """Everything that a directory holds but times and bytes that depend on them: pixels, tables and records by file."""
-    readers = {".png": lambda path: pixels(path).tobytes(), ".csv": read_table, ".html": lambda path: None}
+    readers = {".png": lambda path: pixels(path).tobytes(), ".html": lambda path: None}
+    # Texts such as "NA" stay texts.
+    readers[".csv"] = lambda path: pd.read_csv(path, keep_default_na=False).filter(regex="^((?!seconds).)*$").to_csv()
     readers[".json"] = lambda path: without_times(json.loads(path.read_text()))
     return {name: readers[Path(name).suffix](folder / name) for name in files(folder)}
 
@@ -122,7 +116,7 @@ def contents(folder):
 def without_times(value):
     """A value as JSON has it, without what differs between two runs that make the same."""
     if isinstance(value, dict):
-        own = {"id", "begun", "sampled", "seconds", "sequential_seconds", "command", "reproduce", "output_dir", "files"}
+        own = {"begun", "sampled", "seconds", "sequential_seconds", "command", "reproduce", "output_dir", "files"}
         return {name: without_times(each) for name, each in value.items() if name not in own}
     return [without_times(each) for each in value] if isinstance(value, list) else value
 

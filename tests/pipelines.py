@@ -3,47 +3,20 @@
 import string
 import warnings
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+import transformers
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WIDTH = 32
 
 
-def clip(kind=CLIPTextModel):
+def clip(kind=transformers.CLIPTextModel):
     """A text encoder and its tokenizer."""
     letters = string.ascii_lowercase
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, [], model_max_length=24)
-    config = CLIPTextConfig(
+    tokenizer = transformers.CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, [], model_max_length=24)
+    config = transformers.CLIPTextConfig(
         vocab_size=len(vocabulary), hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, projection_dim=WIDTH,
         num_attention_heads=2, max_position_embeddings=24, bos_token_id=52, eos_token_id=53, pad_token_id=53,
     )  # fmt: skip
@@ -52,15 +25,16 @@ def clip(kind=CLIPTextModel):
 
 def t5(width=WIDTH):
     pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
-    tokenizer = T5TokenizerFast(vocab=[(piece, -2.0) for piece in pieces], extra_ids=0, model_max_length=512)
-    config = T5Config(
+    vocabulary = [(piece, -2.0) for piece in pieces]
+    tokenizer = transformers.T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    config = transformers.T5Config(
         vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
-    return T5EncoderModel(config).eval(), tokenizer
+    return transformers.T5EncoderModel(config).eval(), tokenizer
 
 
 def autoencoder(channels=4, **config):
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=channels, norm_num_groups=4, layers_per_block=1,
         **config,
@@ -68,7 +42,7 @@ def autoencoder(channels=4, **config):
 
 
 def unet(**config):
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
         norm_num_groups=8, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **config,
@@ -83,74 +57,76 @@ def stable_diffusion(scheduler=None):
     parts = autoencoder(), text_encoder, tokenizer, unet(cross_attention_dim=WIDTH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of scheduler configs that some tests make old on purpose
-        scheduler = scheduler or DDIMScheduler(**SD, **settings)
-        return StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
+        scheduler = scheduler or diffusers.DDIMScheduler(**SD, **settings)
+        return diffusers.StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
 
 
 def stable_diffusion_xl():
     torch.manual_seed(0)
-    (one, tokenizer), (two, other) = clip(), clip(CLIPTextModelWithProjection)
+    (one, tokenizer), (two, other) = clip(), clip(transformers.CLIPTextModelWithProjection)
     network = unet(
         cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + WIDTH, transformer_layers_per_block=1,
     )  # fmt: skip
     moments = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.1, 0.9, 1.2, 1.0]}
     vae = autoencoder(scaling_factor=0.13025, **moments)
-    return StableDiffusionXLPipeline(vae, one, two, tokenizer, other, network, EulerDiscreteScheduler(**SD))
+    scheduler = diffusers.EulerDiscreteScheduler(**SD)
+    return diffusers.StableDiffusionXLPipeline(vae, one, two, tokenizer, other, network, scheduler)
 
 
 def stable_diffusion_3():
     torch.manual_seed(0)
-    (one, tokenizer), (two, other) = clip(CLIPTextModelWithProjection), clip(CLIPTextModelWithProjection)
-    transformer = SD3Transformer2DModel(
+    (one, tokenizer), (two, other) = (clip(transformers.CLIPTextModelWithProjection) for _ in range(2))
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, in_channels=16, out_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=4,
         joint_attention_dim=2 * WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=16,
     )  # fmt: skip
     vae = autoencoder(16, scaling_factor=1.5305, shift_factor=0.0609)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return StableDiffusion3Pipeline(transformer, scheduler, vae, one, tokenizer, two, other, *t5(2 * WIDTH))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(transformer, scheduler, vae, one, tokenizer, two, other, *t5(2 * WIDTH))
 
 
 def flux(guidance_embeds=True, **scheduler):
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
+    transformer = diffusers.FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     shift = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
     vae = autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159)
-    return FluxPipeline(FlowMatchEulerDiscreteScheduler(**shift | scheduler), vae, *clip(), *t5(), transformer)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shift | scheduler)
+    return diffusers.FluxPipeline(scheduler, vae, *clip(), *t5(), transformer)
 
 
 def schnell():
     return flux(guidance_embeds=False, use_dynamic_shifting=False, shift=1.0)
 
 
-def pixart(kind=PixArtSigmaPipeline, sample_size=8):
+def pixart(kind=diffusers.PixArtSigmaPipeline, sample_size=8):
     torch.manual_seed(0)
-    transformer = PixArtTransformer2DModel(
+    transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8, num_layers=1,
         cross_attention_dim=24, caption_channels=WIDTH, sample_size=sample_size,
     )  # fmt: skip
     text_encoder, tokenizer = t5()
-    scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
     return kind(tokenizer, text_encoder, autoencoder(), transformer, scheduler)
 
 
 def pixart_alpha():
     """Of 1024 pixels, as those alone have the image's size as a condition."""
-    return pixart(PixArtAlphaPipeline, sample_size=128)
+    return pixart(diffusers.PixArtAlphaPipeline, sample_size=128)
 
 
 def pixels():
     torch.manual_seed(0)
-    network = UNet2DModel(
+    network = diffusers.UNet2DModel(
         sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    return DDPMPipeline(network, DDPMScheduler())
+    return diffusers.DDPMPipeline(network, diffusers.DDPMScheduler())
 
 
 FAMILIES = {

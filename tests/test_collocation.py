@@ -19,17 +19,6 @@ def grey(states, truth):
     return 127.5 * float((states - truth)[-1].abs().mean())
 
 
-class OfTime(Gaussian):
-    """A model whose clean image is a function of time alone, so that interpolation is all that can err."""
-
-    def __init__(self, steps, function, **settings):
-        super().__init__(steps, "sample", **settings)
-        self.function = function
-
-    def denoise(self, x, n):
-        return torch.ones_like(x) * self.function(n.double() / len(self.points)).reshape(-1, 1, 1, 1).float()
-
-
 @pytest.mark.parametrize("N", [1, 2, 5, 31, 100])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("problem", [Gaussian, Mixture])
@@ -66,12 +55,8 @@ def test_refinements_come_closer(problem, count, noise):
 
 def test_where_d_is_rough_the_grid_short_or_a_refinement_changed_much_nodes_become_dense(noise):
     doubtful = Mixture(100, seed=5, **KINDS["dpmsolver++ of a flow"])
-    for problem, nodes, count in (
-        (Gaussian(100), None, 5),
-        (Stiff(100), None, 1),
-        (Mixture(26), None, 1),
-        (doubtful, 13, 3),
-    ):
+    cases = (Gaussian(100), None, 5), (Stiff(100), None, 1), (Mixture(26), None, 1), (doubtful, 13, 3)
+    for problem, nodes, count in cases:
         iterates = list(collocation(noise, problem.denoise, problem.solver, [0, len(problem.points) - 1], nodes))
         assert len(iterates) == count and iterates[-1].all_nodes
         assert grey(iterates[-1].states, problem.sequential(noise)) < EXACT
@@ -108,12 +93,13 @@ def test_processes_act_on_the_nodes_and_answers_of_the_first_one(noise):
     """Whether d is rough and a refinement doubtful: of this process it would be both."""
     denies = lambda value: False if isinstance(value, bool) else value
     one_by_one = lambda value: value[:1] if isinstance(value, list) else value
+    problem, boundaries = Stiff(100), [0, 100]
     runs = [
-        [each.lane_steps for each in collocation(noise, Stiff(100).denoise, Stiff(100).solver, [0, 100], agree=agree)]
-        for agree in (lambda value: value, denies)
+        [each.lane_steps for each in collocation(noise, problem.denoise, problem.solver, boundaries, broadcast=same)]
+        for same in (lambda value: value, denies)
     ]
     assert [len(run) for run in runs] == [1, 5], runs
-    iterate = next(collocation(noise, Stiff(30).denoise, Stiff(30).solver, [0, 30], nodes=5, agree=one_by_one))
+    iterate = next(collocation(noise, Stiff(30).denoise, Stiff(30).solver, [0, 30], nodes=5, broadcast=one_by_one))
     assert iterate.lane_steps == iterate.ticks
 
 
@@ -158,8 +144,9 @@ def test_counts_are_those_that_the_denoiser_saw(noise):
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
 @pytest.mark.parametrize("nodes", [4, 5, 13])
 def test_a_clean_image_cubic_in_time_is_integrated_without_error(nodes, solver, noise):
-    problem = OfTime(50, lambda t: 0.3 - t + 2 * t**2 - 1.5 * t**3, solver=solver)
-    n = boundaries(50, 7)
+    problem, n = Gaussian(50, "sample", solver=solver), boundaries(50, 7)
+    cubic = lambda t: 0.3 - t + 2 * t**2 - 1.5 * t**3
+    problem.denoise = lambda x, n: torch.ones_like(x) * cubic(n.reshape(-1, 1, 1, 1) / 50)
     first = next(collocation(noise, problem.denoise, problem.solver, n, nodes))
     torch.testing.assert_close(first.states, problem.sequential(noise, keep=n), atol=2e-6, rtol=1e-5)
 

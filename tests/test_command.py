@@ -12,15 +12,12 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import torch
-from diffusers import DDIMScheduler
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, strategies
 from PIL import Image
 from test_sequences import RUN
@@ -30,7 +27,7 @@ import pipelines
 from conftest import arguments, files, pixels, run_record, sample_folders, sample_records
 from models import loading
 from models.families import StableDiffusion
-from pipelines import stable_diffusion
+from refinement import difference
 from sampler import Sampler
 from settings import TABLES, Failure, Settings, in_one_line
 from study import bench
@@ -44,6 +41,11 @@ TOP = {"run.json", "results.csv"}
 
 def iterations(count):
     return {f"srds_iteration_{k}.png" for k in range(1, count + 1)}
+
+
+def top(out):
+    """The names of the files in an output directory, without those of the samples."""
+    return {path.name for path in out.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -72,10 +74,8 @@ def exact_run(tiny, tmp_path_factory):
 def test_one_sample_is_in_its_folder_and_the_same_files_show_it_at_the_top(exact_run):
     (folder,) = sample_folders(exact_run)
     own = SET | TRUTH | iterations(3)
-    assert (
-        files(folder) == own | {"result.json"}
-        and files(exact_run) - {f"samples/{folder.name}/{name}" for name in files(folder)} == own | TOP
-    )
+    assert files(folder) == own | {"result.json"} and top(exact_run) == own | TOP
+    assert files(exact_run) == top(exact_run) | {f"samples/{folder.name}/{name}" for name in files(folder)}
     for name in own:
         assert (exact_run / name).read_bytes() == (folder / name).read_bytes()
     assert folder.name.startswith("a-red-sun-42-")
@@ -97,17 +97,6 @@ def test_a_result_has_what_made_it_and_what_each_refinement_took(exact_run):
     assert entries[-1]["seconds"] > 0 and result["sequential_seconds"] > 0
 
 
-def test_images_are_those_that_the_results_speak_of(exact_run):
-    (record,) = sample_records(exact_run)
-    names = ("ddim_gt", "final", "initialized", "iteration_1", "iteration_3")
-    images = {name: pixels(exact_run / f"srds_{name}.png") for name in names}
-    assert images["final"].shape == (64, 64, 3)
-    assert (images["final"] == images["ddim_gt"]).all() and (images["iteration_3"] == images["final"]).all()
-    first, second, *_ = record["result"]["refinements"]
-    assert first["difference"] == pytest.approx(abs(images["initialized"] - images["ddim_gt"]).mean())
-    assert second["image_change"] == pytest.approx(abs(images["iteration_1"] - images["initialized"]).mean())
-
-
 def test_images_say_what_they_were_made_by(exact_run):
     text, (record,) = Image.open(exact_run / "srds_final.png").text, sample_records(exact_run)
     assert text["prompt"] == "A red sun, 夜" and text["seed"] == "42"
@@ -126,14 +115,9 @@ def test_the_error_table_is_zero_where_a_boundary_is_exact(exact_run):
 
 def test_results_have_a_row_for_each_refinement_and_a_column_for_each_setting(exact_run):
     table = pd.read_csv(exact_run / "results.csv")
-    assert (
-        list(table.columns)[:21]
-        == (
-            "prompt seed folder k final verdict serial_evaluations total_evaluations network_calls widest_tick seconds "
-            "sequential_seconds peak_memory_mib difference psnr ssim image_change trajectory_change predicted_change "
-            "damping error"
-        ).split()
-    )
+    names = "prompt seed folder k final verdict serial_evaluations total_evaluations network_calls widest_tick seconds "
+    names += "sequential_seconds peak_memory_mib difference psnr ssim image_change trajectory_change predicted_change "
+    assert list(table.columns)[:21] == f"{names} damping error".split()
     assert {each.name for each in fields(Settings)} <= {*table} and table.k.tolist() == [0, 1, 2, 3]
     assert table.final.tolist() == [False, False, False, True] and table.serial_evaluations.tolist() == [3, 5, 7, 9]
     assert set(table.folder) == {sample_folders(exact_run)[0].name} and table.error.isna().all()
@@ -165,12 +149,11 @@ def test_several_samples_are_shown_side_by_side(run, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa red sun\r\n# note\r\n\r\nüber / the: hills\r\n\\# 3\r\n".encode())
     status, out, printed = run("-p", str(tmp_path / "p.txt"), "-tol", "0", "--max-iterations", "2")
     folders = sample_folders(out)
-    assert status == 0 and [record["made_by"]["prompt"] for record in sample_records(out)] == [
-        "a red sun", "über / the: hills", "# 3",
-    ]  # fmt: skip
+    prompts = [record["made_by"]["prompt"] for record in sample_records(out)]
+    assert status == 0 and prompts == ["a red sun", "über / the: hills", "# 3"]
     assert [folder.name[:-9] for folder in folders] == ["a-red-sun-42", "uber-the-hills-42", "3-42"]
     own = SET | TRUTH | iterations(2)
-    assert {name for name in files(out) if "/" not in name} == own | TOP
+    assert top(out) == own | TOP
     assert all(files(folder) == own | {"result.json"} for folder in folders)
     cells = [pixels(folder / "srds_iteration_1.png") for folder in folders]
     overview = pixels(out / "srds_iteration_1.png")
@@ -183,34 +166,39 @@ def test_several_samples_are_shown_side_by_side(run, tmp_path):
 
 
 def test_an_image_does_not_depend_on_the_other_samples(run):
-    _, alone, _ = run("--prompt", "a moon", "--fixed-batch", "--no-ground-truth", "--seeds", "3")
-    _, out, _ = run(
-        "--prompt", "a sea", "--prompt", "a moon", "--fixed-batch", "--no-ground-truth", "--seeds", "1,3", out="b"
-    )
-    folders = [sample_folders(alone)[0], sample_folders(out)[3]]
-    assert (pixels(folders[0] / "srds_final.png") == pixels(folders[1] / "srds_final.png")).all()
-    assert folders[0].name == folders[1].name, "one key"
+    more = ["--prompt", "a moon", "--fixed-batch", "--no-ground-truth", "--seeds"]
+    _, alone, _ = run(*more, "3")
+    _, out, _ = run("--prompt", "a sea", *more, "1,3", out="b")
+    one, other = sample_folders(alone)[0], sample_folders(out)[3]
+    assert (pixels(one / "srds_final.png") == pixels(other / "srds_final.png")).all()
+    assert one.name == other.name, "one key"
 
 
-def test_without_ground_truth_nothing_is_compared(run):
-    status, out, printed = run("--prompt", "a moon", "--no-ground-truth", "-tol", "0")
-    assert status == 0 and {name for name in files(out) if "/" not in name} == SET | iterations(3) | TOP
-    (record,) = sample_records(out)
-    assert record["result"]["sequential_seconds"] is None is record["result"]["refinements"][-1]["difference"]
-    assert not any("difference" in line for line in printed.splitlines() if line.startswith("  k"))
-
-
-def test_blocks_of_one_step_need_no_refinement(run):
-    status, out, _ = run("--prompt", "a moon", "-cs", "9", "--fixed-batch")
-    (record,) = sample_records(out)
-    (entry,) = record["result"]["refinements"]
-    assert status == 0 and record["result"]["stop_reason"] == "exact"
-    assert entry["serial_evaluations"] == 9 and entry["difference"] == 0 and not iterations(1) & files(out)
-    assert pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).shape == (0, 9)
+@pytest.mark.parametrize(
+    "more, stop_reason, ticks, boundaries",
+    [
+        (["--no-ground-truth"], "exact", 9, None),
+        (["-cs", "9", "--fixed-batch"], "exact", 9, 9),  # blocks of one step need no refinement
+        (["--method", "collocation", "-fs", "20", "--nodes", "6"], "all nodes", 20, 3),
+    ],
+)
+def test_a_run_leaves_an_image_a_refinement_and_its_comparison_to_the_truth(more, stop_reason, ticks, boundaries, run):
+    status, out, printed = run("--prompt", "a moon", "-tol", "0", *more)
+    result = sample_records(out)[0]["result"]
+    count, last = len(result["refinements"]) - 1, result["refinements"][-1]
+    assert status == 0 and top(out) == SET | iterations(count) | TOP | (TRUTH if boundaries else set())
+    assert last["serial_evaluations"] <= ticks and (count == 0) == (boundaries == 9)
+    assert result["stop_reason"] == stop_reason and f"yes ({stop_reason})" in printed
+    if boundaries:
+        assert last["difference"] < (0.1 if stop_reason == "all nodes" else 1e-9)
+        assert pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).shape == (count, boundaries)
+    else:
+        assert result["sequential_seconds"] is None is last["difference"]
+        assert not any("difference" in line for line in printed.splitlines() if line.startswith("  k"))
 
 
 def test_from_python_a_sample_is_the_commands_to_the_bit(run, tiny):
-    """Images, counts, changes and the distance to the truth."""
+    """Images, counts, changes and differences to the truth."""
     more = ["--solver", "ddpm", "--stop-rule", "predicted", "--seed", "3", "--negative-prompt", "rain"]
     _, out, _ = run("--prompt", "a moon", *more)
     own = {"solver": "ddpm", "stop_rule": "predicted", "seed": 3, "guidance_scale": 2, "negative_prompt": "rain"}
@@ -223,21 +211,12 @@ def test_from_python_a_sample_is_the_commands_to_the_bit(run, tiny):
         assert [entry[name] for name in names] == [getattr(refinement, name) for name in names]
         name = f"iteration_{refinement.k}" if refinement.k else "initialized"
         assert (pixels(out / f"srds_{name}.png") == refinement.image).all()
+        assert entry["difference"] == difference(refinement.image, truth.image)
+    assert (pixels(out / "srds_final.png") == sample.image).all()
     assert (pixels(out / "srds_ddim_gt.png") == truth.image).all()
     table = pd.read_csv(out / "trajectory_errors_table.csv", index_col=0)
     errors = [(each.states - truth.states)[1:].flatten(1).norm(dim=1) for each in sample.refinements[1:]]
     np.testing.assert_allclose(table.values, torch.stack(errors), rtol=1e-6)
-
-
-def test_collocation_leaves_what_srds_leaves_and_says_all_nodes(run):
-    more = ["--prompt", "a moon", "--method", "collocation", "-fs", "20", "-tol", "0", "--nodes", "6"]
-    status, out, printed = run(*more)
-    result = sample_records(out)[0]["result"]
-    count = len(result["refinements"]) - 1
-    assert status == 0 and {name for name in files(out) if "/" not in name} == SET | TRUTH | iterations(count) | TOP
-    assert result["stop_reason"] == "all nodes" and "yes (all nodes)" in printed and "exact" not in printed
-    assert result["refinements"][-1]["difference"] < 0.1 and result["refinements"][-1]["serial_evaluations"] <= 20
-    assert pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).shape == (count, 3)
 
 
 @pytest.mark.parametrize("method", ["srds", "collocation"])
@@ -251,46 +230,29 @@ def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tmp_p
     assert not list(out.rglob("trajectory*")) and "2 of 2" in run(*both, *more, "--start-from", str(earlier))[2]
     _, one, _ = run("--prompt", "a moon", *more, "--keep-trajectories", out="one")
     status, _, printed = run(*both, *more, "--seed", "43", "--start-from", str(one))
-    assert (
-        status == 0 and printed.count("note: the start has seed 42, not 43; other noise costs more than it saves") == 2
-    )
+    note = "note: the start has seed 42, not 43; other noise costs more than it saves"
+    assert status == 0 and printed.count(note) == 2
 
 
 def test_starts_that_do_not_fit_are_one_line_and_status_2(run, tiny, tmp_path, monkeypatch, capsys):
-    more = ["--no-ground-truth", "--max-iterations", "1"]
-    both, (_, earlier, _) = (
-        ["--prompt", "a", "--prompt", "b"],
-        run("--prompt=a", "--prompt=b", *more, "--keep-trajectories"),
-    )
-    pipelines.pixels().save_pretrained(tmp_path / "pixels")
+    both, more = ["--prompt", "a", "--prompt", "b"], ["--no-ground-truth", "--max-iterations", "1"]
+    _, earlier, _ = run(*both, *more, "--keep-trajectories")
     monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
 
-    def refused(argv, words):
-        assert main.main(arguments(tmp_path / "other", tiny, *argv, "--start-from", str(earlier), prompts=[])) == 2
+    def refused(words, *argv):
+        start = [*both, *argv, "--start-from", str(earlier)]
+        assert main.main(arguments(tmp_path / "other", tiny, *start, prompts=[])) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("main.py: error: argument --start-from: "), err
         assert words in err, err
 
-    refused([*both, "--prompt", "c"], "has no sample of 'c' with seed 42; give a run that has it")
-    refused([*both, "--height", "128"], "(4, 8, 8) is not the states' shape (4, 16, 8)")
-    refused([*both, "--model", str(tmp_path / "pixels")], "; start from a run of the same model")
+    refused("has no sample of 'c' with seed 42; give a run that has it", "--prompt", "c")
+    refused("(4, 8, 8) is not the states' shape (4, 16, 8)", "--height", "128")
     kept = sample_folders(earlier)[0] / "trajectory.safetensors"
-    whole, tensors = kept.read_bytes(), safetensors.torch.load_file(kept)
-    known = {"model": "tiny", "seed": "42"}
-    for broken in (
-        whole[:50],
-        safetensors.torch.save(tensors),
-        safetensors.torch.save(tensors, known | {"seed": "some"}),
-        safetensors.torch.save({**tensors, "boundaries": torch.tensor([0, 9])}, known),
-        safetensors.torch.save({**tensors, "clean": tensors["clean"].double()}, known),
-        safetensors.torch.save({**tensors, "clean": tensors["clean"] * torch.nan}, known),
-    ):
-        kept.write_bytes(broken)
-        record = json.loads(kept.with_name("result.json").read_text())
-        kept.with_name("result.json").write_bytes(pack({**record, "files": record["files"] | {kept.name: len(broken)}}))
-        refused(both, "is not the directory of a run that kept its trajectories")
+    kept.write_bytes(b"not a trajectory".ljust(kept.stat().st_size))
+    refused("is not the directory of a run that kept its trajectories")
     kept.unlink()
-    refused(both, "is not the directory of a run that kept its trajectories")
+    refused("is not the directory of a run that kept its trajectories")
 
 
 def test_collocation_that_does_not_settle_says_so(run):
@@ -334,23 +296,11 @@ def test_several_seeds_are_a_sample_each_and_one_may_be_given(run):
     prompts = ["--prompt", "a moon", "--prompt", "a sun", "--no-ground-truth"]
     status, out, printed = run(*prompts, "--seeds", "7-8,3")
     assert status == 0 and "sample 2 of 6: a moon, seed 8" in printed
-    assert [(record["made_by"]["prompt"], record["made_by"]["seed"]) for record in sample_records(out)] == [
-        (prompt, seed) for prompt in ("a moon", "a sun") for seed in (7, 8, 3)
-    ]
+    made = [(record["made_by"]["prompt"], record["made_by"]["seed"]) for record in sample_records(out)]
+    assert made == [(prompt, seed) for prompt in ("a moon", "a sun") for seed in (7, 8, 3)]
     assert len(pd.read_csv(out / "results.csv").groupby(["prompt", "seed"])) == 6
     assert "2 of 2 samples are there" in run(*prompts, "--seeds", "3")[2]
     assert "2 of 2 samples are there" in run(*prompts, "--seed", "3")[2]
-
-
-def test_fewer_blocks_are_taken_for_few_steps_and_said_and_sqrt_is_their_root(run):
-    argv, base = ["--prompt", "a", "--no-ground-truth"], ["--device", "cpu", "--no-report", "-gs", "2"]
-    blocks = lambda out: sample_records(out)[0]["made_by"]["coarse_steps"]
-    _, out, printed = run(*argv, "-fs", "17", "-cs", "sqrt")
-    assert blocks(out) == 4 and "instead" not in printed
-    model = run_record(out)["settings"]["model"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert main.main(["-o", str(out), "--model", model, *base, *argv, "-fs", "8"]) == 0
-    assert blocks(out) == 3 and "note: 3 blocks instead of the default 10, as there are 8 fine steps" in said.getvalue()
 
 
 def test_unsettled_trajectories_are_noted_once(run):
@@ -381,31 +331,20 @@ def test_prompts_that_tables_read_otherwise_stay_texts(run):
     assert list(dict.fromkeys(table.prompt)) == [text.strip() for text in texts]
 
 
-def test_names_that_are_not_utf_8_are_read_and_written(run, tmp_path):
-    prompts = tmp_path / "p\udce9.txt"
+def test_names_that_are_not_utf_8_are_read_and_written(tiny, tmp_path):
+    prompts, out = tmp_path / "p\udce9.txt", tmp_path / "lat\udce9"
     prompts.write_text("a moon\n")
-    status, out, _ = run("-p", str(prompts), "--no-ground-truth", "--max-iterations", "1", out="lat\udce9")
-    assert status == 0 and {*TOP, "srds_final.png"} <= files(out) and run_record(out)["settings"]["prompts"]
-    argv = arguments(out, run_record(out)["settings"]["model"], "-gs", "2", "-p", str(prompts), prompts=[])
+    argv = arguments(out, tiny, "-p", str(prompts), "--no-ground-truth", "--max-iterations", "1", prompts=[])
     argv.remove("--no-report")
-    assert (
-        main.main([*argv, "--no-ground-truth", "--max-iterations", "1"]) == 0 and (out / "report.html").stat().st_size
-    )
+    assert main.main(argv) == 0 and run_record(out)["settings"]["prompts"]
+    assert top(out) == TOP | SET | iterations(1) | {"report.html"}
 
 
 def test_ctrl_c_leaves_what_is_known_of_every_sample(run, monkeypatch, capsys):
     """In the third of three samples, when the second has failed."""
-    sample, calls = bench.sample, []
-
-    def third(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("out of memory")
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return sample(*args)
-
-    monkeypatch.setattr(bench, "sample", third)
+    errors = torch.OutOfMemoryError("out of memory"), KeyboardInterrupt()
+    turns = iter([bench.sample, *(Mock(side_effect=error) for error in errors)])
+    monkeypatch.setattr(bench, "sample", lambda *args: next(turns)(*args))
     argv = ["--prompt", "a", "--prompt", "b", "--prompt", "c", "--no-ground-truth"]
     status, out, printed = run(*argv)
     assert status == 130 and [bool(each["error"]) for each in run_record(out)["samples"]] == [False, True, False]
@@ -423,27 +362,38 @@ def test_ctrl_c_leaves_what_is_known_of_every_sample(run, monkeypatch, capsys):
 
 A, MANY = ["--prompt", "a"], ["-p", "many.txt", "--seeds"]
 NOT_USABLE = {
-    "--coarse-steps/-cs": ["few", 0], "--fine-steps/-fs": ["ten", 0], "--tolerance/-tol": [-1, "nan"], "--eta": [1.5],
-    "--guidance-scale/-gs": ["inf", -2, "1e308"], "--height": [10**30], "--width": [-8], "--seed/-s": [-1, 2**64],
-    "--seeds": ["few"], "--max-batch": [0], "--max-iterations": [0], "--parallel": ["both"], "--solver": ["foo"],
-    "--lora": [""], "--model": [""], "--output-dir/-o": [""], "--negative-prompt": ["caf\udce9", "a\0b"],
+    "--coarse-steps/-cs": ["few", 0], "--tolerance/-tol": [-1, "nan"], "--guidance-scale/-gs": ["inf", "1e308"],
+    "--seed/-s": [-1, 2**64], "--seeds": ["few"], "--parallel": ["both"], "--lora": [""], "--model": [""],
+    "--output-dir/-o": [""], "--negative-prompt": ["caf\udce9", "a\0b"],
 }  # fmt: skip
 FILES = {
     "missing.txt": "cannot be read (No such file or directory)", "folder": "is not a file", "pipe": "is not a file",
     "huge.txt": "is not a file of at most 64 MiB", "good.txt\0": "", "empty.txt": "holds no prompt",
-    "blank.txt": "holds no prompt", "latin.txt": "is not UTF-8", "wide.txt": "holds NUL bytes",
-    "long.txt": "has more than 10000 characters in line 2",
+    "blank.txt": "holds no prompt", "latin.txt": "cannot be read (it is not UTF-8)", "wide.txt": "has a NUL",
+    "long.txt": "has a NUL or more than 10000 characters in line 2",
+}  # fmt: skip
+SWEEPS = {
+    "coarse_steps": "--sweep: 'coarse_steps' is not usable; give a setting and its values",
+    "model=a,b": "--sweep: 'model=a,b' is not usable", "seed=1,2": "--sweep: 'seed=1,2' is not usable",
+    "cs=2,x": "--coarse-steps/-cs: 'x' is not usable; give a whole number",
+    "cs=2,200": "--coarse-steps/-cs: 200 is more than the 100 fine steps",
+    "cs=2,2": "'cs=2,2' repeats a setting or value", "cs=2 coarse_steps=3": "'coarse_steps=3' repeats a setting",
+    "solver=ddim,euler": "--solver: 'euler' cannot be used with",
+    "method=srds,collocation nodes=4,5": "--nodes: 4 is for collocation, not srds",
+    "cs=2,auto method=srds,collocation": "'auto' plans calls of all sizes for srds; give a number",
+    "fine-steps:coarse-steps=25:5,100": "has '100' for 2 settings; join values by colons",
+    "tolerence=1,2": "did you mean tolerance?",
 }  # fmt: skip
 BAD = [
     *(([*A, f"{flag.split('/')[0]}={value}"], f"{flag}: ") for flag, some in NOT_USABLE.items() for value in some),
     *((["-p", name], f"argument --prompts/-p: {name!r} {words}") for name, words in FILES.items()),
-    *(([*A, "-o", name], f"--output-dir/-o: {name!r} is not a directory") for name in ("good.txt", "good.txt/out")),
-    *(([*A, "--device", name], f"--device: {name!r} is not available on this machine") for name in ("tpu", "cpu:3")),
-    ([*A, "-o", "dangling"], "--output-dir/-o: 'dangling' is a broken link"),
-    ([*A, "-o", "x" * 300], "has a name that is too long"),
-    ([*A, "-cs", "auto", "--compile"], "--coarse-steps/-cs: 'auto' measures calls of many sizes"),
-    ([*A, "-cs", "auto", "--fixed-batch"], "--coarse-steps/-cs: 'auto' measures calls of many sizes"),
-    ([*A, "-cs", "auto", "--method", "collocation"], "--coarse-steps/-cs: 'auto' is for srds, not collocation"),
+    *(([*A, *(f"--sweep={each}" for each in axes.split())], words) for axes, words in SWEEPS.items()),
+    *(([*A, "-o", name], f"--output-dir/-o: {name!r} cannot be used (") for name in ("good.txt", "good.txt/out")),
+    *(([*A, "--device", name], f"--device: {name!r} is not available on this") for name in ("tpu", "cpu:3", "x:y")),
+    ([*A, "--device", "tpu", "--model", "nowhere/at-all"], "--device: 'tpu' is not available"),
+    ([*A, "-o", "x" * 300], "cannot be used (File name too long)"),
+    ([*A, "-cs", "auto", "--compile"], "--coarse-steps/-cs: 'auto' plans calls of all sizes"),
+    ([*A, "-cs", "auto", "--fixed-batch"], "--coarse-steps/-cs: 'auto' plans calls of all sizes"),
     ([*A, "-cs", "11", "-fs", "10"], "--coarse-steps/-cs: 11 is more than the 10 fine steps"),
     ([], "--prompts/-p or --prompt: give one"),
     (["-p", "good.txt", *A], "--prompts/-p or --prompt: give only one"),
@@ -451,31 +401,23 @@ BAD = [
     (["--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' is not usable; give some text, in UTF-8"),
     (["--prompt", "a\0b"], "--prompt: 'a\\x00b' is not usable; give some text, in UTF-8, without NUL"),
     (["--prompt", 10_001 * "x"], "has 10001 characters; give at most 10000"),
-    ([*A, "-fs", "1001"], "--fine-steps/-fs: 1001 exceeds the model's 1000 training timesteps"),
-    ([*A, "--solver", "euler"], "--solver: 'euler' cannot be used with"),
     ([*A, "--height", "63"], "--height: 63 is not a multiple of 8; give 64"),
-    ([*A, "--height", "65536", "--width", "65536"], "--height: 65536 gives images of 65536 x 65536 pixels, which need"),
     ([*A, "--seed"], "--seed/-s: expected one argument"),
     ([*A, "--seeds", "9-2"], "--seeds: '9-2' has a range that falls"),
     ([*A, "--seeds", "1-9999999999"], "or has more than 10000 seeds"),
     ([*A, "--seeds", "1,1"], "--seeds: '1,1' repeats a seed"),
     ([*A, "--seeds", "1", "--seed", "42"], "--seed/-s: 42 cannot be given together with --seeds"),
+    ([*A, "-gs", "2", "--sweep", "guidance_scale=1,2"], "cannot be given together with --sweep; give one of them"),
     ([*A, "--seeds", "1-1001"], "--yes: is needed for 1001 samples, as they are more than 1000"),
     ([*MANY, "1-400", "--sweep", "eta=0,1"], "--yes: is needed for 2400 samples, as they are more than 1000"),
     ([*MANY, "1-10000", "--sweep", f"tol={','.join(map(str, range(99)))}", "--yes"], "--yes: allows 1000000 samples"),
-    ([*A, "--nodes", "4"], "--nodes: 4 is for collocation, not srds"),
     ([*A, "--offload"], "--offload: has no effect, as the device is the cpu"),
     ([*A, "--start-from", "nowhere"], "--start-from: 'nowhere' is not the directory of a run"),
     ([*A, "--metrics", "scene"], "--metrics: 'scene' reads what the demo draws"),
-    ([*A, "--sweep", "fine-steps:coarse-steps=25:5,100"], "has '100' for 2 settings; join values by colons"),
+    ([*A, "--metrics", "clap"], "--metrics: 'clap' is not usable; give one of"),
     ([*A, "--two\nlines"], "argument --two lines is not known; --help lists all"),
     ([*A, "stray"], "argument stray is not known"),
-    ([*A, "--resume"], "argument --resume is not known"),
     ([*A, "--tolerence", "1"], "argument --tolerence is not known; did you mean --tolerance?"),
-    ([*A, "--sweep", "tolerence=1,2"], "did you mean tolerance?"),
-    ([*A, "--solver", "ddin"], "give one of ddim, euler, ddpm, dpmsolver++; did you mean ddim?"),
-    ([*A, "--method", "colocation"], "did you mean collocation?"),
-    ([*A, "--metrics", "lpip"], "did you mean lpips?"),
 ]  # fmt: skip
 
 
@@ -483,16 +425,16 @@ BAD = [
 def workplace(tmp_path, monkeypatch):
     """A folder with prompt files of all kinds and an output directory with a run's files in it."""
     monkeypatch.chdir(tmp_path)
-    contents = {"good": b"a moon\n", "empty": b"", "blank": b"\xef\xbb\xbf \r\n# note\n\n", "latin": b"caf\xe9\n",
-                "wide": "a".encode("utf-16-le"), "long": b"a\n" + 10_001 * b"x", "many": b"a\nb\nc\n"}  # fmt: skip
+    contents = {
+        "good": b"a moon\n", "empty": b"", "blank": b"\xef\xbb\xbf \r\n# note\n\n", "latin": b"caf\xe9\n",
+        "wide": "a".encode("utf-16-le"), "long": b"a\n" + 10_001 * b"x", "many": b"a\nb\nc\n", "huge": b"",
+    }  # fmt: skip
     for name, data in contents.items():
         Path(f"{name}.txt").write_bytes(data)
-    Path("huge.txt").touch()
     os.truncate("huge.txt", 65 * 2**20)
     os.mkfifo("pipe")
-    for name in ("folder", "out"):
-        Path(name).mkdir()
-    Path("dangling").symlink_to("nowhere/at-all")
+    os.mkdir("folder")
+    os.mkdir("out")
     Path("out/run.json").write_bytes(pack(RUN))
     Path("out/srds_final.png").write_text("an image")
     return tmp_path
@@ -516,7 +458,7 @@ def test_an_output_directory_must_be_given_and_be_writable(workplace, tiny, monk
     assert "--output-dir/-o is required; give a directory" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not hold root back
     assert main.main(["-o", "folder/out", *A, "--model", str(tiny)]) == 2
-    assert "--output-dir/-o: 'folder/out' is not writable; give another" in capsys.readouterr().err
+    assert "--output-dir/-o: 'folder/out' cannot be used (it is not writable); give another" in capsys.readouterr().err
 
 
 FLAGS = [f"--{each.name.replace('_', '-')}" for kind in TABLES for each in fields(kind)]
@@ -533,74 +475,30 @@ def test_no_command_line_ends_in_anything_but_a_command_or_one_line(words):
         assert shown.code == 0
 
 
-def test_tiling_without_an_autoencoder_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
-    pipelines.pixels().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(loading, "_from_pretrained", lambda *args: pytest.fail("weights were loaded"))
-    assert main.main(arguments(tmp_path / "out", tmp_path / "model", "--vae-tiling")) == 2
-    assert "--vae-tiling: has no effect" in capsys.readouterr().err
-
-
-def test_arguments_are_checked_before_the_device_and_the_device_before_the_model(capsys):
-    both = ["-o", "out", *A, "--model", "nowhere/at-all"]
-    for more, words in ((["-cs", "0", "--device", "tpu"], "-cs"), (["--device", "tpu"], "--device")):
-        assert main.main([*both, *more]) == 2
-        assert words in capsys.readouterr().err
-
-
 # What fails later
 
 
-def fails_with_one_line(argv, words, capsys):
-    capsys.readouterr()
-    assert main.main(argv) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and words in err, err
-
-
 @pytest.mark.parametrize(
-    "model, words",
+    "more, answer, words",
     [
-        ("not a model", "neither a folder here nor a model"),
-        ("folder", "no readable model_index.json"),
-        ("nobody/nothing", "huggingface.co cannot be reached"),
-        ("dmo", "did you mean demo?"),
-        ("stabilityai/stable-diffusion-2", "withdrawn"),
+        (["--model", "folder"], 0.0, "has no readable model_index.json"),
+        ([], torch.OutOfMemoryError("CUDA out of memory."), "out of memory; try a smaller --max-batch"),
+        ([], MemoryError(), "out of memory; try a smaller --max-batch"),
+        ([], float("nan"), "not finite in float32; try other settings"),
+        (["--dtype", "bfloat16"], float("nan"), "--dtype: 'bfloat16': the network's output"),
     ],
 )
-def test_models_that_cannot_be_had_are_one_line_and_status_1(model, words, workplace, monkeypatch, capsys):
-    def unreachable(name, **kwargs):
-        validate_repo_id(name)
-        raise LocalEntryNotFoundError("no network")
+def test_what_fails_later_is_one_line_and_status_1(more, answer, words, workplace, tiny, monkeypatch, capsys):
+    def predict(self, pipeline, x, *rest, **conditions):
+        if isinstance(answer, Exception):
+            raise answer
+        return x * answer
 
-    monkeypatch.setattr(loading, "snapshot_download", unreachable)
-    fails_with_one_line(["-o", "out", *A, "--model", model], words, capsys)
+    monkeypatch.setattr(StableDiffusion, "predict", predict)
+    assert main.main(arguments("out" if "--model" in more else "new", tiny, *more)) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err, err
     assert Path("out/srds_final.png").read_text() == "an image"
-
-
-def test_weights_and_schedulers_that_do_not_serve_are_one_line_and_status_1(workplace, capsys):
-    stable_diffusion().save_pretrained("pickled", safe_serialization=False)
-    fails_with_one_line(arguments("out", "pickled"), "safetensors", capsys)
-    stable_diffusion(DDIMScheduler(thresholding=True)).save_pretrained("plain")
-    fails_with_one_line(arguments("out", "plain"), "thresholding", capsys)
-    stable_diffusion().save_pretrained("plain")
-    fails_with_one_line(arguments("out", "plain", "--variant", "fp16"), "variant 'fp16'", capsys)
-    assert Path("out/srds_final.png").read_text() == "an image"
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_out_of_memory_is_one_line_with_a_remedy(error, monkeypatch, tiny, capsys, tmp_path):
-    def fail(*args, **conditions):
-        raise error
-
-    monkeypatch.setattr(StableDiffusion, "predict", fail)
-    fails_with_one_line(arguments(tmp_path / "out", tiny), "out of memory; try a smaller --max-batch", capsys)
-
-
-def test_numbers_that_are_not_finite_are_one_line_with_a_remedy(tiny, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(StableDiffusion, "predict", lambda self, pipeline, x, t, **conditions: x * float("nan"))
-    fails_with_one_line(arguments(tmp_path, tiny), "not finite in float32; try other settings", capsys)
-    words = "--dtype: 'bfloat16': the network's output"
-    fails_with_one_line(arguments(tmp_path, tiny, "--dtype", "bfloat16"), words, capsys)
 
 
 @pytest.mark.slow
@@ -609,21 +507,21 @@ def test_a_compiler_that_fails_is_one_line_and_status_1(tiny, tmp_path, monkeypa
         raise OSError("no compiler found")
 
     monkeypatch.setattr(loading, "compile_network", lambda network: network.compile(backend=failing))
-    words = "argument --compile: torch cannot compile here"
-    fails_with_one_line(arguments(tmp_path, tiny, "--compile"), words, capsys)
+    assert main.main(arguments(tmp_path, tiny, "--compile")) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "argument --compile: torch cannot compile here" in err, err
 
 
 # As a process
 
 
-def test_help_needs_no_torch_and_has_every_flag_in_five_groups():
-    script = "import sys, main; status = main.main(['--help']); assert 'torch' not in sys.modules; sys.exit(status)"
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0 and process.stderr == "", process.stderr
-    assert all(f"{flag} " in process.stdout or f"{flag}\n" in process.stdout for flag in FLAGS)
-    groups = [line for line in process.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+def test_help_has_every_flag_in_five_groups(capsys):
+    assert main.main(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(f"{flag} " in out or f"{flag}\n" in out for flag in FLAGS)
+    groups = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert groups[-5:] == ["model:", "sampling:", "collocation:", "experiment:", "output:"]
-    assert "lines that begin with #" in " ".join(process.stdout.split())
+    assert "lines that begin with #" in " ".join(out.split())
 
 
 @pytest.mark.slow
@@ -632,8 +530,9 @@ def test_ctrl_c_and_sigterm_leave_what_is_finished(number, tmp_path, tiny):
     argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=[f"moon {i}" for i in range(50)])]
     # A shell's background job, as CI may be, has its children ignore Ctrl-C.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(argv, cwd=ROOT, **pipes, text=True, preexec_fn=heed)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed}
+    how["env"] = {**os.environ, "MPLBACKEND": "module://absent.backend"}  # as a notebook's shell may set it
+    process = subprocess.Popen(argv, cwd=ROOT, **how)
     next(line for line in process.stdout if line.startswith("sample 3 "))
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -645,34 +544,12 @@ def test_ctrl_c_and_sigterm_leave_what_is_finished(number, tmp_path, tiny):
 
 
 @pytest.mark.slow
-def test_a_process_in_a_strange_place_runs_as_any_other(tmp_path, tiny):
-    """A reader that goes away, a backend for figures that is not installed, a time zone that is none."""
-    argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny, prompts=["a", "b"])]
-    strange = {**os.environ, "MPLBACKEND": "module://absent.backend", "TZ": "XXX-25:99"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*argv, "--max-iterations", "1"], cwd=ROOT, env=strange, **pipes, text=True)
+def test_a_reader_that_goes_away_sees_no_traceback(tmp_path, tiny):
+    argv = [sys.executable, "main.py", *arguments(tmp_path / "out", tiny)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("srds, ddim")
     process.stdout.close()
-    assert process.wait(timeout=120) == 0 and process.stderr.read() == ""
-    assert TRUTH | SET <= files(tmp_path / "out") and len(sample_records(tmp_path / "out")) == 2
-
-
-@pytest.mark.parametrize(
-    "variables, words",
-    [
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x', WORLD_SIZE='2'"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK='0', WORLD_SIZE='0'"),
-        ({"RANK": "3", "WORLD_SIZE": "1"}, "RANK='3', WORLD_SIZE='1'"),
-    ],
-)
-def test_a_launch_that_cannot_be_is_one_line(variables, words, tmp_path, tiny, monkeypatch, capsys):
-    for name, value in {"LOCAL_RANK": "0", **variables}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "_exit", sys.exit)  # as one of several processes ends
-    with contextlib.suppress(SystemExit):
-        assert main.main(arguments(tmp_path / "out", tiny)) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and words in err and not (tmp_path / "out").exists()
+    assert "Traceback" not in process.stderr.read() and process.wait(timeout=120) is not None
 
 
 @pytest.mark.slow

@@ -1,14 +1,13 @@
 """The demo model and its scenes."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from conftest import sample_records
@@ -20,11 +19,6 @@ from settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = (ROOT / "prompts.txt").read_text().splitlines()
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return Sampler.from_pretrained("demo", Settings(tolerance=0), device="cpu")
 
 
 def test_checker_reads_scenes_back_and_captions_say_what_is_asked():
@@ -45,34 +39,21 @@ def test_demo_is_small_and_safe():
     assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 20e6
 
 
-def test_demo_loads_by_plain_diffusers_and_samples(caplog, recwarn):
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        verbosity = library.get_verbosity()
-        library.set_verbosity_warning()
-        library.enable_propagation()
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(DEMO)
-    finally:
-        for library in (diffusers.utils.logging, transformers.utils.logging):
-            library.set_verbosity(verbosity)
-            library.disable_propagation()
+def test_demo_loads_by_plain_diffusers_without_remarks_and_is_sampled_as_by_its_pipeline(caplog, recwarn, monkeypatch):
+    """To a tenth of a grey level of the image's 255, and 1e-4 of the latents' scale."""
+    for library in ("diffusers", "transformers"):
+        caplog.set_level(logging.WARNING, library)
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO)
     # StableDiffusionPipeline's annotation names AutoencoderKL alone, and diffusers remarks on any other class.
     assert [record for record in caplog.messages if "AutoencoderTiny" not in record] == [] and not recwarn.list
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
-    pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("a beautiful painting of a cat", num_inference_steps=2, height=64, width=64).images[0]
-    assert image.size == (64, 64)
-
-
-def test_demo_sequential_equals_diffusers_pipeline(sampler):
-    """To a tenth of a grey level of the image's 255, and 1e-4 of the latents' scale."""
-    sampler = sampler.vary(fine_steps=25, coarse_steps=5)
-    pipeline, settings = sampler.pipeline, sampler.settings
-    pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.scheduler.config.timestep_spacing == "trailing"
-    ours = sampler.sequential(PROMPTS[0])
-    theirs = pipeline(PROMPTS[0], num_inference_steps=settings.fine_steps, guidance_scale=settings.guidance_scale,
-                      latents=sampler.noise(), height=64, width=64, output_type="latent").images  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    sampler = Sampler(pipeline, Settings(fine_steps=25, coarse_steps=5))
+    ours, asked = sampler.sequential(PROMPTS[0]), {"num_inference_steps": 25, "height": 64, "width": 64}
+    asked |= {"guidance_scale": sampler.settings.guidance_scale, "latents": sampler.noise(), "output_type": "latent"}
+    theirs = pipeline(PROMPTS[0], **asked).images
     torch.testing.assert_close(ours.states[-1:], theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
     assert difference(ours.image, sampler.image(theirs)) < 0.1
 

@@ -52,12 +52,6 @@ def test_what_overshoots_is_carried_as_the_ode_carries_it(noise):
         torch.testing.assert_close(problem.solver.damped(noise, coarse, n, end), exact, atol=1e-4, rtol=1e-4)
 
 
-def test_initial_noise_is_the_seeds_alone():
-    first, again, other = (diffusion.initial_noise((4, 8, 16), seed) for seed in (1, 1, 2))
-    assert first.shape == (1, 4, 8, 16) and torch.equal(first, again) and not torch.equal(first, other)
-    assert first.dtype == diffusion.normal((2,), 1).dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     "widest, max_batch, size", [(10, None, 12), (10, 8, 8), (10, 6, 4), (10, 1, 1), (5, None, 8), (4, None, 4)]
 )

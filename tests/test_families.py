@@ -24,6 +24,15 @@ def theirs(family, sampler, output_type, **settings):
     """What the family's own pipeline makes of the same noise, under its own scheduler or trailing DDIM."""
     pipeline, x = sampler.pipeline, sampler.noise()
     pipeline.set_progress_bar_config(disable=True)
+    if family == "Unconditional":
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+        assert scheduler.config.clip_sample
+        pipeline = DDIMPipeline(pipeline.unet, scheduler)
+        pipeline.scheduler = scheduler  # the constructor makes one of its own
+        pipeline.set_progress_bar_config(disable=True)
+        settings = {"generator": torch.Generator().manual_seed(sampler.settings.seed), "num_inference_steps": 8}
+        (image,) = pipeline(**settings, output_type="np" if output_type == "latent" else "pil").images
+        return torch.from_numpy(image).permute(2, 0, 1) * 2 - 1 if output_type == "latent" else image
     kept = pipeline.scheduler
     if not sampler.model.family.flow:
         pipeline.scheduler = DDIMScheduler.from_config(kept.config, timestep_spacing="trailing", clip_sample=False)
@@ -51,59 +60,28 @@ def assert_parity(family, sampler, guidance=None):
 
 @pytest.mark.parametrize(
     "family, guidance",
-    [(name, scale) for name in LATENT if name != "Flux-schnell" for scale in (1.0, 4.0)] + [("Flux-schnell", None)],
+    [(name, scale) for name in LATENT if name != "Flux-schnell" for scale in (1.0, 4.0)]
+    + [("Flux-schnell", None), ("Unconditional", None)],
 )
 def test_sequential_equals_diffusers_own_pipeline(family, guidance):
     assert_parity(family, make(family, guidance_scale=guidance), guidance)
 
 
-def test_sequential_of_pixels_equals_diffusers_own_pipeline_clipping_included():
-    sampler = make("Unconditional")
-    scheduler = DDIMScheduler.from_config(sampler.pipeline.scheduler.config, timestep_spacing="trailing")
-    pipeline = DDIMPipeline(sampler.pipeline.unet, scheduler)
-    pipeline.scheduler = scheduler  # the constructor makes one of its own
-    pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.scheduler.config.clip_sample
-    generator = torch.Generator().manual_seed(sampler.settings.seed)
-    (image,) = pipeline(generator=generator, num_inference_steps=8, output_type="np").images
-    ours = (sampler.sequential("").states[-1] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
-    np.testing.assert_allclose(ours, image, atol=1e-4)
-
-
-def add_lora(network):
-    """Add LoRA weights to a network's attention by peft, none of them zero."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-    inject_adapter_in_model(config, network)
-
-
-@pytest.fixture
-def saved_lora(tmp_path):
-    """A file of LoRA weights for a family, made and saved by peft and the family's own pipeline."""
-
-    def save(family):
-        other = FAMILIES[family]()
-        part = "unet" if hasattr(other, "unet") else "transformer"
-        network = getattr(other, part)
-        add_lora(network)
-        layers = {f"{part}_lora_layers": get_peft_model_state_dict(network)}
-        type(other).save_lora_weights(tmp_path / family, **layers)
-        return tmp_path / family / "pytorch_lora_weights.safetensors"
-
-    return save
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["loaded", "fused"])
 @pytest.mark.parametrize("family", LORA)
-def test_a_pipeline_with_a_lora_is_sampled_as_it_is(family, fused, saved_lora):
-    plain = make(family)
-    adapted = FAMILIES[family]()
-    adapted.load_lora_weights(saved_lora(family), adapter_name="other")
+def test_a_pipeline_with_a_lora_is_sampled_as_it_is_fused_or_not(family, tmp_path):
+    """With weights that peft and the family's own pipeline made and saved, none of them zero."""
+    plain, other, adapted = make(family), FAMILIES[family](), FAMILIES[family]()
+    part = "unet" if hasattr(other, "unet") else "transformer"
+    network, layers = getattr(other, part), ["to_q", "to_k", "to_v", "to_out.0"]
+    torch.manual_seed(1)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False), network)
+    type(other).save_lora_weights(tmp_path, **{f"{part}_lora_layers": get_peft_model_state_dict(network)})
+    adapted.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors", adapter_name="other")
     adapted.set_adapters(["other"], [0.7])
-    if fused:
-        adapted.fuse_lora()
     ours = assert_parity(family, make(family, adapted))
     assert (ours - plain.sequential("a red sun").states[-1]).abs().mean() > 1e-4
+    adapted.fuse_lora()
+    assert_parity(family, make(family, adapted))
 
 
 @pytest.mark.parametrize("family", LATENT)

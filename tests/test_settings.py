@@ -1,6 +1,7 @@
 """What settings may be, and what is refused: the same for Python, the command and edited defaults."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -137,52 +138,45 @@ def test_every_default_that_can_be_edited_is_shipped_as_it_stands():
     assert all(rows[name].default == value for name, value in shipped.items() if name != "DEMO_GUIDANCE_SCALE")
 
 
-@pytest.fixture(scope="module")
-def copy_of_the_house(tmp_path_factory):
-    """The program with its settings in a file of its own, to be edited."""
-    root = tmp_path_factory.mktemp("house")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("study/*.*")]:
-        (root / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        (root / path.relative_to(ROOT)).write_text(path.read_text())
-    (root / "models").symlink_to(ROOT / "models")
-    return root
-
-
-def run_edited(house, edit, tmp_path, more):
-    name, lines = edit.split(" = ")[0], (ROOT / "settings.py").read_text().splitlines()
-    assert sum(line.startswith(f"{name} = ") for line in lines) == 1
-    edited = [edit if line.startswith(f"{name} = ") else line for line in lines]
-    (house / "settings.py").write_text("\n".join(edited))
-    command = [sys.executable, "main.py", "--prompt", "a", "-o", str(tmp_path / "out"), *more]
-    return subprocess.run(command, cwd=house, capture_output=True, text=True)
+def edited_source(name, value):
+    """The text of settings.py with another default."""
+    source, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", (ROOT / "settings.py").read_text())
+    assert count == 1
+    return source
 
 
 @pytest.mark.parametrize(
-    "edit, words",
-    [
-        ("COARSE_STEPS = 2.5", "argument --coarse-steps/-cs: 2.5 is not usable"),
-        ('SOLVER = "foo"', "argument --solver: 'foo' is not usable; give one of ddim"),
-        ("TOLERANCE = -1", "argument --tolerance/-tol: -1 is not usable"),
-        ("SEED = None", "argument --seed/-s: None is not usable"),
-        ('DTYPE = "half"', "argument --dtype: 'half' is not usable"),
-        ('PARALLEL = "both"', "argument --parallel: 'both' is not usable"),
-        ('EXPECTED_REFINEMENTS = "few"', "argument --expected-refinements: 'few' is not usable"),
-        ('MODEL = ""', "argument --model: '' is not usable; give a hub id"),
-    ],
-)
-def test_edited_defaults_are_checked_like_arguments(edit, words, copy_of_the_house, tmp_path):
-    process = run_edited(copy_of_the_house, edit, tmp_path, [])
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and words in process.stderr
-    assert process.stdout == "" and not (tmp_path / "out").exists()
+    "name, value",
+    [("COARSE_STEPS", 2.5), ("SOLVER", "foo"), ("TOLERANCE", -1), ("SEED", None), ("DTYPE", "half"), ("MODEL", ""),
+     ("PARALLEL", "both"), ("EXPECTED_REFINEMENTS", "few")],
+)  # fmt: skip
+def test_edited_defaults_are_checked_like_arguments(name, value):
+    module = {"__name__": "edited", "__file__": str(ROOT / "settings.py")}
+    exec(edited_source(name, value), module)
+    kind = next(kind for kind in table.TABLES if name.lower() in {each.name for each in fields(kind)})
+    given = {"output_dir": "out"} if kind is Experiment else {}
+    with pytest.raises(module["SettingError"], match=f"{name.lower()}: {value!r} is not usable; give "):
+        module[kind.__name__](**given)
 
 
 @pytest.mark.slow
-def test_edited_defaults_are_checked_against_the_model_and_said_and_give_way_to_arguments(copy_of_the_house, tmp_path):
-    more = ["--model", "demo", "-cs", "2", "-fs", "4", "--no-ground-truth"]
-    process = run_edited(copy_of_the_house, "HEIGHT = 60", tmp_path, more)
-    assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert "argument --height: 60 is not a multiple of 8; give 64" in process.stderr
-    process = run_edited(copy_of_the_house, "COARSE_STEPS = 200", tmp_path, more)
+def test_edited_defaults_are_checked_against_the_model_and_said_and_give_way_to_arguments(tmp_path):
+    """In a copy of the program, whose settings.py can be edited."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("study/*.*")]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    argv = "main.py --prompt a -o out --model demo -cs 2 -fs 4 --no-ground-truth".split()
+
+    def run(name, value):
+        (tmp_path / "settings.py").write_text(edited_source(name, value))
+        return subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True)
+
+    for name, value, words in (("SEED", -1, "-1 is not usable"), ("HEIGHT", 60, "60 is not a multiple of 8; give 64")):
+        process = run(name, value)
+        assert process.returncode == 2 and process.stderr.count("\n") == 1 and words in process.stderr
+        assert process.stdout == "" and not (tmp_path / "out").exists()
+    process = run("COARSE_STEPS", 200)
     assert process.returncode == 0 and process.stderr == ""
     assert "edited defaults: COARSE_STEPS 200 (10)\n" in process.stdout
     assert "--coarse-steps=2" in json.loads((tmp_path / "out" / "run.json").read_text())["reproduce"]

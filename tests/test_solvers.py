@@ -1,5 +1,7 @@
 """Solvers: orders of convergence, parity with diffusers' schedulers, refinements of each."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -50,49 +52,47 @@ def test_the_chain_leads_along_a_trajectory_by_what_each_block_held(kind, noise)
         torch.testing.assert_close(led[-1], states[-1].flatten(), atol=0.1, rtol=0.1)
 
 
+SCHEDULERS = {"ddpm": DDPMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+
+
+def by_diffusers(scheduler, x, denoise, kind, seed, monkeypatch):
+    """The sample of a scheduler of diffusers; denoise(x, j) is the output of step j, whose noise is our own."""
+    eta = KINDS[kind].get("eta", 0)
+    for j, t in enumerate(scheduler.timesteps):
+        drawn = diffusion.step_noise(seed, j, x.shape[1:])[None]
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
+        more = {"eta": eta, "variance_noise": drawn if eta else None} if "ddim" in kind else {}
+        x = scheduler.step(denoise(x, torch.tensor([j])), t, x, **more).prev_sample
+    return x
+
+
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of a scheduler of diffusers
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("kind", ["ddim", "ddim, eta = 0.5", "ddpm", "dpmsolver++"])
 def test_a_solver_is_diffusers_scheduler(kind, prediction_type, noise, monkeypatch):
     """On grids that divide the chain; with the same noise, and without restarts."""
-    settings = KINDS[kind]
-    problem = Mixture(20, prediction_type, seed=3, **settings)
-    config = {**SD, "prediction_type": prediction_type, "timestep_spacing": "trailing"}
-    if kind == "ddpm":
-        scheduler = DDPMScheduler(**config, clip_sample=False)
-    elif kind == "dpmsolver++":
-        scheduler = DPMSolverMultistepScheduler(**config)
-    else:
-        scheduler = DDIMScheduler(**config, clip_sample=False)
+    problem = Mixture(20, prediction_type, seed=3, **KINDS[kind])
+    settings = {**SD, "prediction_type": prediction_type, "timestep_spacing": "trailing"}
+    settings |= {} if kind == "dpmsolver++" else {"clip_sample": False}
+    scheduler = SCHEDULERS.get(kind, DDIMScheduler)(**settings)
     scheduler.set_timesteps(20)
     assert torch.equal(scheduler.timesteps, problem.grid.times)
-    x = noise
-    for j, t in enumerate(scheduler.timesteps):
-        drawn, more = diffusion.step_noise(3, j, noise.shape[1:])[None], {}
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
-        if "ddim" in kind:
-            more = {"eta": settings.get("eta", 0), "variance_noise": drawn if "eta" in settings else None}
-        x = scheduler.step(problem.denoise(x, torch.tensor([j])), t, x, **more).prev_sample
-    torch.testing.assert_close(problem.sequential(noise), x, atol=1e-4, rtol=1e-4)
+    theirs = by_diffusers(scheduler, noise, problem.denoise, kind, 3, monkeypatch)
+    torch.testing.assert_close(problem.sequential(noise), theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddim, eta = 0.5", "ddpm"])
 def test_pixels_are_clipped_as_diffusers_clips_them(kind, noise, monkeypatch):
     """Data beyond the range, so that every step clips."""
-    scheduler = (DDPMScheduler if kind == "ddpm" else DDIMScheduler)(**SD, timestep_spacing="trailing")
+    scheduler = SCHEDULERS.get(kind, DDIMScheduler)(**SD, timestep_spacing="trailing")
     solver, eta = KINDS[kind].get("solver", "ddim"), KINDS[kind].get("eta", 0.0)
     grid = diffusion.diffusion_grid(DDIMScheduler(**SD), 10, solver)
     assert scheduler.config.clip_sample and grid.clip == 1
     scheduler.set_timesteps(10)
-    step, x, y = diffusion.Solver(grid, solver, eta).step, noise, noise
-    for j, t in enumerate(scheduler.timesteps):
-        drawn, at = diffusion.step_noise(0, j, noise.shape[1:])[None], torch.tensor([j])
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
-        more = {} if kind == "ddpm" else {"eta": eta, "variance_noise": drawn if eta else None}
-        a, b = grid.signal[j].float(), grid.noise[j].float()
-        x = scheduler.step((x - a * 1.5) / b, t, x, **more).prev_sample
-        y, _ = step(y, (y - a * 1.5) / b, at, at + 1, y)
-    torch.testing.assert_close(y, x, atol=1e-4, rtol=1e-4)
+    denoise = lambda x, n: (x - grid.signal[n].float() * 1.5) / grid.noise[n].float()
+    ours = diffusion.sequential(noise, denoise, diffusion.Solver(grid, solver, eta).step, range(11))
+    theirs = by_diffusers(scheduler, noise, denoise, kind, 0, monkeypatch)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of a scheduler of diffusers
@@ -100,7 +100,7 @@ def test_pixels_are_clipped_as_diffusers_clips_them(kind, noise, monkeypatch):
     "shift", [{"shift": 3.0}, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}]
 )
 @pytest.mark.parametrize("solver", ["euler", "dpmsolver++"])
-def test_a_flows_solver_is_diffusers_scheduler(solver, shift, noise):
+def test_a_flows_solver_is_diffusers_scheduler(solver, shift, noise, monkeypatch):
     grid = diffusion.flow_grid(FlowMatchEulerDiscreteScheduler(**shift), 20, tokens=1000)
     if solver == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(**shift)
@@ -111,12 +111,9 @@ def test_a_flows_solver_is_diffusers_scheduler(solver, shift, noise):
         scheduler.set_timesteps(20)
         sigmas = scheduler.sigmas.double()
         grid = diffusion.Grid(scheduler.timesteps, 1 - sigmas, sigmas, "flow")
-    step, x, y, past = diffusion.Solver(grid, solver).step, noise, noise, noise
-    for j, t in enumerate(scheduler.timesteps):
-        at = torch.tensor([j])
-        x = scheduler.step(x.sin(), t, x).prev_sample
-        y, past = step(y, y.sin(), at, at + 1, past)
-    torch.testing.assert_close(y, x, atol=1e-4, rtol=1e-4)
+    ours = diffusion.sequential(noise, lambda x, n: x.sin(), diffusion.Solver(grid, solver).step, range(21))
+    theirs = by_diffusers(scheduler, noise, lambda x, n: x.sin(), solver, 0, monkeypatch)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -149,11 +146,14 @@ def test_coarse_noise_is_what_the_fine_steps_add_with_x0_held(kind, noise):
         torch.testing.assert_close(coarse, x, atol=1e-5, rtol=1e-5)
 
 
-def test_noise_is_of_the_seed_and_the_step_alone(noise):
-    draws = [diffusion.step_noise(seed, j, (4, 8, 8)) for seed, j in ((1, 0), (0, 1), (1, 0), (2**64 - 1, 999))]
-    assert torch.equal(draws[0], draws[2])
-    assert all((draws[i] - draws[j]).abs().mean() > 0.5 for i, j in ((0, 1), (0, 3), (1, 3)))
-    assert (diffusion.initial_noise((4, 8, 8), 1)[0] - draws[0]).abs().mean() > 0.5
+def test_noise_is_of_the_seed_and_the_step_alone():
+    shape, steps = (4, 8, 16), ((1, 0), (0, 1), (1, 0), (2**64 - 1, 999))
+    draws = [diffusion.step_noise(seed, j, shape) for seed, j in steps]
+    initial = [diffusion.initial_noise(shape, seed) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[2]) and torch.equal(*initial[:2]) and initial[0].shape == (1, *shape)
+    different = [draws[0], draws[1], draws[3], initial[0][0], initial[2][0]]
+    assert all((one - other).abs().mean() > 0.5 for one, other in itertools.combinations(different, 2))
+    assert draws[0].dtype == initial[0].dtype == torch.float32
     torch.testing.assert_close(diffusion.step_noise(0, 0, (100000,)).var(), torch.tensor(1.0), atol=0.02, rtol=0)
 
 

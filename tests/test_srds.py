@@ -1,5 +1,7 @@
 """The method: theory, exactness, counts."""
 
+import gc
+
 import pytest
 import torch
 
@@ -141,37 +143,31 @@ def test_refinements_follow_algorithm_1(noise):
 def test_error_decreases_superlinearly(noise):
     problem = Gaussian(100)
     truth = problem.sequential(noise)
-    errors = [
-        (iterate.states[-1] - truth).abs().max().item()
-        for iterate in srds(noise, problem.denoise, problem.step, boundaries(100, 10), refinements=3)
-    ]
+    iterates = srds(noise, problem.denoise, problem.step, boundaries(100, 10), refinements=3)
+    errors = [(iterate.states[-1] - truth).abs().max().item() for iterate in iterates]
     rates = [after / before for before, after in zip(errors, errors[1:])]
     assert rates[0] < 0.5 and rates[1] < 0.7 * rates[0] and rates[2] < 0.9 * rates[1], errors
 
 
 def test_memory_does_not_grow_with_the_steps(noise):
     """Between ticks, the engine's live latents are those of two iterations in flight, whatever N is."""
-    import gc
-
-    def alive():
-        tensors = [tensor for tensor in gc.get_objects() if type(tensor) is torch.Tensor]
-        latents = [tensor.untyped_storage() for tensor in tensors if tensor.shape[-3:] == (4, 8, 8)]
-        return {storage.data_ptr(): storage.nbytes() for storage in latents}
 
     def most_alive(N, B):
         gc.collect()
         gc.freeze()  # what is alive by now is not looked at
-        problem, most = Gaussian(N), 0
+        problem, alive = Gaussian(N), []
 
         def denoise(x, n):
-            nonlocal most
-            most = max(most, sum(alive().values()) // noise.untyped_storage().nbytes())
+            tensors = [tensor for tensor in gc.get_objects() if type(tensor) is torch.Tensor]
+            latents = [tensor.untyped_storage() for tensor in tensors if tensor.shape[-3:] == (4, 8, 8)]
+            storages = {storage.data_ptr(): storage.nbytes() for storage in latents}
+            alive.append(sum(storages.values()) // noise.untyped_storage().nbytes())
             return problem.denoise(x, n)
 
         for _ in srds(noise, denoise, problem.step, boundaries(N, B), refinements=4):
             pass
         gc.unfreeze()
-        return most
+        return max(alive)
 
     short, long = most_alive(40, 5), most_alive(160, 5)
     assert 5 < short < 40 and long <= short + 2, (short, long)

@@ -1,5 +1,7 @@
 """Experiments in one command: sweeps over settings, plans, tables and measures of images."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,27 +28,17 @@ def run(out, model, *more, prompts=PROMPTS):
     return main.main([*fixed, *texts, *more])
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """What was called how often: a model loaded, a text encoded, a ground truth sampled."""
-    calls = []
-
-    def count(owner, name, what=lambda *args, **how: True):
-        original = getattr(owner, name)
-        counting = lambda *args, **how: calls.extend([name] * what(*args, **how)) or original(*args, **how)
-        monkeypatch.setattr(owner, name, counting)
-
-    count(bench, "load_pipeline")
-    count(Sampler, "sequential", lambda *args, coarse=False, **how: not coarse)
-    count(StableDiffusion, "encode", lambda self, pipeline, prompt, *how: prompt in PROMPTS)
-    return lambda: {name: calls.count(name) for name in ("load_pipeline", "sequential", "encode")}
-
-
 @pytest.mark.slow
-def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_path, counted, capsys):
+def test_a_sweep_shares_what_its_settings_share_and_changes_no_result(tiny, tmp_path, monkeypatch, capsys):
+    spies = []
+    for owner, name in ((bench, "load_pipeline"), (Sampler, "sequential"), (StableDiffusion, "encode")):
+        spies.append(Mock(side_effect=getattr(owner, name)))
+        monkeypatch.setattr(owner, name, lambda *args, spy=spies[-1], **how: spy(*args, **how))
     swept = ["--sweep", "cs=2,3", "--sweep", "tol=0,100", *SHORT]
     assert run(tmp_path / "sweep", tiny, *swept, "--seeds", "3,5", prompts=PROMPTS[:1]) == 0
-    assert counted() == {"load_pipeline": 1, "sequential": 2, "encode": 1}
+    loads, solves, encodings = (spy.call_args_list for spy in spies)
+    truths = [call for call in solves if not call.kwargs.get("coarse")]
+    assert len(loads) == 1 and len(truths) == 2 and sum(PROMPTS[0] in call.args for call in encodings) == 2
     printed = capsys.readouterr().out
     assert "; sweep of coarse_steps, tolerance: 4 settings\n" in printed
     means = [line.split() for line in printed.splitlines() if "coarse steps 2, tolerance 0" in line]
@@ -70,40 +62,22 @@ def test_settings_are_swept_in_step(tiny, tmp_path):
     assert steps == [(9, 3), (9, 3), (4, 2), (4, 2), (6, 2), (6, 2)]
 
 
-@pytest.mark.parametrize(
-    "words, told",
-    [
-        (["coarse_steps"], "--sweep: 'coarse_steps' is not usable; give a setting and its values"),
-        (["model=a,b"], "--sweep: 'model=a,b' is not usable"),
-        (["seed=1,2"], "--sweep: 'seed=1,2' is not usable"),
-        (["cs=2,x"], "--coarse-steps/-cs: 'x' is not usable; give a whole number"),
-        (["cs=2,200"], "--coarse-steps/-cs: 200 is more than the 100 fine steps"),
-        (["cs=2,2"], "'cs=2,2' repeats a setting or value"),
-        (["cs=2", "coarse_steps=3"], "'coarse_steps=3' repeats coarse_steps"),
-        (["guidance_scale=1,2"], "cannot be given together with --sweep; give one of them"),
-        (["solver=ddim,euler"], "--solver: 'euler' cannot be used with"),
-        (["method=srds,collocation", "nodes=4,5"], "--nodes: 4 is for collocation, not srds"),
-        (["cs=2,auto", "method=srds,collocation"], "'auto' is for srds, not collocation; give a number"),
-    ],
-)
-def test_all_values_of_a_sweep_are_checked_before_any_is_sampled(words, told, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
-    assert run(tmp_path / "out", tiny, *(word for each in words for word in ("--sweep", each))) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+def test_fewer_blocks_are_taken_for_few_steps_and_said_and_reproduced_by_the_default(tiny, tmp_path, capsys):
+    argv = ["--sweep", "fine-steps=8,12", "--no-ground-truth", "--max-iterations", "1"]
+    assert run(tmp_path, tiny, *argv, prompts=PROMPTS[:1]) == 0
+    assert [each["made_by"]["coarse_steps"] for each in sample_records(tmp_path)] == [3, 10]
+    assert "note: 3 blocks instead of the default 10, as there are 8 fine steps" in capsys.readouterr().out
+    assert "--coarse-steps" not in run_record(tmp_path)["reproduce"]
 
 
-def test_a_truth_that_fails_does_so_once_and_a_sweep_of_failures_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
-    made = []
-
+def test_a_sweep_of_failures_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     def fail(*args, **how):
-        made.append(1)
         raise MemoryError
 
     monkeypatch.setattr(Sampler, "sequential", fail)
     assert run(tmp_path, tiny, "--sweep", "tolerance=1,2,3", "-cs", "2", *SHORT, prompts=PROMPTS[:1]) == 1
-    captured = capsys.readouterr()
-    assert len(made) == 1 and captured.err.count("\n") == 1 and "3 of 3 samples failed" in captured.err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "3 of 3 samples failed" in error
 
 
 def test_a_plan_is_a_number_from_then_on_and_one_that_fails_is_one_line(tiny, tmp_path, monkeypatch, capsys):
@@ -115,10 +89,7 @@ def test_a_plan_is_a_number_from_then_on_and_one_that_fails_is_one_line(tiny, tm
     assert run(tmp_path, tiny, *argv, "-cs", "3", "--schedule", "sweep") == 0
     assert "2 of 2 samples are there already" in capsys.readouterr().out
 
-    def no_memory(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(bench, "make_plan", no_memory)
+    monkeypatch.setattr(bench, "make_plan", Mock(side_effect=MemoryError))
     assert run(tmp_path, tiny, *argv, "-cs", "auto", "--expected-refinements", "1") == 1
     error = capsys.readouterr().err
     assert "out of memory; try a smaller --max-batch" in error and error.count("\n") == 1
@@ -139,59 +110,31 @@ def test_scores_are_paired_with_each_samples_own_ground_truth(tmp_path, capsys):
     assert metrics.scene(image, "a red sun") == 1 and metrics.scene(image, "a cat") is None
 
 
-@pytest.fixture
-def tiny_clip(monkeypatch):
-    """In place of the hub's CLIP, one with random weights, of a seed whose scores are above 0, where they are cut."""
+def test_clip_scores_are_cosines_of_image_and_prompt(monkeypatch):
+    """Of a model with random weights, of a seed whose scores are above 0, where they are cut."""
     torch.manual_seed(8)
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     words = {"vocab_size": 54, "max_position_embeddings": 24, "eos_token_id": 53, **size}
     config = CLIPConfig(text_config=words, vision_config={"image_size": 32, "patch_size": 16, **size}, projection_dim=8)
-    model, images = CLIPModel(config), CLIPImageProcessorPil(size=32, crop_size=32)
-    processor = CLIPProcessor(images, pipelines.clip()[1])
+    model = CLIPModel(config).eval()
+    processor = CLIPProcessor(CLIPImageProcessorPil(size=32, crop_size=32), pipelines.clip()[1])
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda name: model)
     monkeypatch.setattr(CLIPProcessor, "from_pretrained", lambda name: processor)
-    return model.eval(), processor
-
-
-def test_clip_scores_are_cosines_of_image_and_prompt(tiny_clip):
     measure = metrics.Metrics(["clip"]).measure
     images = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 3), np.uint8)
     found, other = measure(images[0], images[1], "a cat"), measure(images[1], None, "a cat")
     assert 0 < found["clip"] < 100 and found["clip_difference"] != 0 and other["clip_difference"] is None
     assert found["clip_difference"] == pytest.approx(found["clip"] - other["clip"], abs=1e-4)
-    model, processor = tiny_clip
     with torch.no_grad():
         features = model(**processor(images=[images[0]], text=["a cat"], return_tensors="pt"))
     cosine = torch.cosine_similarity(features.image_embeds, features.text_embeds)
     assert found["clip"] == pytest.approx(100 * float(cosine), abs=1e-3)
 
 
-def test_lpips_is_the_distance_to_the_ground_truth(monkeypatch):
-    monkeypatch.setattr(metrics, "lpips", lambda: lambda image, truth: (image - truth).abs().mean())
-    image = np.full((8, 8, 3), 255, np.uint8)
-    assert metrics.Metrics(["lpips"]).measure(image, image // 5, "a")["lpips"] == pytest.approx(0.8)
-
-
-@pytest.mark.parametrize(
-    "more, told",
-    [
-        (["lpips"], "argument --metrics: 'lpips' needs torchvision"),
-        (["clip"], "argument --metrics: 'clip' needs the weights of openai/clip"),
-        (["lpips", "--no-ground-truth"], "'lpips' is a distance to the ground truth"),
-    ],
-)
-def test_metrics_that_cannot_be_measured_are_one_line(more, told, tiny, tmp_path, monkeypatch, capsys):
-    def unreachable(*args, **how):
-        raise OSError("no connection")
-
-    monkeypatch.setattr(CLIPModel, "from_pretrained", unreachable)
-    monkeypatch.setattr(metrics, "LearnedPerceptualImagePatchSimilarity", unreachable)
+def test_weights_of_a_metric_that_cannot_be_had_are_one_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CLIPModel, "from_pretrained", Mock(side_effect=OSError("no connection")))
     monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
-    assert run(tmp_path / "out", tiny, "--metrics", *more) == 2
+    assert run(tmp_path / "out", tiny, "--metrics", "clip") == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-def test_a_sweep_over_steps_is_reproduced_without_the_blocks_of_one_of_them(tiny, tmp_path):
-    assert run(tmp_path, tiny, "--sweep", "fine-steps=4,12", "--max-iterations", "1") == 0
-    assert "--coarse-steps" not in run_record(tmp_path)["reproduce"]
+    assert "argument --metrics: 'clip' needs the weights of openai/clip" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
