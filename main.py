@@ -151,7 +151,10 @@ def main(argv=None):
     except Failure as failure:
         return end(one_line(failure), failure.status)
     except KeyboardInterrupt:
-        return end("interrupted; what was finished is kept, and the same command goes on from there", 130)
+        # torchrun interrupts the other processes when one has ended, which has said why.
+        others = os.environ.get("RANK", "0") != "0"
+        what = "interrupted; what was finished is kept, and the same command goes on from there"
+        return end("" if others else what, 130)
     except BrokenPipeError:  # the program that read the output, such as `head`, has ended
         sys.stdout = open(os.devnull, "w")
         return end("the output cannot be written; what was finished is kept, and the same command goes on", 1)
@@ -169,7 +172,8 @@ def one_line(failure):
 
 def end(message, status):
     """Print one line and return the exit status; one of several processes exits at once, and torchrun ends the rest."""
-    print(f"main.py: error: {in_one_line(message, 10_000)}", file=sys.stderr)
+    if message:
+        print(f"main.py: error: {in_one_line(message, 10_000)}", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stderr.flush()
         os._exit(status)  # at once: the others may be waiting for this process
