@@ -121,7 +121,7 @@ def run(command, processes):
                         made = bench.sample(task)
                         folder.add(task.folder, overview.files(*made), command.experiment.again)
                     except Exception as error:
-                        overview.failed(task, bench.explain(task, error))
+                        overview.failed(task, bench.explain(error))
             bench.dismiss()
         processes.wait()
     except BaseException:

@@ -9,21 +9,19 @@ from refinement import Trajectory
 from sampler import Sampler
 from settings import Failure, SettingError, in_one_line, out_of_memory
 from study import key
-from study.folder import COUNT, MAPPING, NUMBER, TEXT, pack, read_file, read_json, read_run
+from study.folder import NUMBER, pack, read_file, read_json, read_run
 from study.key import Task, made_by
 from study.metrics import Metrics
 from study.planning import describe_plan, make_plan
 from study.sampling import Shared, sample, warn_if_cut
 
-PLAN = {"made_by": MAPPING(lambda value: True), "blocks": COUNT, "schedule": TEXT, "refinements": COUNT, "srds": NUMBER,
-        "sequential": NUMBER, "calls": MAPPING(NUMBER)}  # fmt: skip
+PLAN = {"blocks": int, "schedule": str, "refinements": int, "srds": NUMBER, "sequential": NUMBER, str: object}
 
 
 class Bench:
     """The model of a `main.Command`, found but not yet loaded, its device, and the samples that the command asks for.
 
-    device, dtype: as results depend on them, texts. weights: digests of the model's and the adapters' files. texts:
-    the prompts, [""] if the model reads none and none was given.
+    device, dtype: those in use; dtype is a text. weights: digests of the model's and the adapters' files.
 
     Raises Failure for what the model or the device cannot do.
     """
@@ -38,21 +36,14 @@ class Bench:
             self.model, self.adapters = find_model(loading.model), find_adapters(loading)
         self.dtype = str(choose_dtype(loading, self.model, self.device)).removeprefix("torch.")
         self.weights = key.weights(self.model, self.adapters)
-        self.texts, self.failures = command.texts or [""], {}
         self.shared = functools.lru_cache(maxsize=1)(Shared)  # of the last prompt and seed
-        self._check()
+        if self.model.family.prompted and not command.texts:
+            raise Failure("argument --prompts/-p or --prompt: give one of them", status=2)
+        for variant in command.variants:
+            variant.settings.resolve(self.model)  # raises SettingError
         self.starts = self._starts()
         with processes.in_turn():
             self.metrics = Metrics(command.metrics)
-
-    def _check(self):
-        command, family = self.command, self.model.family
-        if family.prompted and not command.texts:
-            raise Failure("argument --prompts/-p or --prompt: give one of them", status=2)
-        if command.seeds and not family.prompted and len({*command.texts}) > 1:
-            raise SettingError("seeds", command.experiment.seeds, "needs a single prompt, as the model reads none")
-        for variant in command.variants:
-            variant.settings.resolve(self.model)  # raises SettingError
 
     def _starts(self):
         """Return the trajectories of the --start-from run by prompt and seed; {} if the flag is not given."""
@@ -78,14 +69,13 @@ class Bench:
         settings, expected = variant.settings, self.command.experiment.expected_refinements
         if not variant.auto:
             return settings.resolve(self.model)
-        about = {**asdict(settings), "seed": None, "expected": expected, **self.weights, "dtype": self.dtype}
-        about |= {"device": str(self.device), "processes": self.processes.sharing}
+        about = {**asdict(settings), "seed": None, "expected": expected, **self.weights, "dtype": self.dtype,
+                 "device": str(self.device), "processes": self.processes.sharing}  # fmt: skip
         name = f"plan-{key.key(about)}.json"
-        stored = read_json(folder.path, name, PLAN)
-        plan = self.processes.broadcast(stored if stored and stored["made_by"] == about else None)
+        plan = self.processes.broadcast(read_json(folder.path, name, PLAN))
         if not plan:
             sampler = self.sampler(settings)
-            plan = self._first_call(settings, lambda: make_plan(sampler, settings, expected))
+            plan = self._first_call(lambda: make_plan(sampler, settings, expected))
             plan = self.processes.broadcast({"made_by": about, **plan})
             if self.processes.first:
                 folder.write(name, pack(plan))
@@ -97,7 +87,7 @@ class Bench:
         command, prompted, seed = self.command, self.model.family.prompted, settings[0].seed
         # Without prompts, samples differ only by their noise.
         seeds = lambda i: command.seeds or [seed if prompted else (seed + i) % 2**64]
-        pairs = [(text, each) for i, text in enumerate(self.texts) for each in seeds(i)]
+        pairs = [(text, each) for i, text in enumerate(command.texts or [""]) for each in seeds(i)]
         tasks = [self._task(text, each, own) for text, each in pairs for own in settings]
         names = key.key([task.folder for task in tasks])
         if self.processes.broadcast(names) != names:
@@ -113,10 +103,7 @@ class Bench:
             raise SettingError("start_from", self.command.experiment.start_from, remedy)
         if start:
             start.check(model.family.shape(settings.height, settings.width), model.name)
-        sharing = self.processes.sharing if settings.fixed_batch else 1  # it sets the size of a call
-        made = made_by(text, seed, settings, start, command=self.command, model=model, weights=self.weights,
-                       device=self.device.type, dtype=self.dtype, sharing=sharing)  # fmt: skip
-        return Task(text, seed, settings, start, made)
+        return Task(text, seed, settings, start, made_by(self, text, seed, settings, start))
 
     @functools.cached_property
     def pipeline(self):
@@ -137,13 +124,11 @@ class Bench:
         """Return the sampler with these settings, warmed up. Raises Failure if the model cannot be run with them."""
         sampler = self.sampler(settings)
         warn_if_cut(settings.negative_prompt, sampler.ignored(settings.negative_prompt))
-        self._first_call(settings, sampler.warm_up)
+        self._first_call(sampler.warm_up)
         return sampler
 
     def sample(self, task):
         """Make a sample, see `study.sampling.sample`."""
-        if task.settings in self.failures:
-            raise self.failures[task.settings]
         return sample(self.warm(task.settings), task, self.shared(task.text, task.seed), self.metrics)
 
     def follow(self, tasks):
@@ -159,41 +144,35 @@ class Bench:
         if self.processes.sharing > 1:
             self.processes.broadcast(None)
 
-    def _first_call(self, settings, call):
-        """Return what `call` returns, which is the first to run the network with some settings.
-
-        Raises Failure, which is kept, so that later samples with these settings fail at once.
-        """
+    def _first_call(self, call):
+        """Return what `call` returns, which is the first to run the network with some settings. Raises Failure."""
         try:
             return call()
         except Exception as error:
             why = in_one_line(f"{type(error).__name__}: {error}")
             unknown = ModelError(f"{self.model.name} cannot be run with its configs: {why}")
-            self.failures[settings] = self._failure(settings, error) or unknown
-            raise self.failures[settings] from error
+            raise failure_of(error) or unknown from error
 
-    def explain(self, task, error):
+    def explain(self, error):
         """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""
-        failure = self._failure(task.settings, error)
+        failure = failure_of(error)
         # Processes that share lanes are still in step if a sample is not finite, but not after another error.
         in_step = self.processes.sharing == 1 or isinstance(error, FloatingPointError)
         if type(failure) is not Failure or not in_step:
             raise failure or error
         return str(failure)
 
-    def _failure(self, settings, error):
-        """Return a Failure that says what went wrong in the network or on the device, and a remedy; None for a bug."""
-        loading = self.command.loading
-        if isinstance(error, Failure):
-            return error
-        if isinstance(error, FloatingPointError):
-            if "float32" in str(error):
-                return Failure(f"{error}; try other settings, such as a lower --guidance-scale, or other weights")
-            return Failure(f"argument --dtype: {loading.dtype!r}: {error}; try --dtype float32 or bfloat16")
-        if out_of_memory(error):
-            remedies = ["a smaller --max-batch"] * (settings.max_batch != 1)
-            remedies += ["--offload"] * (self.device.type != "cpu" and not loading.offload)
-            return Failure(f"out of memory; try {' or '.join([*remedies, 'a smaller image'])}")
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            return Failure(f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out")
-        return None
+
+def failure_of(error):
+    """Return a Failure that says what went wrong in the network or on the device, and a remedy; None for a bug."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, FloatingPointError):
+        of_dtype = "float32" not in str(error)
+        remedy = "--dtype bfloat16 or float32" if of_dtype else "other settings, such as a lower --guidance-scale"
+        return Failure(f"{error}; try {remedy}")
+    if out_of_memory(error):
+        return Failure("out of memory; try a smaller --max-batch, a smaller image, or --offload on a GPU")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return Failure(f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out")
+    return None

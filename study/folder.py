@@ -6,7 +6,6 @@ A command that is killed before leaves no half sample. All other files are repla
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import re
@@ -22,56 +21,49 @@ from study.key import folder_name
 PICTURES = (r"srds_(initialized|iteration_[0-9]+|final|filmstrip|ddim_gt|ddim_course)\.png"
             r"|trajectory_errors_plot\.png|trajectory_errors_table\.csv")  # fmt: skip
 IN_A_SAMPLE = re.compile(rf"{PICTURES}|trajectory\.safetensors|result\.json")
-AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json|plan-[0-9a-f]{{8}}\.json")
+AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json")
 PART = ".part-"  # the names of unfinished files and folders begin with this
-UNFINISHED = re.compile(r"\.part-[0-9a-f]{16}")
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
 MOST_JSON = 64 * 2**20  # bytes
 
 METRICS = ("clip", "clip_difference", "scene", "scene_difference")
-TRUTH = lambda value: isinstance(value, bool)
-TEXT = lambda value: isinstance(value, str)
-COUNT = lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
-NUMBER = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
-MAYBE = lambda shape: lambda value: value is None or fits(value, shape)
-MAPPING = lambda shape: lambda value: isinstance(value, dict) and all(fits(each, shape) for each in value.values())
-FILE = re.compile(r"[a-z0-9_.-]{1,100}")
-# The content of `result.json` and `run.json`: a check for each value; the items of a list have one shape.
+# The shapes of `result.json` and `run.json`, see `fits`.
+NONE = type(None)
+NUMBER, MAYBE = (int, float), (int, float, NONE)
 REFINEMENT = {
-    "verdict": TEXT, "settled": TRUTH, "seconds": NUMBER, "damping": NUMBER, "metrics": MAPPING(MAYBE(NUMBER)),
-    **dict.fromkeys("k serial_evaluations total_evaluations network_calls widest_tick".split(), COUNT),
+    **dict.fromkeys("k serial_evaluations total_evaluations network_calls widest_tick".split(), int),
     **dict.fromkeys("peak_memory_mib difference psnr ssim image_change trajectory_change predicted_change".split(),
-                    MAYBE(NUMBER)),
+                    MAYBE),
+    "verdict": str, "settled": bool, "seconds": NUMBER, "damping": NUMBER, "metrics": {str: MAYBE},
 }  # fmt: skip
 RESULT = {
-    **dict.fromkeys("model device sampled ignored stop_reason".split(), TEXT),
-    "sequential_seconds": MAYBE(NUMBER), "refinements": [REFINEMENT], "errors": MAYBE([[NUMBER]]),
+    **dict.fromkeys("model device sampled ignored stop_reason".split(), str),
+    "sequential_seconds": MAYBE, "refinements": [REFINEMENT], "errors": ([[NUMBER]], NONE),
 }  # fmt: skip
-SAMPLE = {"made_by": lambda value: is_made_by(value), "result": RESULT, "files": MAPPING(COUNT)}
-ASKED = {"prompt": TEXT, "seed": COUNT, "folder": lambda name: TEXT(name) and bool(FILE.fullmatch(name)),
-         "settings": MAPPING(lambda value: not isinstance(value, (dict, list))), "error": MAYBE(TEXT)}  # fmt: skip
+MADE_BY = {"prompt": str, "ground_truth": bool, "dtype": str, str: object}
+SAMPLE = {"made_by": MADE_BY, "result": RESULT, "files": {str: int}}
+ASKED = {"prompt": str, "seed": int, "folder": str, "settings": {str: (str, *MAYBE)}, "error": (str, NONE)}
 RUN = {
-    **dict.fromkeys("begun command reproduce edited_defaults".split(), TEXT), "settings": MAPPING(TEXT),
-    "environment": MAPPING(TEXT), "samples": [ASKED],
+    **dict.fromkeys("begun command reproduce edited_defaults".split(), str),
+    "settings": {str: str}, "environment": {str: str}, "samples": [ASKED],
 }  # fmt: skip
 
 
 def fits(value, shape):
-    """Return whether a JSON value has a shape: a check, a list of one shape, or a dictionary of shapes."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and value.keys() == shape.keys() and all(fits(value[k], shape[k]) for k in shape)
+    """Return whether a JSON value has a shape; numbers must be finite and below 1e100.
+
+    shape: a type, a tuple of possible shapes, a list of one shape, that of all items, or a dictionary of shapes by
+    name, in which the key `str` stands for all other names.
+    """
+    if isinstance(shape, tuple):
+        return any(fits(value, each) for each in shape)
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
-    return bool(shape(value))
-
-
-def is_made_by(value):
-    """Return whether a value can be the `made_by` of a sample: a prompt, valid settings, and more."""
-    try:
-        Settings(**{each.name: value[each.name] for each in fields(Settings)})
-        return TEXT(value["prompt"]) and TRUTH(value["ground_truth"]) and TEXT(value["dtype"])
-    except (KeyError, TypeError, ValueError):
-        return False
+    if isinstance(shape, dict):
+        if not isinstance(value, dict) or shape.keys() - {str} - value.keys():
+            return False
+        return all(fits(each, shape.get(name, shape.get(str, ()))) for name, each in value.items())
+    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e100)
 
 
 def read_file(root, name, most=MOST_JSON):
@@ -100,36 +92,33 @@ def read_json(root, name, shape):
 
 def read_sample(root, name):
     """Return the content of `result.json` in a sample's folder; None unless the folder is complete."""
-    found = read_json(root, f"{name}/result.json", SAMPLE)
-    if not found or {f"{image}.png" for image in images_of(found)} - found["files"].keys():
-        return None
-    if not is_consistent(**found["result"]):
-        return None
+    record = read_json(root, f"{name}/result.json", SAMPLE)
     try:
-        for file, size in found["files"].items():
+        if not record or not is_consistent(record):
+            return None
+        Settings(**{each.name: record["made_by"][each.name] for each in fields(Settings)})  # checks them
+        for file, size in record["files"].items():
             facts = os.lstat(os.path.join(root, name, file))
             if not IN_A_SAMPLE.fullmatch(file) or not stat.S_ISREG(facts.st_mode) or facts.st_size != size:
                 return None
-    except OSError:
+    except (OSError, KeyError, ValueError):
         return None
-    return found
+    return record
 
 
-def is_consistent(refinements, errors, **result):
-    """Return whether refinements are k = 0, 1, ... and have a difference and errors of one length, or neither."""
-    compared = [entry["difference"] is not None for entry in refinements]
-    widths = [len(row) for row in errors or ()]
-    whole = widths == [widths[0]] * len(refinements) and widths[0] if widths else errors is None
-    measured = all(entry["metrics"].keys() <= {*METRICS} for entry in refinements)
-    rising = [entry["k"] for entry in refinements] == [*range(len(refinements))] != []
-    return bool(rising and measured and whole and compared == [errors is not None] * len(refinements))
-
-
-def images_of(record):
-    """Return the names of a sample's images, without ".png"; those of its refinements first, in their order."""
-    names = [f"srds_iteration_{i}" if i else "srds_initialized" for i in range(len(record["result"]["refinements"]))]
-    truth = ["srds_ddim_gt", "srds_ddim_course"] if record["result"]["errors"] is not None else []
-    return [*names, "srds_final", *truth]
+def is_consistent(record):
+    """Return whether refinements are k = 0, 1, ..., and all have an image, and a difference and errors or neither."""
+    refinements, errors = record["result"]["refinements"], record["result"]["errors"]
+    count, compared = len(refinements), errors is not None
+    images = {"srds_initialized", "srds_final", *(f"srds_iteration_{k}" for k in range(1, count))}
+    images |= {"srds_ddim_gt", "srds_ddim_course"} if compared else set()
+    return (
+        [entry["k"] for entry in refinements] == [*range(count)] != []
+        and all(entry["metrics"].keys() <= {*METRICS} for entry in refinements)
+        and all((entry["difference"] is not None) == compared for entry in refinements)
+        and (not compared or [len(row) for row in errors] == [record["made_by"]["coarse_steps"]] * count)
+        and {f"{image}.png" for image in images} <= record["files"].keys()
+    )
 
 
 def read_run(folder):
@@ -176,28 +165,21 @@ class Folder:
         Raises SettingError if it cannot be made or written to, or if it holds files with our names, but no run.json.
         """
         try:
-            problem = self._make()
+            ours = sorted(path.name for path in self.path.glob("*") if AT_THE_TOP.fullmatch(path.name))
+            if ours and not read_run(self.path):
+                raise OSError(f"it holds {ours[0]}, but no run.json of this program")
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.identities = [os.lstat(place) for place in (self.path, self.samples)]
+            if not stat.S_ISDIR(self.identities[1].st_mode):
+                raise OSError("its `samples` is a link")
+            if not all(os.access(place, os.W_OK | os.X_OK) for place in (self.path, self.samples)):
+                raise OSError("it is not writable")
         except OSError as error:
-            problem = error.strerror or str(error)
-        if problem:
-            remedy = f"cannot be used ({problem}); give another directory, existing or new"
-            raise SettingError("output_dir", self.given, remedy)
-        for part in [*self.samples.glob(f"{PART}*"), *self.path.glob(f"{PART}*")]:
-            if UNFINISHED.fullmatch(part.name):
-                self._tidy(part)
-
-    def _make(self):
-        """Make the directory and return what prevents its use, or ""."""
-        there = sorted(os.listdir(self.path)) if os.path.lexists(self.path) else []
-        ours = [name for name in there if AT_THE_TOP.fullmatch(name) and not name.startswith("plan-")]
-        if ours and not read_run(self.path):
-            return f"it holds {ours[0]}, but no run.json of this program"
-        self.samples.mkdir(parents=True, exist_ok=True)
-        self.identities = [os.lstat(place) for place in (self.path, self.samples)]
-        if not stat.S_ISDIR(self.identities[1].st_mode):
-            return "its `samples` is a link"
-        writable = all(os.access(place, os.W_OK | os.X_OK) for place in (self.path, self.samples))
-        return "" if writable else "it is not writable"
+            remedy = f"cannot be used ({error.strerror or error}); give another directory, existing or new"
+            raise SettingError("output_dir", self.given, remedy) from None
+        unfinished = PART + 16 * "[0-9a-f]"
+        for part in [*self.samples.glob(unfinished), *self.path.glob(unfinished)]:
+            self._tidy(part)
 
     def _tidy(self, part, place=None, stale=STALE):
         """Put a complete folder in its place, if that is free; else remove it if it is `stale` seconds old.
@@ -214,11 +196,6 @@ class Folder:
                     if not IN_A_SAMPLE.fullmatch(file) and not os.path.lexists(place / file):
                         os.rename(part / file, place / file)
                 discard(part)
-
-    def by_stem(self):
-        """Return the names in `samples`, lists by what comes before the key."""
-        names, stem = os.listdir(self.samples), lambda name: name[:-9]
-        return {before: [*some] for before, some in itertools.groupby(sorted(names, key=stem), stem)}
 
     def read(self, name):
         """Return the record of the sample in a folder, see `read_sample`; None if it is not complete."""
@@ -275,9 +252,8 @@ class Folder:
         """Write files at the top level, bytes by name, and remove the pictures and tables of an earlier command."""
         for name, data in files.items():
             self.write(name, data)
-        kept = re.compile(r"run\.json|plan-.*")
         for path in sorted(self.path.iterdir()):
-            if AT_THE_TOP.fullmatch(path.name) and not kept.fullmatch(path.name) and path.name not in files:
+            if AT_THE_TOP.fullmatch(path.name) and path.name not in {*files, "run.json"}:
                 with reporting(path):
                     path.unlink(missing_ok=True)
 

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import re
-import stat
 import unicodedata
 from dataclasses import asdict
 from importlib.metadata import version
@@ -43,18 +42,18 @@ class Task(NamedTuple):
         return folder_name(self.made_by)
 
 
-def made_by(text, seed, settings, start, *, command, model, weights, device, dtype, sharing):
+def made_by(bench, text, seed, settings, start):
     """Return everything that a sample's result depends on: one flat dictionary that JSON can hold.
 
-    settings: resolved. start: a `refinement.Trajectory` or None. command: a `main.Command`. weights: what `weights`
-    returns. device: the kind, such as "cuda". dtype: such as "float32". sharing: processes that share a fixed batch.
+    bench: a `study.bench.Bench`. settings: resolved. start: a `refinement.Trajectory` or None.
     """
-    experiment, loading = command.experiment, command.loading
+    experiment, loading = bench.command.experiment, bench.command.loading
     return {
-        "prompt": text, **asdict(settings), "seed": seed, "family": type(model.family).__name__, **weights,
+        "prompt": text, **asdict(settings), "seed": seed, "family": type(bench.model.family).__name__, **bench.weights,
         "variant": loading.variant, "vae_tiling": loading.vae_tiling, "compile": loading.compile,
-        "device": device, "dtype": dtype, "sharing": sharing, "start": start and start.digest,
-        "ground_truth": not experiment.no_ground_truth, "metrics": command.metrics,
+        "device": bench.device.type, "dtype": bench.dtype, "start": start and start.digest,
+        "sharing": bench.processes.sharing if settings.fixed_batch else 1,  # it sets the size of a call
+        "ground_truth": not experiment.no_ground_truth, "metrics": bench.command.metrics,
         "keep_trajectories": experiment.keep_trajectories,
         **{f"version of {name}": version(name) for name in LIBRARIES}, "code": code_digest(),
     }  # fmt: skip
@@ -110,15 +109,10 @@ def weights(model, adapters):
 
 
 def digest(path):
-    """Return a digest of a file's content, or of all files of a model's folder with their names.
-
-    Raises Failure for what cannot be read or is not a regular file.
-    """
+    """Return a digest of a file's content, or of all files of a model's folder with their names. Raises Failure."""
     found = hashlib.sha256()
     try:
         for file in _parts(path) if path.is_dir() else [path]:
-            if not stat.S_ISREG(file.stat().st_mode):  # a pipe would block
-                raise Failure(f"{file} is not a regular file")
             found.update(f"{file.relative_to(path) if path.is_dir() else ''} {file.stat().st_size}\n".encode())
             with file.open("rb") as content:
                 found.update(hashlib.file_digest(content, "sha256").digest())
@@ -128,8 +122,8 @@ def digest(path):
 
 
 def _parts(folder):
-    """Return the files in a folder and in the component folders that its index names."""
+    """Return the files in a folder and in the component folders that its index names; loading refuses pipes."""
     index = folder / "model_index.json"
-    named = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    places = [folder, *(folder / name for name in sorted(named) if (folder / name).is_dir())]
-    return [file for place in places for file in sorted(place.iterdir()) if file.suffix in MODEL_FILES]
+    named = sorted(json.loads(index.read_text(encoding="utf-8"))) if index.is_file() else []
+    files = [file for name in ["", *named] for file in sorted((folder / name).glob("*"))]
+    return [file for file in files if file.suffix in MODEL_FILES and file.is_file()]

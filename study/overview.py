@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from importlib.metadata import version
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ import utils
 from models.loading import MIRRORS
 from settings import Failure, edited_defaults, flag_of, in_one_line
 from study.folder import WriteError, load_samples, pack, read_file
-from study.key import first_difference, stem
+from study.key import LIBRARIES, first_difference, stem
 from study.report import page
 from study.results import results_table, summary
 
@@ -34,6 +35,7 @@ class Overview:
     def __init__(self, command, bench, folder, tasks):
         self.command, self.bench, self.folder, self.tasks = command, bench, folder, tasks
         self.processes, self.errors = bench.processes, {}
+        self.begun = datetime.now(UTC).isoformat(timespec="seconds")
 
     # Before sampling
 
@@ -49,18 +51,16 @@ class Overview:
         self._introduce(len(distinct) - len(left), [] if again else left)
         if left:
             self.bench.warm(left[0].settings)
-        self.run = self._about()
         if here:
-            self._write_run()
+            self.folder.write("run.json", pack(self._record()))
         names = utils.names_of([task.made_by for task in self.tasks], 60)
         self.names = {task.folder: (1 + i, names[i]) for i, task in reversed([*enumerate(self.tasks)])}
-        layout = "samples: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-        self.bar = tqdm(total=len(left), bar_format=layout, disable=None if here else True)
+        self.bar = tqdm(desc="samples", total=len(left), unit="sample", disable=None if here else True)
         return [[*group] for _, group in itertools.groupby(left, lambda task: (task.text, task.seed))]
 
     def _introduce(self, there, made_anew):
         """Print what will run; `there` counts the samples that are reused, `made_anew` has the other tasks."""
-        command, bench, made = self.command, self.bench, self.tasks[0].made_by
+        command, bench, made, count = self.command, self.bench, self.tasks[0].made_by, len(self.tasks)
         if edited():
             print(f"edited defaults: {edited()}")
         if bench.model.name == MIRRORS.get(command.loading.model):
@@ -77,60 +77,50 @@ class Overview:
         if not bench.model.family.prompted and len(command.texts) > 1:
             print(f"{in_one_line(bench.model.name)} reads no prompts: seeds rise from {made['seed']}, one a line")
         if there:
-            print(f"{there} of {len(self.tasks)} samples are there already")
-        alike = self.folder.by_stem()
-        reasons = Counter(self._other(task, alike.get(stem(task.text, task.seed), [])) for task in made_anew)
-        for reason, count in reasons.items():
-            if reason:
-                print(f"{count} of {len(self.tasks)} samples must be made again: those in the directory have {reason}")
+            print(f"{there} of {count} samples are there already")
+        for reason, some in Counter(filter(None, map(self._other, made_anew))).items():
+            print(f"{some} of {count} samples must be made again: those in the directory have {reason}")
 
-    def _other(self, task, names):
-        """Return how the sample in these folders that is nearest to a task differs from it; "" if there is none."""
-        found = [each["made_by"] for each in map(self.folder.read, names[:100]) if each]
+    def _other(self, task):
+        """Return how the nearest sample of a task's prompt and seed differs from it; "" if there is none."""
+        places = sorted(self.folder.samples.glob(f"{stem(task.text, task.seed)}-????????"))
+        found = [record["made_by"] for record in (self.folder.read(place.name) for place in places[:100]) if record]
         found = [made for made in found if made["prompt"] == task.text and made != task.made_by]
         differing = lambda made: sum(made.get(name) != value for name, value in task.made_by.items())
         return first_difference(task.made_by, min(found, key=differing)) if found else ""
 
-    def _about(self):
-        """Return the content of `run.json` except the samples."""
-        command, bench, first = self.command, self.bench, self.tasks[0]
-        settings = [asdict(task.settings) | {"seed": task.seed} for task in self.tasks]
-        values = {name: [*dict.fromkeys(str(each[name]) for each in settings)] for name in settings[0]}
-        values = {name: ", ".join(some[:20]) + ", ..." * (len(some) > 20) for name, some in values.items()}
-        values |= asdict(command.loading) | asdict(command.experiment)
-        versions = {name.split()[2]: value for name, value in first.made_by.items() if name.startswith("version of ")}
+    def _record(self):
+        """Return the content of `run.json`."""
+        command, bench = self.command, self.bench
+        used = [asdict(task.settings) | {"seed": task.seed} for task in self.tasks]
+        settings = {name: ", ".join(dict.fromkeys(str(each[name]) for each in used)) for name in used[0]}
+        settings |= asdict(command.loading) | asdict(command.experiment)
         return {
-            "begun": datetime.now(UTC).isoformat(timespec="seconds"), "edited_defaults": edited(),
+            "begun": self.begun, "edited_defaults": edited(),
             "command": shlex.join(["python", "main.py", *command.argv]), "reproduce": self._reproduce(),
-            "settings": {name: in_one_line(value, 1000) for name, value in values.items()},
+            "settings": {name: in_one_line(value, 1000) for name, value in settings.items()},
             "environment": {"model": bench.model.title, "device": str(bench.device), "dtype": bench.dtype,
-                            "processes": str(bench.processes.size), "python": sys.version.split()[0], **versions},
+                            "processes": str(bench.processes.size), "python": sys.version.split()[0],
+                            **{name: version(name) for name in LIBRARIES}},
+            "samples": [{"prompt": task.text, "seed": task.seed, "folder": task.folder,
+                         "settings": asdict(task.settings), "error": self.errors.get(task.folder)}
+                        for task in self.tasks],
         }  # fmt: skip
 
     def _reproduce(self):
         """Return a command line that makes the same samples with the shipped defaults: all other values are flags."""
-        command, shipped = self.command, json.loads(table.SHIPPED_DEFAULTS.read_text())
-        swept = {name for axis in command.axes for name in axis[0]}
-        fixed = ["coarse_steps", *["schedule"] * command.variants[0].auto]
-        fixed += ["guidance_scale"] * ("DEMO_GUIDANCE_SCALE" in edited_defaults())
-        settings = [asdict(task.settings) for task in self.tasks]
-        resolved = {name: settings[0][name] for name in fixed if len({each[name] for each in settings}) == 1}
+        given, shipped = dict(self.command.given), json.loads(table.SHIPPED_DEFAULTS.read_text())
+        swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
+        for name in ("coarse_steps", "schedule", "guidance_scale"):  # as planned, or as the model's usual value
+            used = {getattr(task.settings, name) for task in self.tasks}
+            given |= {name: used.pop()} if len(used) == 1 else {}
         words = ["python", "main.py"]
         for each in itertools.chain(*map(fields, table.TABLES)):
-            value = {**command.given, **resolved}.get(each.name, each.default)
-            unwanted = each.name in swept or (each.name == "seed" and command.seeds)
-            if unwanted or value == shipped.get(each.name.upper(), each.default):
-                continue
-            for one in value if isinstance(value, tuple) else [value]:
-                words += [flag_of(each)] if one is True else [f"{flag_of(each)}={one}"]
+            value = given.get(each.name, each.default)
+            if each.name not in swept and value != shipped.get(each.name.upper(), each.default):
+                values = value if isinstance(value, tuple) else [value]
+                words += [flag_of(each) if one is True else f"{flag_of(each)}={one}" for one in values]
         return shlex.join(words)
-
-    def _write_run(self):
-        """Write `run.json` and return its content."""
-        samples = [{"prompt": task.text, "seed": task.seed, "folder": task.folder, "settings": asdict(task.settings),
-                    "error": self.errors.get(task.folder)} for task in self.tasks]  # fmt: skip
-        self.folder.write("run.json", pack({**self.run, "samples": samples}))
-        return {**self.run, "samples": samples}
 
     # While sampling
 
@@ -163,10 +153,9 @@ class Overview:
         self.bar.close()
         said = {task.folder: self.processes.heard(f"failed/{task.folder}") for task in self.tasks}
         self.errors = {name: in_one_line(error, 1000) for name, error in said.items() if error}
-        run = self._write_run()
+        run = self._record()
         samples = load_samples(self.folder.path, run)
-        self.folder.show(self._shown(run, samples))
-        self.folder.write("run.json", pack(run))  # once more, as another command may have written its own meanwhile
+        self.folder.show({**self._shown(run, samples), "run.json": pack(run)})
         print(summary(samples))
 
     def _shown(self, run, samples):
@@ -177,11 +166,8 @@ class Overview:
         def image_of(record, name):
             place = f"samples/{folders[id(record)]}/{name}.png"
             try:
-                image = Image.open(io.BytesIO(read_file(self.folder.path, place)))
-                if image.size != (record["made_by"]["width"], record["made_by"]["height"]):
-                    raise ValueError(f"its size is {image.size}")
-                return np.asarray(image.convert("RGB"))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                return np.asarray(Image.open(io.BytesIO(read_file(self.folder.path, place))).convert("RGB"))
+            except (OSError, ValueError) as error:
                 remedy = "remove its folder and run the command again"
                 raise WriteError(f"{self.folder.path / place} cannot be read; {remedy}") from error
 
@@ -194,7 +180,8 @@ class Overview:
 
     def check(self):
         """Raise Failure if a sample failed."""
-        if self.errors:
-            first = next(task for task in self.tasks if task.folder in self.errors)
-            what = f"{sum(task.folder in self.errors for task in self.tasks)} of {len(self.tasks)} samples failed"
-            raise Failure(f"{what}; the first, of {in_one_line(first.text, 40)!r}: {self.errors[first.folder]}")
+        failed = [task for task in self.tasks if task.folder in self.errors]
+        if failed:
+            what = f"{len(failed)} of {len(self.tasks)} samples failed"
+            first = f"the first, of {in_one_line(failed[0].text, 40)!r}: {self.errors[failed[0].folder]}"
+            raise Failure(f"{what}; {first}")

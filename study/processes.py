@@ -40,18 +40,16 @@ class Processes:
     def join(self, device, parallel):
         """Meet the others and return the device of this process, given the `device` that was asked for.
 
-        parallel: what to share, "lanes" or "samples". Raises SettingError if there are fewer GPUs than processes.
+        parallel: what to share, "lanes" or "samples". Raises SettingError if there is no device for each process.
         """
         self.parallel = parallel
         if self.size == 1:
             return device
         if device.type != "cpu":
-            if device.index is not None or device.type == "mps":
-                raise SettingError("device", str(device), "is one device, for several processes; give cuda or cpu")
-            if self.local_rank >= torch.cuda.device_count():
-                remedy = f"has {torch.cuda.device_count()} GPUs here, fewer than processes; launch one for each GPU"
+            if device != torch.device("cuda") or self.local_rank >= torch.cuda.device_count():
+                remedy = "is not a device for each process; give cuda, with a process for each GPU, or cpu"
                 raise SettingError("device", str(device), remedy)
-            device = torch.device(device.type, self.local_rank)
+            device = torch.device("cuda", self.local_rank)
         try:
             self.store = PrefixStore("srds", next(rendezvous("env://"))[0])
             self.store.set_timeout(ENDLESS)

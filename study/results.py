@@ -3,7 +3,6 @@
 A sample is a pair here: its entry in `run.json`, and its record, as `study.folder.read_sample` returns it, or None.
 """
 
-import math
 from dataclasses import fields
 
 import pandas as pd
@@ -126,9 +125,6 @@ def by_setting(last, names):
 
 
 def _spread(values):
-    """Return mean ± standard deviation, to its two leading digits; deviations below 1e-6 are left out."""
-    deviation = round(values.std(), 6) if values.count() > 1 else 0
-    if not deviation:
-        return f"{values.mean():.2g}"
-    digits = max(0, 1 - math.floor(math.log10(deviation)))
-    return f"{values.mean():.{digits}f} ± {deviation:.{digits}f}"
+    """Return mean ± standard deviation; deviations below 1e-6 are left out."""
+    deviation = values.std()
+    return f"{values.mean():.3g}" + (f" ± {deviation:.1g}" if deviation >= 1e-6 else "")

@@ -92,14 +92,11 @@ def entry_of(refinement, truth, text, metrics=None):
     image, device = refinement.image, refinement.states.device
     unstored = ("image", "states", "exact", "all_nodes")
     entry = {name: value for name, value in refinement._asdict().items() if name not in unstored}
-    entry |= dict.fromkeys(("peak_memory_mib", "difference", "psnr", "ssim"))
-    if device.type == "cuda":
-        entry["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    if truth:
-        entry["difference"] = difference(image, truth.image)
-        if entry["difference"]:  # the PSNR of equal images is infinite
-            entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image))
-        entry["ssim"] = float(structural_similarity(truth.image, image, channel_axis=2))
+    entry["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    entry["difference"] = difference(image, truth.image) if truth else None
+    # The PSNR of equal images is infinite.
+    entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image)) if entry["difference"] else None
+    entry["ssim"] = float(structural_similarity(truth.image, image, channel_axis=2)) if truth else None
     return {**entry, "metrics": metrics.measure(image, truth and truth.image, text) if metrics else {}}
 
 

@@ -367,10 +367,8 @@ NOT_USABLE = {
     "--output-dir/-o": [""], "--negative-prompt": ["caf\udce9", "a\0b"],
 }  # fmt: skip
 FILES = {
-    "missing.txt": "cannot be read (No such file or directory)", "folder": "is not a file", "pipe": "is not a file",
-    "huge.txt": "is not a file of at most 64 MiB", "good.txt\0": "", "empty.txt": "holds no prompt",
-    "blank.txt": "holds no prompt", "latin.txt": "cannot be read (it is not UTF-8)", "wide.txt": "has a NUL",
-    "long.txt": "has a NUL or more than 10000 characters in line 2",
+    "missing.txt": "is not a file", "folder": "is not a file", "pipe": "is not a file", "good.txt\0": "",
+    "empty.txt": "holds no prompt", "blank.txt": "holds no prompt", "latin.txt": "cannot be read (it is not UTF-8)",
 }  # fmt: skip
 SWEEPS = {
     "coarse_steps": "--sweep: 'coarse_steps' is not usable; give a setting and its values",
@@ -381,7 +379,7 @@ SWEEPS = {
     "solver=ddim,euler": "--solver: 'euler' cannot be used with",
     "method=srds,collocation nodes=4,5": "--nodes: 4 is for collocation, not srds",
     "cs=2,auto method=srds,collocation": "'auto' plans calls of all sizes for srds; give a number",
-    "fine-steps:coarse-steps=25:5,100": "has '100' for 2 settings; join values by colons",
+    "fine-steps:coarse-steps=25:5,100": "lacks a value; give 2 each time, joined by colons",
     "tolerence=1,2": "did you mean tolerance?",
 }  # fmt: skip
 BAD = [
@@ -397,20 +395,19 @@ BAD = [
     ([*A, "-cs", "11", "-fs", "10"], "--coarse-steps/-cs: 11 is more than the 10 fine steps"),
     ([], "--prompts/-p or --prompt: give one"),
     (["-p", "good.txt", *A], "--prompts/-p or --prompt: give only one"),
-    (["--prompt", " "], "--prompt: ' ' is blank"),
+    (["-p", "wide.txt"], "--prompts/-p: 'a\\x00' is not usable; give some text, in UTF-8, without NUL"),
+    (["--prompt", " "], "--prompt: '' is not usable; give some text"),
     (["--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' is not usable; give some text, in UTF-8"),
     (["--prompt", "a\0b"], "--prompt: 'a\\x00b' is not usable; give some text, in UTF-8, without NUL"),
-    (["--prompt", 10_001 * "x"], "has 10001 characters; give at most 10000"),
     ([*A, "--height", "63"], "--height: 63 is not a multiple of 8; give 64"),
     ([*A, "--seed"], "--seed/-s: expected one argument"),
-    ([*A, "--seeds", "9-2"], "--seeds: '9-2' has a range that falls"),
-    ([*A, "--seeds", "1-9999999999"], "or has more than 10000 seeds"),
-    ([*A, "--seeds", "1,1"], "--seeds: '1,1' repeats a seed"),
+    ([*A, "--seeds", "9-2"], "--seeds: '9-2' is not usable; give numbers"),
+    ([*A, "--seeds", "1-9999999999"], "or ranges of at most 10000"),
+    ([*A, "--seeds", f"1,{2**64}"], f"--seeds: '1,{2**64}' is not usable"),
     ([*A, "--seeds", "1", "--seed", "42"], "--seed/-s: 42 cannot be given together with --seeds"),
     ([*A, "-gs", "2", "--sweep", "guidance_scale=1,2"], "cannot be given together with --sweep; give one of them"),
     ([*A, "--seeds", "1-1001"], "--yes: is needed for 1001 samples, as they are more than 1000"),
     ([*MANY, "1-400", "--sweep", "eta=0,1"], "--yes: is needed for 2400 samples, as they are more than 1000"),
-    ([*MANY, "1-10000", "--sweep", f"tol={','.join(map(str, range(99)))}", "--yes"], "--yes: allows 1000000 samples"),
     ([*A, "--offload"], "--offload: has no effect, as the device is the cpu"),
     ([*A, "--start-from", "nowhere"], "--start-from: 'nowhere' is not the directory of a run"),
     ([*A, "--metrics", "scene"], "--metrics: 'scene' reads what the demo draws"),
@@ -427,11 +424,10 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     contents = {
         "good": b"a moon\n", "empty": b"", "blank": b"\xef\xbb\xbf \r\n# note\n\n", "latin": b"caf\xe9\n",
-        "wide": "a".encode("utf-16-le"), "long": b"a\n" + 10_001 * b"x", "many": b"a\nb\nc\n", "huge": b"",
+        "wide": "a".encode("utf-16-le"), "many": b"a\nb\nc\n",
     }  # fmt: skip
     for name, data in contents.items():
         Path(f"{name}.txt").write_bytes(data)
-    os.truncate("huge.txt", 65 * 2**20)
     os.mkfifo("pipe")
     os.mkdir("folder")
     os.mkdir("out")
@@ -485,7 +481,7 @@ def test_no_command_line_ends_in_anything_but_a_command_or_one_line(words):
         ([], torch.OutOfMemoryError("CUDA out of memory."), "out of memory; try a smaller --max-batch"),
         ([], MemoryError(), "out of memory; try a smaller --max-batch"),
         ([], float("nan"), "not finite in float32; try other settings"),
-        (["--dtype", "bfloat16"], float("nan"), "--dtype: 'bfloat16': the network's output"),
+        (["--dtype", "bfloat16"], float("nan"), "not finite in bfloat16; try --dtype"),
     ],
 )
 def test_what_fails_later_is_one_line_and_status_1(more, answer, words, workplace, tiny, monkeypatch, capsys):
