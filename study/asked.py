@@ -28,7 +28,7 @@ def make_variant(values, notes, compiled=False):
     """
     settings = Settings(**values | {"coarse_steps": 1})
     blocks, steps = values.get("coarse_steps", COARSE_STEPS), settings.fine_steps
-    root = max(1, round(math.sqrt(steps)))
+    root = round(math.sqrt(steps))
     if "coarse_steps" not in values and isinstance(blocks, int) and blocks > steps:
         notes[f"note: {root} blocks instead of the default {blocks}, as there are {steps} fine steps"] = True
         blocks = root
@@ -45,7 +45,8 @@ def read_sweep(sweeps):
     Returns a list with, for each text, the list of its combinations, each a dict of values by setting. The values are
     for `Settings` to check. Raises SettingError.
     """
-    rows = {each.name: each for each in fields(Settings) if each.name != "seed"}
+    rows = {each.name: each for each in fields(Settings) if each.name not in ("seed", "fixed_batch")}
+    read = lambda name, word: word if "str" in str(rows[name].type) else number(word)
     short = {each.metadata["short"].lstrip("-"): name for name, each in rows.items() if each.metadata["short"]}
     axes, swept = [], []
     for sweep in sweeps:
@@ -53,29 +54,19 @@ def read_sweep(sweeps):
         names = [word.strip().lstrip("-").replace("-", "_") for word in given.split(":")]
         names = [short.get(name, name) for name in names]
         unknown = [name for name in names if name not in rows]
-        if unknown or not values:
+        points = [value.split(":", len(names) - 1) for value in values.split(",")]
+        if unknown or not values or any(len(point) < len(names) for point in points):
             known = ", ".join(map(flag_of, rows.values())).replace("--", "")
             near = did_you_mean(unknown[0], rows) if unknown else ""
-            remedy = f"is not usable; give a setting and its values, as in coarse-steps=5,10{near}; settings: {known}"
-            raise SettingError("sweep", sweep, remedy)
-        points = [value.split(":", len(names) - 1) for value in values.split(",")]
-        if any(len(point) < len(names) for point in points):
-            raise SettingError("sweep", sweep, f"lacks a value; give {len(names)} each time, joined by colons")
-        axis = [{name: read_value(rows[name], word.strip()) for name, word in zip(names, point)} for point in points]
+            remedy = "give a setting and its values, as in coarse-steps=5,10, or several, as in fs:cs=25:5,100:10"
+            raise SettingError("sweep", sweep, f"is not usable; {remedy}{near}; settings: {known}")
+        axis = [{name: read(name, word.strip()) for name, word in zip(names, point)} for point in points]
         swept += names
         if len({*swept}) < len(swept) or any(axis.count(each) > 1 for each in axis):
             remedy = "repeats a setting or value; give all values of a setting once, together"
             raise SettingError("sweep", sweep, remedy)
         axes.append(axis)
     return axes
-
-
-def read_value(row, word):
-    """Return a setting's value for a word, as its flag would read it."""
-    kind = str(row.type)
-    if "bool" in kind:
-        return {"true": True, "false": False}.get(word.lower(), word)
-    return word if "str" in kind else number(word)
 
 
 def combinations(axes):

@@ -24,7 +24,6 @@ IN_A_SAMPLE = re.compile(rf"{PICTURES}|trajectory\.safetensors|result\.json")
 AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json")
 PART = ".part-"  # the names of unfinished files and folders begin with this
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
-MOST_JSON = 64 * 2**20  # bytes
 
 METRICS = ("clip", "clip_difference", "scene", "scene_difference")
 # The shapes of `result.json` and `run.json`, see `fits`.
@@ -66,19 +65,17 @@ def fits(value, shape):
     return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e100)
 
 
-def read_file(root, name, most=MOST_JSON):
+def read_file(root, name, most=64 * 2**20):
     """Return the bytes of a file in a folder that may come from others. Raises OSError and ValueError.
 
     It must be a regular file, of at most so many bytes, and neither a link nor beyond one.
     """
-    path = os.path.join(root, name)
+    path = Path(root, name)
     if os.path.realpath(path) != os.path.join(os.path.realpath(root), *Path(name).parts):
         raise ValueError(f"{path} is a link or outside its folder")
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > most:
-            raise ValueError(f"{path} is not a regular file of at most {most} bytes")
-        return file.read()
+    if not path.is_file() or path.stat().st_size > most:  # a pipe would be waited for
+        raise ValueError(f"{path} is not a regular file of at most {most} bytes")
+    return path.read_bytes()
 
 
 def read_json(root, name, shape):

@@ -104,18 +104,18 @@ def weights(model, adapters):
 
     adapters: `models.adapters.Adapter` by setting, as `models.adapters.find` returns them.
     """
-    found = {"model": model.commit or digest(model.folder)}
-    return found | {setting: [[digest(each.path), *each.how] for each in some] for setting, some in adapters.items()}
+    found = {"model": model.commit or digest_of(model.folder)}
+    return found | {setting: [[digest_of(each.path), *each.how] for each in some] for setting, some in adapters.items()}
 
 
-def digest(path):
+def digest_of(path):
     """Return a digest of a file's content, or of all files of a model's folder with their names. Raises Failure."""
     found = hashlib.sha256()
     try:
         for file in _parts(path) if path.is_dir() else [path]:
-            found.update(f"{file.relative_to(path) if path.is_dir() else ''} {file.stat().st_size}\n".encode())
             with file.open("rb") as content:
-                found.update(hashlib.file_digest(content, "sha256").digest())
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            found.update(f"{file.relative_to(path)} {digest}\n".encode())
     except OSError as error:
         raise Failure(f"{error.filename} cannot be read: {error.strerror}") from error
     return found.hexdigest()[:16]

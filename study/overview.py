@@ -19,7 +19,7 @@ import utils
 from models.loading import MIRRORS
 from settings import Failure, edited_defaults, flag_of, in_one_line
 from study.folder import WriteError, load_samples, pack, read_file
-from study.key import LIBRARIES, first_difference, stem
+from study.key import LIBRARIES, first_difference, folder_name, stem
 from study.report import page
 from study.results import results_table, summary
 
@@ -54,7 +54,8 @@ class Overview:
         if here:
             self.folder.write("run.json", pack(self._record()))
         names = utils.names_of([task.made_by for task in self.tasks], 60)
-        self.names = {task.folder: (1 + i, names[i]) for i, task in reversed([*enumerate(self.tasks)])}
+        titles = [f"sample {i} of {len(names)}: {name}" for i, name in enumerate(names, 1)]
+        self.titles = {task.folder: title for task, title in zip(self.tasks, titles)}
         self.bar = tqdm(desc="samples", total=len(left), unit="sample", disable=None if here else True)
         return [[*group] for _, group in itertools.groupby(left, lambda task: (task.text, task.seed))]
 
@@ -126,10 +127,8 @@ class Overview:
 
     def announce(self, task):
         """Print which sample is next."""
-        number, name = self.names[task.folder]
-        tqdm.write(f"sample {number} of {len(self.tasks)}: {name}")
-        self.bar.n = self.processes.count("begun") - 1
-        self.bar.refresh()
+        tqdm.write(self.titles[task.folder])
+        self.bar.update(self.processes.count("begun") - 1 - self.bar.n)  # other processes begin samples as well
 
     @staticmethod
     def files(record, images, trajectory):
@@ -142,7 +141,7 @@ class Overview:
     def failed(self, task, message):
         """Print and record why a sample failed."""
         tqdm.write(f"  failed: {in_one_line(message, 1000)}")
-        self.processes.say(f"failed/{task.folder}", message)
+        self.processes.say(f"failed/{task.folder}", in_one_line(message, 1000))
 
     # After sampling
 
@@ -151,8 +150,7 @@ class Overview:
         if not self.processes.first:
             return
         self.bar.close()
-        said = {task.folder: self.processes.heard(f"failed/{task.folder}") for task in self.tasks}
-        self.errors = {name: in_one_line(error, 1000) for name, error in said.items() if error}
+        self.errors = {task.folder: self.processes.heard(f"failed/{task.folder}") for task in self.tasks}
         run = self._record()
         samples = load_samples(self.folder.path, run)
         self.folder.show({**self._shown(run, samples), "run.json": pack(run)})
@@ -161,10 +159,9 @@ class Overview:
     def _shown(self, run, samples):
         """Return the pictures, the table and the page that show samples: bytes by name."""
         records = [record for _, record in samples if record]
-        folders = {id(record): said["folder"] for said, record in samples if record}
 
         def image_of(record, name):
-            place = f"samples/{folders[id(record)]}/{name}.png"
+            place = f"samples/{folder_name(record['made_by'])}/{name}.png"
             try:
                 return np.asarray(Image.open(io.BytesIO(read_file(self.folder.path, place))).convert("RGB"))
             except (OSError, ValueError) as error:
@@ -180,7 +177,7 @@ class Overview:
 
     def check(self):
         """Raise Failure if a sample failed."""
-        failed = [task for task in self.tasks if task.folder in self.errors]
+        failed = [task for task in self.tasks if self.errors.get(task.folder)]
         if failed:
             what = f"{len(failed)} of {len(self.tasks)} samples failed"
             first = f"the first, of {in_one_line(failed[0].text, 40)!r}: {self.errors[failed[0].folder]}"

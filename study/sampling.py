@@ -33,9 +33,9 @@ class Shared:
 
         def make():
             with ticking("ground truth", sampler.N) as on_tick:
-                every = range(sampler.N + 1)
-                truth = sampler.sequential(self.prompt(sampler), self.seed, on_tick=on_tick, kept=every)
-            return truth._replace(states=truth.states.cpu())  # samplers differ in their boundaries
+                prompt, every = self.prompt(sampler), range(sampler.N + 1)  # as samplers differ in their boundaries
+                truth = sampler.sequential(prompt, self.seed, on_tick=on_tick, kept=every)
+                return truth._replace(states=truth.states.cpu())
 
         truth = self._once(("truth", sampler.truth_depends_on), make)
         return truth._replace(states=truth.states[sampler.boundaries].to(sampler.device))

@@ -379,7 +379,7 @@ SWEEPS = {
     "solver=ddim,euler": "--solver: 'euler' cannot be used with",
     "method=srds,collocation nodes=4,5": "--nodes: 4 is for collocation, not srds",
     "cs=2,auto method=srds,collocation": "'auto' plans calls of all sizes for srds; give a number",
-    "fine-steps:coarse-steps=25:5,100": "lacks a value; give 2 each time, joined by colons",
+    "fine-steps:coarse-steps=25:5,100": "'fine-steps:coarse-steps=25:5,100' is not usable",
     "tolerence=1,2": "did you mean tolerance?",
 }  # fmt: skip
 BAD = [

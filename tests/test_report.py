@@ -176,6 +176,8 @@ def test_links_and_foreign_records_in_a_study_that_was_sent_are_not_shown(study,
         lambda: forged(lambda record: record["result"]["refinements"][1].update(k=7)),
         lambda: forged(lambda record: record["made_by"].update(width=-1)),
         lambda: forged(lambda record: record["made_by"].pop("ground_truth")),
+        lambda: forged(lambda record: record["files"].update({"a\0": 1})),
+        lambda: forge(study / "out" / "run.json", lambda run: run["samples"][0].update(folder="../../other")),
     ]  # fmt: skip
     shutil.copytree(study / "out", tmp_path / "whole", symlinks=True)
     for forgery in forgeries:
@@ -185,7 +187,7 @@ def test_links_and_foreign_records_in_a_study_that_was_sent_are_not_shown(study,
         for place in (study / "out", tmp_path / "moved"):
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         shutil.copytree(tmp_path / "whole", study / "out")
-    forge(study / "out" / "run.json", lambda run: run["samples"][0].update(folder="../../other"))
+    (study / "out" / "run.json").write_text("{}")
     assert report.main([str(study / "out"), *page]) == 2
     error = capsys.readouterr().err
     assert "is not the output directory of a run" in error and error.count("\n") == 1
