@@ -14,6 +14,7 @@ import stat
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 
 from settings import Failure, SettingError, Settings
 from study.key import folder_name
@@ -27,8 +28,7 @@ STALE = 3600  # seconds after which an unfinished file or folder is taken to be 
 
 METRICS = ("clip", "clip_difference", "scene", "scene_difference")
 # The shapes of `result.json` and `run.json`, see `fits`.
-NONE = type(None)
-NUMBER, MAYBE = (int, float), (int, float, NONE)
+NUMBER, MAYBE = (int, float), (int, float, NoneType)
 REFINEMENT = {
     **dict.fromkeys("k serial_evaluations total_evaluations network_calls widest_tick".split(), int),
     **dict.fromkeys("peak_memory_mib difference psnr ssim image_change trajectory_change predicted_change".split(),
@@ -37,11 +37,11 @@ REFINEMENT = {
 }  # fmt: skip
 RESULT = {
     **dict.fromkeys("model device sampled ignored stop_reason".split(), str),
-    "sequential_seconds": MAYBE, "refinements": [REFINEMENT], "errors": ([[NUMBER]], NONE),
+    "sequential_seconds": MAYBE, "refinements": [REFINEMENT], "errors": ([[NUMBER]], NoneType),
 }  # fmt: skip
 MADE_BY = {"prompt": str, "ground_truth": bool, "dtype": str, str: object}
 SAMPLE = {"made_by": MADE_BY, "result": RESULT, "files": {str: int}}
-ASKED = {"prompt": str, "seed": int, "folder": str, "settings": {str: (str, *MAYBE)}, "error": (str, NONE)}
+ASKED = {"prompt": str, "seed": int, "folder": str, "settings": {str: (str, *MAYBE)}, "error": (str, NoneType)}
 RUN = {
     **dict.fromkeys("begun command reproduce edited_defaults".split(), str),
     "settings": {str: str}, "environment": {str: str}, "samples": [ASKED],
@@ -51,8 +51,8 @@ RUN = {
 def fits(value, shape):
     """Return whether a JSON value has a shape; numbers must be finite and below 1e100.
 
-    shape: a type, a tuple of possible shapes, a list of one shape, that of all items, or a dictionary of shapes by
-    name, in which the key `str` stands for all other names.
+    shape: a type; a tuple of shapes, of which one must fit; a list of the one shape that its items have; or a
+    dictionary of shapes by name, in which the key `str` stands for all other names.
     """
     if isinstance(shape, tuple):
         return any(fits(value, each) for each in shape)
@@ -104,7 +104,7 @@ def read_sample(root, name):
 
 
 def is_consistent(record):
-    """Return whether refinements are k = 0, 1, ..., and all have an image, and a difference and errors or neither."""
+    """Return whether a record has k = 0, 1, ..., an image of each, and differences and errors for all or for none."""
     refinements, errors = record["result"]["refinements"], record["result"]["errors"]
     count, compared = len(refinements), errors is not None
     images = {"srds_initialized", "srds_final", *(f"srds_iteration_{k}" for k in range(1, count))}
