@@ -160,7 +160,7 @@ class Bench:
         in_step = self.processes.sharing == 1 or isinstance(error, FloatingPointError)
         if type(failure) is not Failure or not in_step:
             raise failure or error
-        return str(failure)
+        return in_one_line(failure, 1000)
 
 
 def failure_of(error):

@@ -140,8 +140,8 @@ class Overview:
 
     def failed(self, task, message):
         """Print and record why a sample failed."""
-        tqdm.write(f"  failed: {in_one_line(message, 1000)}")
-        self.processes.say(f"failed/{task.folder}", in_one_line(message, 1000))
+        tqdm.write(f"  failed: {message}")
+        self.processes.say(f"failed/{task.folder}", message)
 
     # After sampling
 
