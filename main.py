@@ -12,9 +12,9 @@ import os
 import sys
 from dataclasses import dataclass, fields
 
+import asked
 import settings as table
 from settings import Experiment, Failure, Loading, SettingError, Settings, did_you_mean, flag_of, in_one_line, number
-from study import asked
 from study.console import prepare_terminal, quiet_libraries
 
 
@@ -23,7 +23,7 @@ class Command:
     """A command line, parsed and checked.
 
     given: the values that it gives, by setting. texts: the prompts. seeds: those of --seeds, or None. axes, variants:
-    the sweep, see `study.asked`. metrics: their names. notes: lines to print before sampling. argv: its words.
+    the sweep, see `asked`. metrics: their names. notes: lines to print before sampling. argv: its words.
     """
 
     given: dict

@@ -326,7 +326,7 @@ class Loading(Checked):
 
 @dataclass(frozen=True)
 class Experiment(Checked):
-    """What the command samples and writes, as its flags give it; `study.asked` reads the texts among them."""
+    """What the command samples and writes, as its flags give it; `asked` reads the texts among them."""
 
     # fmt: off
     prompts: str | None = row(None, path(optional=True), "text file in UTF-8, one prompt a line; lines that begin "

@@ -152,6 +152,7 @@ class Overview:
         self.bar.close()
         self.errors = {task.folder: self.processes.heard(f"failed/{task.folder}") for task in self.tasks}
         run = self._record()
+        self.folder.write("run.json", pack(run))  # now, as the rest may fail, and last, as others may end too
         samples = load_samples(self.folder.path, run)
         self.folder.show({**self._shown(run, samples), "run.json": pack(run)})
         print(summary(samples))

@@ -367,7 +367,8 @@ NOT_USABLE = {
     "--output-dir/-o": [""], "--negative-prompt": ["caf\udce9", "a\0b"],
 }  # fmt: skip
 FILES = {
-    "missing.txt": "is not a file", "folder": "is not a file", "pipe": "is not a file", "good.txt\0": "",
+    "missing.txt": "cannot be read (No such file or directory)", "folder": "is not a file", "pipe": "is not a file",
+    "huge.txt": "is not a file of at most 64 MiB", "good.txt\0": "",
     "empty.txt": "holds no prompt", "blank.txt": "holds no prompt", "latin.txt": "cannot be read (it is not UTF-8)",
 }  # fmt: skip
 SWEEPS = {
@@ -396,6 +397,7 @@ BAD = [
     ([], "--prompts/-p or --prompt: give one"),
     (["-p", "good.txt", *A], "--prompts/-p or --prompt: give only one"),
     (["-p", "wide.txt"], "--prompts/-p: 'a\\x00' is not usable; give some text, in UTF-8, without NUL"),
+    (["-p", "long.txt"], "has 10001 characters; give at most 10000 in a prompt"),
     (["--prompt", " "], "--prompt: '' is not usable; give some text"),
     (["--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' is not usable; give some text, in UTF-8"),
     (["--prompt", "a\0b"], "--prompt: 'a\\x00b' is not usable; give some text, in UTF-8, without NUL"),
@@ -424,10 +426,11 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     contents = {
         "good": b"a moon\n", "empty": b"", "blank": b"\xef\xbb\xbf \r\n# note\n\n", "latin": b"caf\xe9\n",
-        "wide": "a".encode("utf-16-le"), "many": b"a\nb\nc\n",
+        "wide": "a".encode("utf-16-le"), "long": 10_001 * b"x", "huge": b"", "many": b"a\nb\nc\n",
     }  # fmt: skip
     for name, data in contents.items():
         Path(f"{name}.txt").write_bytes(data)
+    os.truncate("huge.txt", 65 * 2**20)
     os.mkfifo("pipe")
     os.mkdir("folder")
     os.mkdir("out")

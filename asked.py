@@ -10,7 +10,9 @@ from typing import NamedTuple
 from settings import COARSE_STEPS, SettingError, Settings, choice, did_you_mean, flag_of, number, text
 
 MOST_SEEDS = 10_000  # in a range
-UNASKED = 1000  # most samples without --yes
+UNASKED, MOST_SAMPLES = 1000, 10**6  # most samples without and with --yes
+MOST_CHARACTERS = 10_000  # of a prompt
+MOST_BYTES = 64 * 2**20  # of a prompt file
 
 
 class Variant(NamedTuple):
@@ -75,7 +77,9 @@ def combinations(axes):
 
 
 def check_count(count, yes):
-    """Raise SettingError for more samples than a command makes without --yes."""
+    """Raise SettingError for more samples than a command makes, or makes without --yes."""
+    if count > MOST_SAMPLES:
+        raise SettingError("yes", True, f"allows {MOST_SAMPLES} samples at most, but {count} are asked for; give fewer")
     if count > UNASKED and not yes:
         raise SettingError("yes", False, f"is needed for {count} samples, as they are more than {UNASKED}; add it")
 
@@ -102,7 +106,10 @@ def read_metrics(words, model):
 
 
 def check_prompt(prompt, setting="prompt"):
-    """Return a prompt without surrounding white space. Raises SettingError if it is blank or has a NUL."""
+    """Return a prompt without surrounding white space. Raises SettingError if it is blank, long or has a NUL."""
+    if len(prompt) > MOST_CHARACTERS:
+        remedy = f"... has {len(prompt)} characters; give at most {MOST_CHARACTERS} in a prompt"
+        raise SettingError(setting, prompt[:20], remedy)
     return text()(setting, prompt.strip())
 
 
@@ -113,8 +120,8 @@ def read_prompts(path):
     """
     refuse = lambda why: SettingError("prompts", path, f"{why}; give a text file in UTF-8, one prompt a line")
     try:
-        if not Path(path).is_file():  # a pipe would be waited for
-            raise refuse("is not a file")
+        if Path(path).stat().st_size > MOST_BYTES or not Path(path).is_file():  # a pipe would be waited for
+            raise refuse(f"is not a file of at most {MOST_BYTES >> 20} MiB")
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise refuse(f"cannot be read ({getattr(error, 'strerror', 'it is not UTF-8')})") from None
