@@ -1,4 +1,4 @@
-"""Read what a command line asks for: prompts, seeds, the values of a sweep, metrics."""
+"""Read what a command line asks for: prompts, seeds, the values of a sweep."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from settings import COARSE_STEPS, SettingError, Settings, choice, did_you_mean, flag_of, number, text
+from settings import COARSE_STEPS, SettingError, Settings, did_you_mean, flag_of, number, text
 
 MOST_SEEDS = 10_000  # in a range
 UNASKED, MOST_SAMPLES = 1000, 10**6  # most samples without and with --yes
@@ -93,16 +93,6 @@ def read_seeds(words):
         remedy = f"give numbers, such as 1,5,9, or ranges of at most {MOST_SEEDS}, such as 42-61"
         raise SettingError("seeds", words, f"is not usable; {remedy}")
     return [*dict.fromkeys(itertools.chain(*ranges))]
-
-
-def read_metrics(words, model):
-    """Return the metrics in words such as "clip,scene". Raises SettingError for unknown or unusable ones."""
-    names = [*dict.fromkeys(word.strip() for word in words.split(","))] if words is not None else []
-    for name in names:
-        choice("clip", "scene")("metrics", name)
-    if "scene" in names and model != "demo":
-        raise SettingError("metrics", "scene", "reads what the demo draws; leave it out for other models")
-    return names
 
 
 def check_prompt(prompt, setting="prompt"):

@@ -69,7 +69,7 @@ def collocation(
     """
     if (nodes is not None and nodes < 2) or (window is not None and window < 1) or (refinements or 0) < 0:
         raise ValueError(f"nodes {nodes}, window {window} or refinements {refinements} are too low")
-    shape, x = x.shape[-3:], x.reshape(1, -1).float()
+    shape, x = x.shape[1:], x.reshape(1, -1).float()
     chain = solver.unrolled(shape)
     N = chain.K.shape[1]
     t, kept = spread(N, nodes) if nodes else first(N, DENSE if dense else NODES), memory(N, x.numel())

@@ -1,4 +1,4 @@
-"""The sampler's arithmetic: time grid, solvers as tables, the guided denoiser, sequential sampling, decoding."""
+"""The sampler's arithmetic: time grid, solvers as tables, sequential sampling."""
 
 import copy
 import math
@@ -21,6 +21,12 @@ class Grid(NamedTuple):
     noise: torch.Tensor  # float64 (N + 1,)
     prediction_type: str  # "epsilon", "v_prediction", "sample" or "flow"
     clip: float | None = None  # the largest absolute value of x0, if it is clipped
+
+    def last(self, steps):
+        """Return the grid of the last steps alone, with which image to image goes on from a noisy image."""
+        points = len(self.signal) - steps - 1
+        ends = {"times": self.times[points:], "signal": self.signal[points:], "noise": self.noise[points:]}
+        return self._replace(**ends)
 
 
 def timesteps(steps, training_steps):
@@ -47,18 +53,10 @@ def diffusion_grid(scheduler, steps, solver="ddim"):
     return Grid(times, alpha.sqrt(), (1 - alpha).sqrt(), config.prediction_type, clip)
 
 
-def flow_grid(scheduler, steps, sigmas=None, tokens=None):
-    """Return the grid of a FlowMatchEulerDiscreteScheduler, which shifts `sigmas`, (steps,); if None, its own.
-
-    tokens: the number of patches in an image, with which a dynamic shift grows.
-    """
-    config, shift = scheduler.config, {}
-    if config.use_dynamic_shifting:
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        shift["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
-    scheduler.set_timesteps(steps, sigmas=sigmas, **shift)
-    noise = scheduler.sigmas.double()
-    return Grid(scheduler.timesteps, 1 - noise, noise, "flow")
+def flow_grid(scheduler):
+    """Return the grid of a FlowMatchEulerDiscreteScheduler whose timesteps are set."""
+    noise = scheduler.sigmas.cpu().double()
+    return Grid(scheduler.timesteps.cpu(), 1 - noise, noise, "flow")
 
 
 def step_noise(seed, j, shape):
@@ -218,8 +216,9 @@ class Solver:
 
     @staticmethod
     def _on(x, *columns):
-        """Return columns of the tables, each (L,), as float32 (L, 1, 1, 1) on the device of x, in one transfer."""
-        return torch.stack(columns).float().to(x.device, non_blocking=True).reshape(len(columns), -1, 1, 1, 1)
+        """Return columns of the tables, each (L,), as float32 (L, 1, ...) on the device of x, in one transfer."""
+        columns = torch.stack(columns).float().to(x.device, non_blocking=True)
+        return columns.reshape(*columns.shape, *[1] * (x.ndim - 1))
 
     def _noise(self, start, end, shape):
         """Return the noise that fine steps from one point to another add if x0 is held: float32, a state's shape."""
@@ -256,12 +255,7 @@ class Solver:
         return torch.where((J < 0) & (turned < -0.05), carried + theta * rest, dG)
 
 
-# The denoiser
-
-
-def cut_from_prompt(tokenizer, limit, prompt):
-    """Return the part of a prompt beyond a limit in tokens, or ""."""
-    return tokenizer.decode(tokenizer(prompt).input_ids[limit - 1 : -1])
+# Batches
 
 
 def fixed_batch(widest, max_batch=None):
@@ -281,64 +275,7 @@ def compiled_batches(smallest, widest):
     return sizes if sizes[-1] >= widest else [*sizes, widest]
 
 
-def rows(conditions):
-    """Return the number of rows of a prompt's conditions: two if guidance is classifier-free, else one."""
-    return max((len(values) for values in conditions.values()), default=1)
-
-
-class Denoiser:
-    """The network with its conditions: L states in, L model outputs out, guided if conditions come in pairs.
-
-    network(x, t, **conditions): outputs for states x, (S, C, H, W), of `dtype`, times t, (S,), and conditions (S, ...).
-    conditions: tensors of one row each, or of two, the negative prompt's first; guidance is then classifier-free (Ho
-        and Salimans, 2022), with the scale `guidance_scale`.
-    times: as in `Grid`.
-    max_batch: most network samples in one call; if there are more, several calls are made. None for no limit.
-    sizes: the batch sizes that a call may have, in place of max_batch: each call is filled up with copies to the next
-        size, so that few shapes are compiled or, with one size, all samples are rounded alike. None for any size.
-    """
-
-    def __init__(self, network, conditions, times, guidance_scale=1.0, max_batch=None, sizes=None, dtype=torch.float32):
-        self.network, self.conditions, self.times, self.dtype = network, conditions, times, dtype
-        self.guidance_scale, self.max_batch, self.sizes = guidance_scale, max_batch, sizes
-        self.rows = rows(conditions)
-
-    @torch.no_grad()
-    def __call__(self, x, n):
-        """Return model outputs, float32 (L, C, H, W), for states x at grid points n, int64 (L,) on the CPU."""
-        lanes = len(x)
-        samples = x.to(self.dtype).repeat(self.rows, 1, 1, 1)
-        times = self.times[n].repeat(self.rows).to(x.device, non_blocking=True)
-        conditions = {name: values.repeat_interleave(lanes, 0) for name, values in self.conditions.items()}
-        most = max(self.sizes) if self.sizes else self.max_batch or self.rows * lanes
-        parts = zip(*(part.split(most) for part in (samples, times, *conditions.values())))
-        outputs = torch.cat([self._call(*part) for part in parts])
-        if self.rows == 1:
-            return outputs
-        negative, positive = outputs.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
-
-    def calls(self, lanes):
-        """Return the number of network calls for so many lanes."""
-        most = max(self.sizes) if self.sizes else self.max_batch or self.rows * lanes
-        return -(-self.rows * lanes // most)
-
-    def _call(self, *inputs):
-        count = len(inputs[0])
-        size = next((size for size in self.sizes or () if size >= count), count)
-        if size > count:
-            inputs = [torch.cat([part, part[-1:].expand(size - count, *part.shape[1:])]) for part in inputs]
-        x, t, *conditions = inputs
-        output = self.network(x, t, **dict(zip(self.conditions, conditions)))[:count]
-        return output.to(torch.float32, copy=True)  # a compiled network's next call may reuse the memory of this one
-
-
 # Sampling
-
-
-def initial_noise(shape, seed, device="cpu"):
-    """Return x_T, float32 (1, *shape), drawn on the CPU so that it is the same on every device."""
-    return normal((1, *shape), seed).to(device)
 
 
 def normal(shape, seed):
@@ -363,17 +300,3 @@ def sequential(x, denoise, step, points, keep=None):
         if end in keep:
             kept.append(x)
     return torch.cat(kept)
-
-
-@torch.no_grad()
-def decode(family, pipeline, state):
-    """Return the image of a state, (C, H, W) or (1, C, H, W): uint8 (height, width, 3).
-
-    Raises FloatingPointError if the state or its decoded image is not finite.
-    """
-    state = state.reshape(1, *state.shape[-3:])  # always a batch of one, for the same kernels
-    image = family.decode(pipeline, state)
-    if not (state.isfinite().all() and image.isfinite().all()):
-        dtype = str(image.dtype).removeprefix("torch.")
-        raise FloatingPointError(f"the state or the image is not finite in {dtype}")
-    return ((image[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -7,6 +7,7 @@ The defaults are in `settings.py`, to be edited for experiments.
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ class Command:
     """A command line, parsed and checked.
 
     given: the values that it gives, by setting. texts: the prompts. seeds: those of --seeds, or None. axes, variants:
-    the sweep, see `asked`. metrics: their names. notes: lines to print before sampling. argv: its words.
+    the sweep, see `asked`. notes: lines to print before sampling. argv: its words.
     """
 
     given: dict
@@ -33,7 +34,6 @@ class Command:
     seeds: list | None
     axes: list
     variants: list
-    metrics: list
     notes: list
     argv: list
 
@@ -91,8 +91,7 @@ def parse(argv):
     notes = {}
     combined = [own(Settings) | values for values in asked.combinations(axes)]
     variants = [asked.make_variant(values, notes, loading.compile) for values in combined]
-    metrics = asked.read_metrics(experiment.metrics, loading.model)
-    return Command(given, loading, experiment, texts, seeds, axes, variants, metrics, [*notes], argv)
+    return Command(given, loading, experiment, texts, seeds, axes, variants, [*notes], argv)
 
 
 def run(command, processes):
@@ -137,11 +136,10 @@ def main(argv=None):
     argv = [*(sys.argv[1:] if argv is None else argv)]
     try:
         command = parse(argv)
+        quiet_libraries()
         # torch, and everything that imports it, waits until the arguments have been checked.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from study.processes import Processes
 
-        quiet_libraries()
         processes = Processes()
         with processes.quiet():
             run(command, processes)
@@ -155,8 +153,10 @@ def main(argv=None):
         others = os.environ.get("RANK", "0") != "0"
         what = "interrupted; what was finished is kept, and the same command goes on from there"
         return end("" if others else what, 130)
-    except BrokenPipeError:  # the program that read the output, such as `head`, has ended
-        sys.stdout = open(os.devnull, "w")
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        sys.stdout = open(os.devnull, "w")  # its reader, such as `head`, has ended, or its disk is full
         return end("the output cannot be written; what was finished is kept, and the same command goes on", 1)
     return 0
 

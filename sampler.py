@@ -7,97 +7,128 @@ sample.image, sample.serial_evaluations, sample.total_evaluations
 
 import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 import diffusion
 from collocation import collocation, usual_window
-from models.loading import find_model, inspect, is_compiled, load_pipeline
+from models.loading import find_model, is_compiled, known, load_pipeline, networks
+from models.loop import Loop
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
 from settings import Loading, SettingError, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
 
 CHECK_SEED = whole(0, 2**64 - 1)
-ENCODING = threading.Lock()  # a tokenizer's padding is shared by all threads
 
 
-class Prompt(NamedTuple):
-    """A prompt as the model reads it.
+@dataclass(eq=False)
+class Prompt:
+    """A prompt for a pipeline, with what has been made of it so far.
 
-    conditions: tensors of one row, or of two if guidance is classifier-free, the negative prompt's first.
-    ignored: the part of the text beyond the tokenizer's limit, or "".
-    encoded_for: the pipeline and the settings for which it was encoded.
+    arguments: further ones of the pipeline's call. ignored: the part of the text beyond the tokenizer's limit, or "".
+    encoded: what the text encoders have said. loops: each `models.loop.Loop` of the last seed, by what it depends on.
     """
 
     text: str
-    conditions: dict[str, torch.Tensor]
+    arguments: dict
     ignored: str
-    encoded_for: tuple
+    pipeline: DiffusionPipeline
+    encoded: dict = field(default_factory=dict)
+    loops: dict = field(default_factory=dict)
 
 
-class OneProcess:
-    """A process that shares its lanes with no other: the part of `study.processes.Processes` that `Sampler` uses.
-
-    sharing: how many processes share the lanes of each tick.
-    """
-
-    sharing = 1
-
-    def broadcast(self, value):
-        """Return the first process's value."""
-        return value
-
-    def split(self, denoise):
-        """Return `denoise` with the lanes of a call shared out to the processes."""
-        return denoise
-
-    def in_step(self, iterates):
-        """Return the iterates, as many on every process as on the first."""
-        return iterates
+# A process that shares its lanes with no other: what a sampler uses of `study.processes.Processes`.
+ALONE = SimpleNamespace(
+    sharing=1, broadcast=lambda value: value, split=lambda denoise: denoise, in_step=lambda iterates: iterates
+)
 
 
 class Sampler:
     """Sample with a diffusers pipeline as it is in memory, with its weights, adapters, dtype, device and hooks.
 
-    The pipeline is not changed and can still be used. Its scheduler only gives the noise schedule. An autoencoder that
-    overflows in float16 (Stable Diffusion XL's) is float32 while it decodes. If the pipeline offloads its parts, the
-    one that ran last stays on the device until the next prompt or the end of a call.
+    The pipeline is not changed and can still be used. Its scheduler only gives the noise schedule. If the pipeline
+    offloads its parts, the one that ran last stays on the device until the next prompt or the end of a call.
 
-    pipeline: an instance of a class in `models.families.FAMILIES`, or of one derived from it.
+    pipeline: one of diffusers, of any class whose loop can be followed, see `models.loop`.
     settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; `settings` has the model's usual
         values in place of None.
     processes: those that share the lanes of each tick, all of which must make the same calls; None for this process
         alone.
 
-    Public attributes: model, device, shape (of a state), grid, solver and boundaries.
+    Public attributes: model, device and boundaries; and, known from the first look at the pipeline's loop, shape (of a
+    state), grid and solver.
 
-    Raises SettingError if the model cannot do what is asked, and ModelError for a pipeline of no known family.
+    Raises SettingError if the model cannot do what is asked, and ModelError for a pipeline that cannot be sampled.
     """
 
     def __init__(self, pipeline, settings=None, *, processes=None):
         self.asked = settings or Settings()
-        self.pipeline, self.processes = pipeline, processes or OneProcess()
+        self.pipeline, self.processes = pipeline, processes or ALONE
         with torch.device("cpu"):  # for schedulers and tables, whatever torch's default device is
-            self.model = inspect(pipeline)
+            self.model = known(pipeline)
             self.device = torch.device(pipeline._execution_device)
             self.settings = settings = self.asked.resolve(self.model)
-            self.shape = self.model.family.shape(settings.height, settings.width)
             self.boundaries = diffusion.boundaries(settings.fine_steps, settings.coarse_steps)
-            self.grid = self._grid()
-            restarts = self.boundaries if settings.method == "srds" else ()  # a block does not know the step before it
-            self.solver = diffusion.Solver(self.grid, settings.solver, settings.eta, settings.seed, restarts)
+        self._answers, self._solvers = (), {}
 
-    def _grid(self):
-        settings, family, scheduler = self.settings, self.model.family, self.model.scheduler
-        if not family.flow:
-            return diffusion.diffusion_grid(scheduler, settings.fine_steps, settings.solver)
-        tokens = self.shape[1] * self.shape[2] // family.patch**2
-        return diffusion.flow_grid(scheduler, settings.fine_steps, family.sigmas(settings.fine_steps), tokens)
+    def loop(self, prompt, seed=None):
+        """Return the `models.loop.Loop` of a prompt and seed."""
+        settings, seed, prompt = self.settings, self._seed(seed), self.encode(prompt)
+        own = {name: getattr(settings, name) for name in ("guidance_scale", "negative_prompt", "height", "width")}
+        own = {name: value for name, value in own.items() if name in self.model.parameters and value not in (None, "")}
+        own |= {"num_inference_steps": settings.fine_steps} | ({"prompt": prompt.text} if self.model.prompted else {})
+        compiled = any(map(is_compiled, networks(self.pipeline)))
+        depends_on = seed, *own.items(), settings.max_batch, settings.fixed_batch and self.widest, compiled
+        if depends_on not in prompt.loops:
+            for other in [other for other in prompt.loops if other[0] != seed]:
+                del prompt.loops[other]
+            arguments = own | prompt.arguments
+            how = prompt.encoded, settings.max_batch, () if prompt.arguments else self._answers
+            loop = prompt.loops[depends_on] = Loop(self.pipeline, self.model.scheduler, arguments, seed, *how)
+            loop.sizes = self._batch_sizes(max(loop.rows), compiled)
+            self._answers = self._answers if prompt.arguments else loop.answers
+        self._looked = prompt.loops[depends_on]
+        return self._looked
+
+    @functools.cached_property
+    def _looked(self):
+        """A loop of any prompt and seed."""
+        return self.loop("")
+
+    @property
+    def shape(self):
+        """The shape of a state."""
+        return self._looked.x.shape[1:]
+
+    @functools.cached_property
+    def grid(self):
+        """The `diffusion.Grid`."""
+        if self.model.flow:
+            return diffusion.flow_grid(self._looked.looked)
+        with torch.device("cpu"):
+            return diffusion.diffusion_grid(self.model.scheduler, self.settings.fine_steps, self.settings.solver)
+
+    @property
+    def solver(self):
+        """The `diffusion.Solver`, for the settings' seed."""
+        return self._steps(self.N)[1]
+
+    def _steps(self, N, seed=None):
+        """Return boundaries and the `diffusion.Solver` of the grid's last N steps; image to image may take fewer."""
+        if N not in self._solvers:
+            settings, n = self.settings, diffusion.boundaries(N, min(N, self.settings.coarse_steps))
+            restarts = n if settings.method == "srds" else ()  # a block does not know the step before it
+            with torch.device("cpu"):
+                how = settings.solver, settings.eta, settings.seed, restarts
+                self._solvers[N] = n, diffusion.Solver(self.grid.last(N), *how)
+        n, solver = self._solvers[N]
+        return n, solver.with_seed(self._seed(seed))
 
     @classmethod
     def from_pretrained(cls, model, settings=None, **loading):
@@ -116,9 +147,12 @@ class Sampler:
         """Return a sampler with the same pipeline and other settings."""
         return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes)
 
-    def __call__(self, prompt, seed=None, start=None):
-        """Sample a prompt and return the `Sample`: all refinements until the stop rule is met."""
-        prompt = self.encode(prompt)
+    def __call__(self, prompt, seed=None, start=None, **arguments):
+        """Sample a prompt and return the `Sample`: all refinements until the stop rule is met.
+
+        arguments: as in `encode`.
+        """
+        prompt = self.encode(prompt, **arguments)
         refinements = tuple(self.refine(prompt, seed, start=start))
         self._offload()
         return Sample(prompt.text, self._seed(seed), refinements)
@@ -134,19 +168,20 @@ class Sampler:
         not fit.
         """
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
-        prompt, earlier, seconds, widest, calls = self.encode(prompt), None, 0.0, 0, 0
-        denoiser = self.denoiser(prompt)
+        loop, earlier, seconds, widest = self.loop(prompt := self.encode(prompt), seed), None, 0.0, 0
+        before = loop.calls
 
         def ticked(lanes):
-            nonlocal widest, calls
-            widest, calls = max(widest, lanes), calls + denoiser.calls(-(-lanes // self.processes.sharing))
+            nonlocal widest
+            widest = max(widest, lanes)
             if on_tick:
                 on_tick(lanes)
 
-        with contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates:
+        with contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates, contextlib.closing(loop):
             started = time.perf_counter()
             for iterate in iterates:
-                refinement = measured(iterate, self.image(iterate.states), calls, widest, earlier)
+                image = self.image(iterate.states, prompt, seed)
+                refinement = measured(iterate, image, loop.calls - before, widest, earlier)
                 complete = iterate.exact or iterate.all_nodes
                 verdict = "converged" if complete else judge(refinement, earlier, rule, tolerance)
                 seconds += time.perf_counter() - started
@@ -162,13 +197,15 @@ class Sampler:
         prompt, seed, on_tick: as in `refine`, which raises the same. kept: the grid points whose states are returned,
         in rising order, 0 to N; None for the boundaries. Raises SettingError if they do not rise.
         """
-        if kept is not None and not (kept and [*kept] == sorted({*kept}) and 0 <= kept[0] <= kept[-1] <= self.N):
-            raise SettingError("kept", kept, f"is not a rising list of grid points from 0 to {self.N}; give one")
-        denoise, step = self._counted(self.denoiser(prompt), on_tick), self._solver(seed).step
-        points = self.boundaries if coarse else range(self.N + 1)
-        x, started = self.noise(seed), time.perf_counter()
-        states = diffusion.sequential(x, denoise, step, points, kept or self.boundaries)
-        return Sequential(states, self.image(states), time.perf_counter() - started)
+        loop = self.loop(prompt := self.encode(prompt), seed)
+        if kept is not None and not (kept and [*kept] == sorted({*kept}) and 0 <= kept[0] <= kept[-1] <= loop.N):
+            raise SettingError("kept", kept, f"is not a rising list of grid points from 0 to {loop.N}; give one")
+        n, solver = self._steps(loop.N, seed)
+        points, denoise = n if coarse else range(loop.N + 1), self._counted(loop.denoise, on_tick)
+        with contextlib.closing(loop):
+            started = time.perf_counter()
+            states = diffusion.sequential(loop.x, denoise, solver.step, points, kept or n)
+            return Sequential(states, self.image(states, prompt, seed), time.perf_counter() - started)
 
     @property
     def N(self):
@@ -180,95 +217,90 @@ class Sampler:
         """What a ground truth depends on besides prompt and seed; samplers for which it is equal can share one."""
         settings = self.settings
         batch = (self.widest, settings.max_batch) if settings.fixed_batch else None
-        steps = settings.fine_steps, settings.solver, settings.eta, tuple(self.solver.extrapolation.tolist())
-        return *steps, *self.encoded_for, batch
+        steps = settings.fine_steps, settings.solver, settings.eta, batch
+        restarts = self.boundaries if settings.solver == "dpmsolver++" and settings.method == "srds" else ()
+        return *steps, settings.negative_prompt, settings.guidance_scale, settings.height, settings.width, *restarts
 
     def trajectory(self, states, seed=None) -> Trajectory:
         """Return what `refine` can start from, for the states and the seed of a sample or a ground truth.
 
-        Raises SettingError unless the states are (B + 1, C, H, W), as this sampler's.
+        Raises SettingError unless the states have the shape of this sampler's, (B + 1, ...).
         """
-        given, wanted = tuple(getattr(states, "shape", ())), (len(self.boundaries), *self.shape)
+        n, solver = self._steps(self._looked.N, seed)
+        given, wanted = tuple(getattr(states, "shape", ())), (len(n), *self.shape)
         if given != wanted:
             raise SettingError("states", given, f"is not the shape of this sampler's, {wanted}; give `Sample.states`")
-        clean = self._solver(seed).held(states, self.boundaries)
-        return Trajectory(clean, self.boundaries, self.model.name, self._seed(seed))
+        return Trajectory(solver.held(states, n), n, self.model.name, self._seed(seed))
 
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
         """Yield what `srds.srds` or `collocation.collocation` yields: the method alone, no images, no stop rule."""
-        settings, solver, x = self.settings, self._solver(seed), self.noise(seed)
-        denoise = self._counted(self.processes.split(self.denoiser(prompt)), on_tick)
+        settings, loop = self.settings, self.loop(prompt, seed)
+        n, solver = self._steps(loop.N, seed)
+        x, denoise = loop.x, self._counted(self.processes.split(loop.denoise), on_tick)
         held = begun = None
         if start is not None:
             if not isinstance(start, Trajectory):
                 raise SettingError("start", type(start).__name__, "is not a trajectory; give what `trajectory` returns")
-            start.check(self.shape, self.model.name)
-            held = start.clean.to(x).flatten(1), start.weights(settings.fine_steps)
+            start.check(x.shape[1:], self.model.name)
+            held = start.clean.to(x).flatten(1), start.weights(loop.N)
         if settings.method == "srds":
             correct = {"damped": solver.damped, "paper": algorithm_1}[settings.correction]
             if held:
-                chain, n = solver.unrolled(self.shape), torch.tensor(self.boundaries[1:], device="cpu")
-                begun = chain.held(x.flatten(1), n, *held).reshape(-1, *self.shape)
+                chain, ends = solver.unrolled(x.shape[1:]), torch.tensor(n[1:], device="cpu")
+                begun = chain.held(x.flatten(1), ends, *held).reshape(-1, *x.shape[1:])
             how = settings.schedule, settings.max_iterations, correct
-            iterates = srds(x, denoise, solver.step, self.boundaries, *how, begun)
+            iterates = srds(x, denoise, solver.step, n, *how, begun)
         else:
-            how = settings.nodes, settings.window, settings.max_iterations, not self.model.family.latent, held
+            how = settings.nodes, settings.window, settings.max_iterations, not hasattr(self.pipeline, "vae"), held
             broadcast, tolerance = self.processes.broadcast, settings.tolerance
-            iterates = collocation(x, denoise, solver, self.boundaries, *how, broadcast, tolerance)
+            iterates = collocation(x, denoise, solver, n, *how, broadcast, tolerance)
         return self.processes.in_step(iterates)
 
-    def encode(self, prompt) -> Prompt:
-        """Encode a text. A `Prompt` that was encoded for this pipeline and the same settings is returned unchanged.
+    def encode(self, prompt, **arguments) -> Prompt:
+        """Return a `Prompt` for a text; what is encoded of it then serves all samplers of this pipeline.
 
-        Encode again after the pipeline's adapters or text encoders have changed. Raises SettingError for no text.
+        arguments: further ones of the pipeline's call, such as `use_resolution_binning`.
+
+        One of this pipeline is returned unchanged. Encode again after the pipeline's adapters or text encoders have
+        changed. Raises SettingError for no text.
         """
         if isinstance(prompt, Prompt):
-            if prompt.encoded_for == self.encoded_for:
+            if prompt.pipeline is self.pipeline:
                 return prompt
-            prompt = prompt.text
+            prompt, arguments = prompt.text, prompt.arguments
+        if prompt is None and "prompt_embeds" in arguments:
+            prompt, arguments = "", arguments | {"prompt": None}
         prompt = text(empty=True)("prompt", prompt)
-        self._offload()  # so that the first encoder does not share the device with the network
-        with ENCODING, torch.device("cpu"):
-            conditions = self.model.family.encode(self.pipeline, prompt, *self.encoded_for[1:], self.device)
-            return Prompt(prompt, conditions, self.ignored(prompt), self.encoded_for)
-
-    @property
-    def encoded_for(self):
-        """What a `Prompt` depends on besides the text: the pipeline, and the settings that are encoded with it."""
-        settings = self.settings
-        return self.pipeline, settings.negative_prompt, settings.guidance_scale, (settings.height, settings.width)
+        return Prompt(prompt, arguments, self.ignored(prompt), self.pipeline)
 
     def ignored(self, words):
-        """Return the part of a text beyond the tokenizer's limit, or ""."""
-        if not self.model.family.prompted:
+        """Return the part of a text beyond the tokenizer's limit, or "": that of the tokenizer that reads most."""
+        known = {name: part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")}
+        longest = self.model.parameters.get("max_sequence_length")
+        limits = {name: part.model_max_length for name, part in known.items() if part is not None}
+        if longest and isinstance(longest.default, int):  # for all but CLIP
+            limits = {name: limit if "CLIP" in type(known[name]).__name__ else min(limit, longest.default)
+                      for name, limit in limits.items()}  # fmt: skip
+        if not limits or not self.model.prompted:
             return ""
-        tokenizer, limit = self.model.family.tokenizer(self.pipeline)
+        name = max(limits, key=limits.get)
         if hasattr(self.pipeline, "maybe_convert_prompt"):  # an embedding of several vectors has as many tokens
-            words = self.pipeline.maybe_convert_prompt(words, tokenizer)
-        return diffusion.cut_from_prompt(tokenizer, limit, words)
+            words = self.pipeline.maybe_convert_prompt(words, known[name])
+        return known[name].decode(known[name](words).input_ids[limits[name] - 1 : -1])
 
-    def denoiser(self, prompt):
-        """Return the `diffusion.Denoiser` of a prompt."""
-        settings, conditions = self.settings, self.encode(prompt).conditions
-        predict = functools.partial(self.model.family.predict, self.pipeline)
-        return diffusion.Denoiser(
-            predict, conditions, self.grid.times, settings.guidance_scale, settings.max_batch,
-            self._batch_sizes(diffusion.rows(conditions)), self.network.dtype,
-        )  # fmt: skip
+    def denoiser(self, prompt, seed=None):
+        """Return denoise(x, n), see `models.loop.Loop`, of a prompt and seed."""
+        return self.loop(prompt, seed).denoise
 
-    def _batch_sizes(self, rows):
-        """Return the batch sizes that a call may have, if a lane has `rows` network samples; None for any."""
+    def _batch_sizes(self, rows, compiled):
+        """Return the batch sizes that a call may have, if a lane has `rows` network samples; [] for any."""
         most, max_batch = rows * self.widest, self.settings.max_batch
         if self.settings.fixed_batch:
             return [diffusion.fixed_batch(most, max_batch)]
-        if is_compiled(self.network):
+        if compiled:
             most = min(most, max_batch or most)
             return diffusion.compiled_batches(min(rows, most), most)
-
-    @property
-    def network(self):
-        """The module that is called at each step."""
-        return getattr(self.pipeline, self.model.family.network)
+        return []
 
     @property
     def widest(self):
@@ -279,32 +311,35 @@ class Sampler:
         return -(-lanes // self.processes.sharing)
 
     def noise(self, seed=None):
-        """Return the initial noise x_T, float32 (1, C, H, W)."""
-        return diffusion.initial_noise(self.shape, self._seed(seed), self.device)
+        """Return the first state, x_T, float32 (1, ...)."""
+        return self.loop("", seed).x
 
-    def image(self, states):
+    def image(self, states, prompt=None, seed=None):
         """Return the image of a trajectory's last state: uint8 (height, width, 3). Raises FloatingPointError."""
-        return diffusion.decode(self.model.family, self.pipeline, states[-1])
+        loop = self._looked if prompt is None else self.loop(prompt, seed)
+        image = loop.decode(states[-1:])[0]
+        if not (states[-1].isfinite().all() and np.isfinite(image).all()):
+            dtype = str(loop.dtype).removeprefix("torch.")
+            raise FloatingPointError(f"the state or the image is not finite in {dtype}")
+        return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:2], 3))
 
     def warm_up(self):
         """Make each call once before it is timed, as a first call chooses kernels and allocates memory.
 
         Raises FloatingPointError if the network's output is not finite.
         """
-        denoise, x, compiled = self.denoiser(""), self.noise(), is_compiled(self.network)
+        loop, compiled = self.loop(""), any(map(is_compiled, networks(self.pipeline)))
         widths = range(1, self.widest + 1) if compiled else (1, self.widest)
-        for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call
-            outputs = denoise(x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int, device="cpu"))
-            if not outputs.isfinite().all():
-                dtype = str(self.network.dtype).removeprefix("torch.")
-                raise FloatingPointError(f"the network's output is not finite in {dtype}")
-        self.image(x)
+        with contextlib.closing(loop):
+            for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call
+                x = loop.x.expand(lanes, *loop.x.shape[1:])
+                if not loop.denoise(x, torch.zeros(lanes, dtype=int, device="cpu")).isfinite().all():
+                    dtype = str(loop.dtype).removeprefix("torch.")
+                    raise FloatingPointError(f"the network's output is not finite in {dtype}")
+        self.image(loop.x)
 
     def _seed(self, seed):
         return self.settings.seed if seed is None else CHECK_SEED("seed", seed)
-
-    def _solver(self, seed):
-        return self.solver.with_seed(self._seed(seed))
 
     def _offload(self):
         for hook in getattr(self.pipeline, "_all_hooks", ()):

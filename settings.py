@@ -231,15 +231,15 @@ class Settings(Checked):
                                        usual="the model's usual one")
     negative_prompt: str = row(NEGATIVE_PROMPT, text(empty=True), "text that guidance leads away from", "TEXT")
     height: int | None = row(HEIGHT, whole(1, 2**16, optional=True), "height of the image in pixels", "PX",
-                             usual="the model's native one; for Stable Diffusion at most 512")
+                             usual="the pipeline's own; for Stable Diffusion at most 512")
     width: int | None = row(WIDTH, whole(1, 2**16, optional=True), "width, with a default as for height", "PX")
     seed: int = row(SEED, whole(0, 2**64 - 1), "seed of all noise", "SEED", short="-s")
     nodes: int | None = row(NODES, whole(2, optional=True), "points in time in the first solution", "M", "collocation",
                             usual="13; 100 for pixels, or if the model proves rough in time")
     window: int | None = row(WINDOW, whole(optional=True), "most nodes in a tick, not counting those that a "
                              "refinement adds", "W", "collocation", usual="8; with 100 nodes or more, half their root")
-    max_batch: int | None = row(MAX_BATCH, whole(optional=True), "most network samples in one call; lower it if "
-                                "memory is short", "M", "model", usual="no limit")
+    max_batch: int | None = row(MAX_BATCH, whole(optional=True), "most network samples in one call, two for a guided "
+                                "state; lower it if memory is short", "M", "model", usual="no limit")
     fixed_batch: bool = row(False, flag, "pad every network call to one shape, for results that are reproducible to "
                             "the bit", group="model")
     # fmt: on
@@ -261,39 +261,30 @@ class Settings(Checked):
 
         Raises SettingError for what the model cannot do.
         """
-        family = model.family
-        solver = self.solver or family.solvers[0]
-        if solver not in family.solvers:
-            remedy = f"cannot be used with {model.name}; give {' or '.join(family.solvers)}"
+        solver = self.solver or model.solvers[0]
+        if solver not in model.solvers:
+            remedy = f"cannot be used with {model.name}; give {' or '.join(model.solvers)}"
             raise SettingError("solver", solver, remedy)
         if self.eta and solver != "ddim":
             raise SettingError("eta", self.eta, f"is for ddim, not {solver}; leave it out")
-        most = MOST_FLOW_STEPS if family.flow else model.training_steps
+        most = MOST_FLOW_STEPS if model.flow else model.training_steps
         if self.fine_steps > most:
-            why = "the limit for flow matching" if family.flow else f"the model's {most} training timesteps"
+            why = "the limit for flow matching" if model.flow else f"the model's {most} training timesteps"
             raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
-        if family.guidance is None and self.guidance_scale is not None:
-            remedy = f"has no effect, as {model.name} has no guidance; leave it out"
-            raise SettingError("guidance_scale", self.guidance_scale, remedy)
-        if family.guidance != "classifier-free" and self.negative_prompt:
-            raise SettingError("negative_prompt", self.negative_prompt, f"has no effect on {model.name}; leave it out")
-        height, width = (self._side(*side, model) for side in zip(("height", "width"), family.default_size))
+        for name in ("guidance_scale", "negative_prompt", "height", "width"):
+            if getattr(self, name) not in (None, "") and name not in model.parameters:
+                remedy = f"cannot be given to {model.name}, a {model.kind.__name__}; leave it out"
+                raise SettingError(name, getattr(self, name), remedy)
         scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        usual = {"solver": solver, "height": height, "width": width, "guidance_scale": scale}
+        sides = {"height": self.height or model.side, "width": self.width or model.side}
+        if None in sides.values() and any(sides.values()):  # many pipelines then use the default for both
+            side = max(sides, key=lambda side: sides[side] or 0)
+            raise SettingError(side, sides[side], "is one of two sides; give both, --height and --width")
+        usual = {"solver": solver, "guidance_scale": scale, **sides}
         if self.method == "srds":
             usual["schedule"] = self.schedule or SCHEDULES[0]
             usual["correction"] = self.correction or CORRECTIONS[0]
         return replace(self, **usual)
-
-    def _side(self, side, default, model):
-        pixels, multiple = getattr(self, side) or default, model.family.multiple
-        if pixels % multiple:
-            near = max(1, round(pixels / multiple)) * multiple
-            raise SettingError(side, pixels, f"is not a multiple of {multiple}; give {near}, for instance")
-        if pixels > model.family.largest:
-            remedy = f"is above the largest size of {model.name}; give at most {model.family.largest}"
-            raise SettingError(side, pixels, remedy)
-        return pixels
 
 
 @dataclass(frozen=True)
@@ -337,8 +328,8 @@ class Experiment(Checked):
     sweep: tuple[str, ...] = row((), anything, "a sample with each value of a setting, such as coarse-steps=5,10,auto; "
                                  "or of several in step, such as fine-steps:coarse-steps=25:5,100:10; may be repeated, "
                                  "for all combinations", "NAME=V1,V2", "experiment")
-    metrics: str | None = row(None, anything, "further measures of images: clip, the match to the prompt; scene, "
-                              "the share of it that the demo shows", "NAMES", "experiment")
+    clip_score: bool = row(False, flag, "measure how well images show their prompts, by the CLIP score",
+                           group="experiment")
     no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared to", group="experiment")
     start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
                                  "a run with --keep-trajectories", "DIR", "experiment")
@@ -364,6 +355,7 @@ def flag_of(each):
 
 
 def edited_defaults():
-    """Return the constants above that differ from the shipped ones: {name: (value, shipped value)}."""
+    """Return the constants above that differ from the shipped ones, in one line: "TOLERANCE 1.0 (0.1)"; "" for none."""
     shipped = json.loads(SHIPPED_DEFAULTS.read_text())
-    return {name: (globals()[name], value) for name, value in shipped.items() if globals()[name] != value}
+    edited = {name: globals()[name] for name, value in shipped.items() if globals()[name] != value}
+    return ", ".join(f"{name} {in_one_line(value)} ({shipped[name]})" for name, value in edited.items())

@@ -83,7 +83,7 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     if fine_is_coarse:
         K = 0  # the initialisation is already the sequential sample
 
-    x = x.reshape(x.shape[-3:]).float()
+    x = x[0].float()
     exact = [x]  # U_0^0, U_1^1, ...
     U = {0: [x]}  # U[k][i] of the iterates that are not complete yet, as far as it is known
     F, G = {}, {}  # F[i, k] = F_i(U_i^k) and G[i, k] = U_i^k, G_i(U_i^k), until refinement k + 1 has used them

@@ -85,7 +85,7 @@ def parameters(record):
     made = record["made_by"]
     words = {
         "Steps": made["fine_steps"], "Sampler": SAMPLERS.get(made["solver"], made["solver"]),
-        "CFG scale": made["guidance_scale"], "Seed": made["seed"], "Size": f"{made['width']}x{made['height']}",
+        "CFG scale": made["guidance_scale"], "Seed": made["seed"], "Size": "x".join(map(str, record["result"]["size"])),
         "Model": record["result"]["model"],
     }  # fmt: skip
     last = ", ".join(f"{name}: {value}" for name, value in words.items() if value is not None)

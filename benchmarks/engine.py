@@ -2,12 +2,14 @@
 
     python benchmarks/engine.py           # demo model; writes benchmarks/results/engine.{csv,png}
 
-"engine, %" is the share of a run's seconds that is spent neither in `denoise` nor in decoding. "predicted / real" are
+"engine, %" is the share of a run's seconds that is spent neither in the network nor in decoding. "predicted / real" are
 the plan's seconds for three refinements over those they take, the calls being measured just before. Of collocation, B
 are its nodes.
 """
 
+import functools
 import time
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -23,23 +25,23 @@ NODES = ((100, 13), (100, 100), (1000, 1000))  # of so many steps, for collocati
 
 def measure(sampler):
     """Seconds of a run of REFINEMENTS refinements at most, and those of them in the network and in decoding."""
-    sampler = sampler.vary()  # whose denoiser can be changed
-    denoise, inside = sampler.denoiser("a red sun over purple mountains at dusk"), 0.0
+    prompt, unet, inside = sampler.encode("a red sun over purple mountains at dusk"), sampler.pipeline.unet, 0.0
+    sampler.loop(prompt)
 
-    def timed(call, *inputs):
+    def timed(call, *inputs, **how):
         nonlocal inside
         started = time.perf_counter()
-        output = call(*inputs)
+        output = call(*inputs, **how)
         inside += time.perf_counter() - started
         return output
 
-    sampler.denoiser = lambda prompt: lambda x, n: timed(denoise, x, n)
-    started = time.perf_counter()
-    for iterate in sampler.iterates(""):
-        timed(sampler.image, iterate.states)
-        if iterate.k == REFINEMENTS:
-            break
-    return time.perf_counter() - started, inside
+    with mock.patch.object(unet, "forward", functools.partial(timed, unet.forward)):
+        started = time.perf_counter()
+        for iterate in sampler.iterates(prompt):
+            timed(sampler.image, iterate.states, prompt)
+            if iterate.k == REFINEMENTS:
+                break
+        return time.perf_counter() - started, inside
 
 
 def plot(table, path):

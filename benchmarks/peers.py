@@ -90,7 +90,7 @@ def refined_rows(sampler, text, seed, truth, name):
     """An entry for each refinement, and for where each stop rule leaves the run."""
     settings, rows, stops, earlier = sampler.settings, [], {}, None
     prompt, encoding = encode(sampler, text)
-    with watched(sampler.network) as calls:
+    with watched(sampler.pipeline.unet) as calls:
         for refinement in sampler.vary(tolerance=0).refine(prompt, seed):
             k, image, seconds = refinement.k, refinement.image, encoding + refinement.seconds
             counts = refinement.serial_evaluations, refinement.total_evaluations, max(calls)
@@ -116,7 +116,7 @@ def prompt_rows(sampler, blocks, text, seed, peers):
     else:  # diffusers' DDIM steps past the grid where N does not divide the training steps
         prompt, encoding = encode(sampler, text)
         sequential = sampler.sequential(prompt, seed)
-        image, seconds, pair = sequential.image, encoding + sequential.seconds, sampler.denoiser(prompt).rows
+        image, seconds, pair = sequential.image, encoding + sequential.seconds, max(sampler.loop(prompt, seed).rows)
     truth = image, seconds
     rows = [row(sampler, "sequential DDIM", truth, image, *truth, N, N, pair)]
     for B, schedule in blocks:

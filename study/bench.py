@@ -1,9 +1,11 @@
 """The means to make samples: the model, loaded when it is first needed, and a sampler for each of the settings."""
 
 import functools
+import os
 from dataclasses import asdict, replace
 
 from models.adapters import find_adapters
+from models.clip import ClipScore
 from models.loading import ModelError, choose_device, choose_dtype, find_model, load_pipeline
 from refinement import Trajectory
 from sampler import Sampler
@@ -11,7 +13,6 @@ from settings import Failure, SettingError, in_one_line, out_of_memory
 from study import key
 from study.folder import NUMBER, pack, read_file, read_json, read_run
 from study.key import Task, made_by
-from study.metrics import Metrics
 from study.planning import describe_plan, make_plan
 from study.sampling import Shared, sample, warn_if_cut
 
@@ -27,6 +28,7 @@ class Bench:
     """
 
     def __init__(self, command, processes):
+        key.code_digest()  # before the code can change
         loading, experiment = command.loading, command.experiment
         count = len(command.texts) * len(command.seeds or [0]) * len(command.variants)
         parallel = experiment.parallel or ("samples" if count > processes.size else "lanes")
@@ -36,20 +38,22 @@ class Bench:
             self.model, self.adapters = find_model(loading.model), find_adapters(loading)
         self.dtype = str(choose_dtype(loading, self.model, self.device)).removeprefix("torch.")
         self.weights = key.weights(self.model, self.adapters)
-        self.shared = functools.lru_cache(maxsize=1)(Shared)  # of the last prompt and seed
-        if self.model.family.prompted and not command.texts:
+        self.prompt, self.shared = None, functools.lru_cache(maxsize=1)(Shared)  # of the last prompt, and seed
+        if self.model.prompted and not command.texts:
             raise Failure("argument --prompts/-p or --prompt: give one of them", status=2)
         for variant in command.variants:
             variant.settings.resolve(self.model)  # raises SettingError
         self.starts = self._starts()
         with processes.in_turn():
-            self.metrics = Metrics(command.metrics)
+            self.clip = ClipScore() if experiment.clip_score else None
 
     def _starts(self):
         """Return the trajectories of the --start-from run by prompt and seed; {} if the flag is not given."""
         folder = self.command.experiment.start_from
         if folder is None:
             return {}
+        if os.path.realpath(folder) == os.path.realpath(self.command.experiment.output_dir):
+            raise SettingError("start_from", folder, "is the output directory; give the directory of another run")
         try:
             samples = (read_run(folder) or {"samples": []})["samples"]
             read = lambda said: read_file(folder, f"samples/{said['folder']}/trajectory.safetensors", 2**32)
@@ -84,25 +88,22 @@ class Bench:
 
     def tasks(self, settings):
         """Return the command's `study.key.Task`s, in its order: each of these settings for each prompt and seed."""
-        command, prompted, seed = self.command, self.model.family.prompted, settings[0].seed
+        command, prompted, seed = self.command, self.model.prompted, settings[0].seed
         # Without prompts, samples differ only by their noise.
         seeds = lambda i: command.seeds or [seed if prompted else (seed + i) % 2**64]
         pairs = [(text, each) for i, text in enumerate(command.texts or [""]) for each in seeds(i)]
         tasks = [self._task(text, each, own) for text, each in pairs for own in settings]
         names = key.key([task.folder for task in tasks])
         if self.processes.broadcast(names) != names:
-            what = "other prompts, settings, weights or versions than the first"
-            raise Failure(f"process {self.processes.rank} has {what}; start all alike", status=2)
+            raise Failure(f"process {self.processes.rank} has other prompts, settings or weights; start all alike", 2)
         return tasks
 
     def _task(self, text, seed, settings):
-        starts, model = self.starts, self.model
+        starts = self.starts
         start = starts.get((text, seed)) if len(starts) != 1 else next(iter(starts.values()))  # one is for all samples
         if starts and not start:
             remedy = f"has no sample of {in_one_line(text, 40)!r} with seed {seed}; give a run that has it"
             raise SettingError("start_from", self.command.experiment.start_from, remedy)
-        if start:
-            start.check(model.family.shape(settings.height, settings.width), model.name)
         return Task(text, seed, settings, start, made_by(self, text, seed, settings, start))
 
     @functools.cached_property
@@ -110,8 +111,10 @@ class Bench:
         """The pipeline, loaded when first used. Raises Failure if its files have changed in the meantime."""
         with self.processes.in_turn():
             pipeline = load_pipeline(self.model, replace(self.command.loading, device=str(self.device)))
-        if key.weights(self.model, self.adapters) != self.weights:
-            raise Failure(f"the files of {self.model.name} or an adapter changed while they were loaded; run it again")
+        changed = key.code_digest.__wrapped__() != key.code_digest()
+        if changed or key.weights(self.model, self.adapters) != self.weights:
+            what = f"the code, or the files of {self.model.name} or of an adapter,"
+            raise Failure(f"{what} changed while they were loaded; run it again")
         return pipeline
 
     @functools.cache  # noqa: B019
@@ -129,7 +132,12 @@ class Bench:
 
     def sample(self, task):
         """Make a sample, see `study.sampling.sample`."""
-        return sample(self.warm(task.settings), task, self.shared(task.text, task.seed), self.metrics)
+        sampler = self.warm(task.settings)
+        if task.start:
+            task.start.check(sampler.shape, sampler.model.name)
+        if not self.prompt or self.prompt.text != task.text:
+            self.prompt = sampler.encode(task.text)
+        return sample(sampler, task, self.shared(self.prompt, task.seed), self.clip)
 
     def follow(self, tasks):
         """Share the ticks of each sample that the first process makes, until it dismisses the others."""

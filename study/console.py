@@ -15,16 +15,12 @@ def prepare_terminal():
 
 
 def quiet_libraries():
-    """Silence diffusers, transformers and huggingface_hub, and their progress bars if stderr is no terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (hub_logging, transformers_logging, diffusers_logging):
-        logging.set_verbosity(logging.CRITICAL)
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # its warnings about several LoRAs
+    """Import diffusers so that it and the libraries it uses print nothing, unless the environment says otherwise."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "TORCH_CPP_LOG_LEVEL"):
+        os.environ.setdefault(name, "ERROR" if "TORCH" in name else "critical")
     if not sys.stderr.isatty():
-        disable_progress_bars()
-        transformers_logging.disable_progress_bar()
-        diffusers_logging.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # its warnings about several LoRAs

@@ -26,18 +26,17 @@ AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json")
 PART = ".part-"  # the names of unfinished files and folders begin with this
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
 
-METRICS = ("clip", "clip_difference", "scene", "scene_difference")
 # The shapes of `result.json` and `run.json`, see `fits`.
 NUMBER, MAYBE = (int, float), (int, float, NoneType)
 REFINEMENT = {
     **dict.fromkeys("k serial_evaluations total_evaluations network_calls widest_tick".split(), int),
-    **dict.fromkeys("peak_memory_mib difference psnr ssim image_change trajectory_change predicted_change".split(),
-                    MAYBE),
-    "verdict": str, "settled": bool, "seconds": NUMBER, "damping": NUMBER, "metrics": {str: MAYBE},
+    **dict.fromkeys("peak_memory_mib difference psnr ssim image_change trajectory_change predicted_change "
+                    "clip_score clip_difference".split(), MAYBE),
+    "verdict": str, "settled": bool, "seconds": NUMBER, "damping": NUMBER,
 }  # fmt: skip
 RESULT = {
     **dict.fromkeys("model device sampled ignored stop_reason".split(), str),
-    "sequential_seconds": MAYBE, "refinements": [REFINEMENT], "errors": ([[NUMBER]], NoneType),
+    "size": [int], "sequential_seconds": MAYBE, "refinements": [REFINEMENT], "errors": ([[NUMBER]], NoneType),
 }  # fmt: skip
 MADE_BY = {"prompt": str, "ground_truth": bool, "dtype": str, str: object}
 SAMPLE = {"made_by": MADE_BY, "result": RESULT, "files": {str: int}}
@@ -65,7 +64,7 @@ def fits(value, shape):
     return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e100)
 
 
-def read_file(root, name, most=64 * 2**20):
+def read_file(root, name, most=2**30):
     """Return the bytes of a file in a folder that may come from others. Raises OSError and ValueError.
 
     It must be a regular file, of at most so many bytes, and neither a link nor beyond one.
@@ -111,7 +110,6 @@ def is_consistent(record):
     images |= {"srds_ddim_gt", "srds_ddim_course"} if compared else set()
     return (
         [entry["k"] for entry in refinements] == [*range(count)] != []
-        and all(entry["metrics"].keys() <= {*METRICS} for entry in refinements)
         and all((entry["difference"] is not None) == compared for entry in refinements)
         and (not compared or [len(row) for row in errors] == [record["made_by"]["coarse_steps"]] * count)
         and {f"{image}.png" for image in images} <= record["files"].keys()
@@ -125,8 +123,8 @@ def read_run(folder):
 
 def load_samples(root, run):
     """Return the samples of a run: pairs of the entry in `run.json` and the record or None, see `study.results`."""
-    read = lambda said: None if said["error"] else read_sample(root, f"samples/{said['folder']}")
-    return [(said, read(said)) for said in run["samples"]]
+    read = lambda folder: read_sample(root, f"samples/{folder}")
+    return [(said, None if said["error"] else read(said["folder"])) for said in run["samples"]]
 
 
 def pack(content):

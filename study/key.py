@@ -17,9 +17,8 @@ from settings import Failure, Settings, in_one_line
 ROOT = Path(__file__).resolve().parent.parent
 # The code that makes results. The effect of `settings.py` shows in the resolved settings.
 CODE = ["srds.py", "collocation.py", "diffusion.py", "refinement.py", "sampler.py", "study/sampling.py"]
-CODE += [f"models/{name}.py" for name in ("adapters", "checks", "families", "loading", "scenes")]
-CODE += ["study/metrics.py", "study/processes.py"]
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image")
+CODE += ["study/processes.py", *(f"models/{name}.py" for name in ("adapters", "checks", "clip", "loading", "loop"))]
+VERSIONS = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image")}
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 
 
@@ -49,13 +48,13 @@ def made_by(bench, text, seed, settings, start):
     """
     experiment, loading = bench.command.experiment, bench.command.loading
     return {
-        "prompt": text, **asdict(settings), "seed": seed, "family": type(bench.model.family).__name__, **bench.weights,
+        "prompt": text, **asdict(settings), "seed": seed, "pipeline": bench.model.kind.__name__, **bench.weights,
         "variant": loading.variant, "vae_tiling": loading.vae_tiling, "compile": loading.compile,
         "device": bench.device.type, "dtype": bench.dtype, "start": start and start.digest,
         "sharing": bench.processes.sharing if settings.fixed_batch else 1,  # it sets the size of a call
-        "ground_truth": not experiment.no_ground_truth, "metrics": bench.command.metrics,
+        "ground_truth": not experiment.no_ground_truth, "clip_score": experiment.clip_score,
         "keep_trajectories": experiment.keep_trajectories,
-        **{f"version of {name}": version(name) for name in LIBRARIES}, "code": code_digest(),
+        **VERSIONS, "code": code_digest(),
     }  # fmt: skip
 
 
@@ -79,9 +78,10 @@ def stem(text, seed):
 def first_difference(now, before):
     """Return the first difference in what made two samples, for people: its name and both values."""
     name = next(name for name in {**now, **before} if before.get(name) != now.get(name))
-    if name in ("model", "lora", "textual_inversion", "start", "code"):
-        other = {"model": "weights", "start": "trajectories to start from", "code": "code of this program"}
-        return f"other {other.get(name, name.replace('_', ' '))}"
+    digests = {"model": "weights", "lora": "lora", "textual_inversion": "textual inversion",
+               "start": "trajectories to start from", "code": "code of this program"}  # fmt: skip
+    if name in digests:
+        return f"other {digests[name]}"
     before, now = (in_one_line(repr(made.get(name)), 60) for made in (before, now))
     return f"{name} {before}, not {now}"
 
@@ -110,20 +110,16 @@ def weights(model, adapters):
 
 def digest_of(path):
     """Return a digest of a file's content, or of all files of a model's folder with their names. Raises Failure."""
-    found = hashlib.sha256()
+    found, files = hashlib.sha256(), [path]
+    if path.is_dir():
+        index = path / "model_index.json"
+        named = sorted(json.loads(index.read_text(encoding="utf-8"))) if index.is_file() else []
+        files = [file for name in ["", *named] for file in sorted((path / name).glob("*")) if file.is_file()]
     try:
-        for file in _parts(path) if path.is_dir() else [path]:
+        for file in (file for file in files if file.suffix in MODEL_FILES or file is path):
             with file.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             found.update(f"{file.relative_to(path)} {digest}\n".encode())
     except OSError as error:
         raise Failure(f"{error.filename} cannot be read: {error.strerror}") from error
     return found.hexdigest()[:16]
-
-
-def _parts(folder):
-    """Return the files in a folder and in the component folders that its index names; loading refuses pipes."""
-    index = folder / "model_index.json"
-    named = sorted(json.loads(index.read_text(encoding="utf-8"))) if index.is_file() else []
-    files = [file for name in ["", *named] for file in sorted((folder / name).glob("*"))]
-    return [file for file in files if file.suffix in MODEL_FILES and file.is_file()]

@@ -1,5 +1,6 @@
 """The overview of a command's samples: printed lines, `run.json`, and the pictures, table and page."""
 
+import functools
 import io
 import itertools
 import json
@@ -8,7 +9,6 @@ import sys
 from collections import Counter
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from importlib.metadata import version
 
 import numpy as np
 from PIL import Image
@@ -19,14 +19,9 @@ import utils
 from models.loading import MIRRORS
 from settings import Failure, edited_defaults, flag_of, in_one_line
 from study.folder import WriteError, load_samples, pack, read_file
-from study.key import LIBRARIES, first_difference, folder_name, stem
+from study.key import VERSIONS, first_difference, folder_name, stem
 from study.report import page
 from study.results import results_table, summary
-
-
-def edited():
-    """Return the defaults that differ from the shipped ones, in one line."""
-    return ", ".join(f"{name} {value} ({shipped})" for name, (value, shipped) in edited_defaults().items())
 
 
 class Overview:
@@ -34,7 +29,7 @@ class Overview:
 
     def __init__(self, command, bench, folder, tasks):
         self.command, self.bench, self.folder, self.tasks = command, bench, folder, tasks
-        self.processes, self.errors = bench.processes, {}
+        self.processes, self.errors, self.samples = bench.processes, {}, []
         self.begun = datetime.now(UTC).isoformat(timespec="seconds")
 
     # Before sampling
@@ -62,30 +57,30 @@ class Overview:
     def _introduce(self, there, made_anew):
         """Print what will run; `there` counts the samples that are reused, `made_anew` has the other tasks."""
         command, bench, made, count = self.command, self.bench, self.tasks[0].made_by, len(self.tasks)
-        if edited():
-            print(f"edited defaults: {edited()}")
+        if edited_defaults():
+            print(f"edited defaults: {edited_defaults()}")
         if bench.model.name == MIRRORS.get(command.loading.model):
             print(f"{command.loading.model} was withdrawn from the hub; using its mirror {bench.model.name}")
         for note in command.notes:
             print(note)
-        words = [made["method"], made["solver"], f"N = {made['fine_steps']}"]
-        if made["method"] == "srds":
-            words += [f"B = {made['coarse_steps']}", made["correction"], made["schedule"]]
+        srds = [f"B = {made['coarse_steps']}", made["correction"], made["schedule"]] * (made["method"] == "srds")
+        words = [made["method"], made["solver"], f"N = {made['fine_steps']}", *srds]
         place = f"on {in_one_line(command.loading.model)} ({bench.device}, {bench.dtype})"
         swept = ", ".join(":".join(axis[0]) for axis in command.axes)
         varied = f"; sweep of {swept}: {len(command.variants)} settings" if swept else ""
         print(f"{', '.join(words)}, tolerance {made['tolerance']:g} {place}{varied}")
-        if not bench.model.family.prompted and len(command.texts) > 1:
+        if not bench.model.prompted and len(command.texts) > 1:
             print(f"{in_one_line(bench.model.name)} reads no prompts: seeds rise from {made['seed']}, one a line")
         if there:
             print(f"{there} of {count} samples are there already")
-        for reason, some in Counter(filter(None, map(self._other, made_anew))).items():
+        read = functools.cache(self.folder.read)
+        for reason, some in Counter(filter(None, (self._other(task, read) for task in made_anew))).items():
             print(f"{some} of {count} samples must be made again: those in the directory have {reason}")
 
-    def _other(self, task):
+    def _other(self, task, read):
         """Return how the nearest sample of a task's prompt and seed differs from it; "" if there is none."""
         places = sorted(self.folder.samples.glob(f"{stem(task.text, task.seed)}-????????"))
-        found = [record["made_by"] for record in (self.folder.read(place.name) for place in places[:100]) if record]
+        found = [record["made_by"] for record in (read(place.name) for place in places[:100]) if record]
         found = [made for made in found if made["prompt"] == task.text and made != task.made_by]
         differing = lambda made: sum(made.get(name) != value for name, value in task.made_by.items())
         return first_difference(task.made_by, min(found, key=differing)) if found else ""
@@ -97,12 +92,11 @@ class Overview:
         settings = {name: ", ".join(dict.fromkeys(str(each[name]) for each in used)) for name in used[0]}
         settings |= asdict(command.loading) | asdict(command.experiment)
         return {
-            "begun": self.begun, "edited_defaults": edited(),
+            "begun": self.begun, "edited_defaults": edited_defaults(),
             "command": shlex.join(["python", "main.py", *command.argv]), "reproduce": self._reproduce(),
             "settings": {name: in_one_line(value, 1000) for name, value in settings.items()},
             "environment": {"model": bench.model.title, "device": str(bench.device), "dtype": bench.dtype,
-                            "processes": str(bench.processes.size), "python": sys.version.split()[0],
-                            **{name: version(name) for name in LIBRARIES}},
+                            "processes": str(bench.processes.size), "python": sys.version.split()[0], **VERSIONS},
             "samples": [{"prompt": task.text, "seed": task.seed, "folder": task.folder,
                          "settings": asdict(task.settings), "error": self.errors.get(task.folder)}
                         for task in self.tasks],
@@ -153,9 +147,9 @@ class Overview:
         self.errors = {task.folder: self.processes.heard(f"failed/{task.folder}") for task in self.tasks}
         run = self._record()
         self.folder.write("run.json", pack(run))  # now, as the rest may fail, and last, as others may end too
-        samples = load_samples(self.folder.path, run)
-        self.folder.show({**self._shown(run, samples), "run.json": pack(run)})
-        print(summary(samples))
+        self.samples = load_samples(self.folder.path, run)
+        self.folder.show({**self._shown(run, self.samples), "run.json": pack(run)})
+        print(summary(self.samples))
 
     def _shown(self, run, samples):
         """Return the pictures, the table and the page that show samples: bytes by name."""
@@ -164,9 +158,12 @@ class Overview:
         def image_of(record, name):
             place = f"samples/{folder_name(record['made_by'])}/{name}.png"
             try:
-                return np.asarray(Image.open(io.BytesIO(read_file(self.folder.path, place))).convert("RGB"))
-            except (OSError, ValueError) as error:
-                remedy = "remove its folder and run the command again"
+                image = Image.open(io.BytesIO(read_file(self.folder.path, place)))
+                if image.size != tuple(record["result"]["size"]):
+                    raise ValueError(f"its size is {image.size}")
+                return np.asarray(image.convert("RGB"))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                remedy = "run the command again; if that does not help, remove its folder"
                 raise WriteError(f"{self.folder.path / place} cannot be read; {remedy}") from error
 
         settings = {str({**record["made_by"], "prompt": None, "seed": None, "start": None}) for record in records}
@@ -177,9 +174,9 @@ class Overview:
         return files
 
     def check(self):
-        """Raise Failure if a sample failed."""
-        failed = [task for task in self.tasks if self.errors.get(task.folder)]
+        """Raise Failure if a sample failed, or is no longer there."""
+        failed = [said for said, record in self.samples if not record]
         if failed:
-            what = f"{len(failed)} of {len(self.tasks)} samples failed"
-            first = f"the first, of {in_one_line(failed[0].text, 40)!r}: {self.errors[failed[0].folder]}"
-            raise Failure(f"{what}; {first}")
+            what = f"{len(failed)} of {len(self.samples)} samples failed"
+            first = f"the first, of {in_one_line(failed[0]['prompt'], 40)!r}"
+            raise Failure(f"{what}; {first}: {failed[0]['error'] or 'its folder is gone'}")

@@ -49,7 +49,7 @@ def measure_calls(sampler, widest):
         return float(np.median(measured))
 
     lanes = sorted({widest, *(L for i in range(12) for L in (2**i, 3 * 2**i) if L < widest)})
-    calls = {L: seconds(denoise, x.expand(L, -1, -1, -1), torch.zeros(L, dtype=int)) for L in lanes}
+    calls = {L: seconds(denoise, x.expand(L, *x.shape[1:]), torch.zeros(L, dtype=int)) for L in lanes}
     return calls, seconds(sampler.image, x)
 
 

@@ -32,9 +32,6 @@ class Processes:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         launched = all(name in os.environ for name in names)  # some clusters set one or two of them
         self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched else (0, 1, 0)
-        # accelerate sets these if it was asked for several processes but found fewer than two GPUs.
-        if not launched and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
-            raise Failure("accelerate launch has started one process, not several; add --multi_gpu, or use torchrun", 2)
         self.first, self.parallel, self.messages, self.store = self.rank == 0, None, 0, HashStore()
 
     def join(self, device, parallel):
@@ -51,7 +48,8 @@ class Processes:
                 raise SettingError("device", str(device), remedy)
             device = torch.device("cuda", self.local_rank)
         try:
-            self.store = PrefixStore("srds", next(rendezvous("env://"))[0])
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = PrefixStore(f"srds/{attempt}", next(rendezvous("env://"))[0])
             self.store.set_timeout(ENDLESS)
             self.state = PartialState(cpu=device.type == "cpu", timeout=ENDLESS)
         except (RuntimeError, ValueError) as error:

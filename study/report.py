@@ -14,7 +14,7 @@ import pandas as pd
 
 import utils
 from settings import Failure, in_one_line
-from study.folder import METRICS, load_samples, read_file, read_run, read_sample, replace_file
+from study.folder import load_samples, read_file, read_run, read_sample, replace_file
 from study.plots import plots
 from study.results import MADE_ON, MEASURED, by_setting, last_rows, results_rows, settings_of, varied
 
@@ -30,11 +30,9 @@ def page(runs):
     rows = pd.concat(tables, ignore_index=True)
     differing = [*["run"] * (len(runs) > 1), *varied(rows)]
     rows["setting"] = settings_of(rows, differing)
-    last = last_rows(rows).assign(
-        record=[record for _, samples, _ in runs for _, record in samples],
-        root=[root for _, samples, root in runs for _ in samples],
-    )
-    columns = dict.fromkeys(["run"] * (len(runs) > 1) + ["prompt", "seed", *differing, *MEASURED, *METRICS, *MADE_ON])
+    pairs = [(record, root) for _, samples, root in runs for _, record in samples]
+    last = last_rows(rows).assign(record=[record for record, _ in pairs], root=[root for _, root in pairs])
+    columns = dict.fromkeys(["run"] * (len(runs) > 1) + ["prompt", "seed", *differing, *MEASURED, *MADE_ON])
     shown = [name for name in columns if name in rows and rows[name].fillna(0).astype(bool).any()]
     how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "finalize": _plain}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
@@ -82,7 +80,7 @@ def main(argv=None):
     try:
         html = page([(*read_study(folder, args.all), folder) for folder in args.folders])
         write_page(Path(args.output), MARK + b"\n" + html.encode(errors="backslashreplace"))
-    except (Failure, OSError, ValueError) as error:
+    except (Failure, OSError, OverflowError, ValueError) as error:
         print(f"study.report: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0

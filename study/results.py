@@ -3,18 +3,19 @@
 A sample is a pair here: its entry in `run.json`, and its record, as `study.folder.read_sample` returns it, or None.
 """
 
+import csv
 from dataclasses import fields
 
 import pandas as pd
 
 from settings import Settings, in_one_line
-from study.folder import METRICS
 from utils import names_of
 
 MEASURED = [
     "prompt", "seed", "folder", "k", "final", "verdict", "serial_evaluations", "total_evaluations", "network_calls",
     "widest_tick", "seconds", "sequential_seconds", "peak_memory_mib", "difference", "psnr", "ssim", "image_change",
-    "trajectory_change", "predicted_change", "damping", "error",
+    "trajectory_change", "predicted_change", "damping", "error", "clip_score",
+    "clip_difference",
 ]  # fmt: skip
 SETTINGS = [each.name for each in fields(Settings) if each.name != "seed"]
 MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
@@ -25,8 +26,7 @@ COLUMNS = {"k": ("k", "{:.3g}"), "serial_evaluations": ("serial", "{:.4g}"), "to
            "sequential_seconds": ("sequential s", "{:.2f}"),
            "difference": ("difference", "{:.2g}")}  # fmt: skip
 # Comparisons of an image with its own ground truth. PSNR, infinite for equal images, has no mean.
-PAIRED = {"difference": "difference", "ssim": "SSIM", "clip_difference": "CLIP - truth's",
-          "scene_difference": "scene - truth's"}  # fmt: skip
+PAIRED = {"difference": "difference", "ssim": "SSIM", "clip_difference": "CLIP - truth's"}  # fmt: skip
 
 
 def results_rows(samples):
@@ -39,18 +39,18 @@ def results_rows(samples):
     for said, record in samples:
         if record:
             known = record["made_by"] | record["result"] | said
-            entries = [entry | entry["metrics"] for entry in record["result"]["refinements"]]
+            entries = [dict(entry) for entry in record["result"]["refinements"]]
         else:
             known = said["settings"] | said
             entries = [{"verdict": "failed"} if said["error"] else {"verdict": "not made", "error": "not made"}]
         rows += [known | entry | {"final": entry is entries[-1]} for entry in entries]
-    metrics = [name for name in METRICS if any(name in row for row in rows)]
-    return pd.DataFrame(rows, columns=[*MEASURED, *metrics, *SETTINGS, *MADE_ON, "stop_reason"], dtype=object)
+    return pd.DataFrame(rows, columns=[*MEASURED, *SETTINGS, *MADE_ON, "stop_reason"], dtype=object)
 
 
 def results_table(samples):
     """Return `results.csv`, with the rows of `results_rows`."""
-    return results_rows(samples).drop(columns="stop_reason").to_csv(index=False, lineterminator="\n")
+    how = {"lineterminator": "\n", "quoting": csv.QUOTE_NONNUMERIC}  # as a prompt may hold a carriage return
+    return results_rows(samples).drop(columns="stop_reason").to_csv(index=False, **how)
 
 
 def last_rows(rows):
@@ -78,7 +78,9 @@ def summary(samples):
         table = pd.DataFrame(_texts(last)).assign(converged=last.apply(_ended, axis=1)).replace("nan", "-")
         parts.append(_printed("prompt", table.set_axis(names_of(last.to_dict("records"), 40))))
     if len(samples) > 1:
-        parts.append(_printed("setting", by_setting(last, names).drop(columns=["SSIM", "sequential s"])))
+        parts.append(
+            _printed("setting", by_setting(last, names).drop(columns=["SSIM", "sequential s"], errors="ignore"))
+        )
     moving = last.query("stop_rule == 'final' and stop_reason == 'tolerance' and trajectory_change >= tolerance")
     if len(moving):
         change = f"{moving['trajectory_change'].max():.2g}, in {len(moving)} of {len(last)} samples"
@@ -89,9 +91,8 @@ def summary(samples):
 
 def _ended(row):
     """Return whether a sample has converged, and what stopped it."""
-    if row["error"]:
-        return row["verdict"]
-    return f"{'yes' if row['verdict'] == 'converged' else 'no'} ({row['stop_reason']})"
+    ended = f"{'yes' if row['verdict'] == 'converged' else 'no'} ({row['stop_reason']})"
+    return row["verdict"] if row["error"] else ended
 
 
 def _texts(table):
@@ -118,7 +119,7 @@ def by_setting(last, names):
     failed = groups["verdict"].agg(lambda verdicts: sum(verdicts == "failed"))
     table = pd.DataFrame({"samples": groups.size(), "failed": failed, **_texts(groups[[*COLUMNS]].mean())})
     for name, words in PAIRED.items():
-        if name in last:
+        if last[name].notna().any():
             table[words] = groups[name].agg(_spread)
     table["worst"] = groups["difference"].max().map("{:.2g}".format)
     return table.replace("nan", "-")

@@ -14,44 +14,35 @@ from settings import in_one_line
 
 
 class Shared:
-    """What the samples of one prompt and seed share across several samplers; each part is made once."""
+    """What the samples of one prompt, a `sampler.Prompt`, and seed share across samplers; each part is made once."""
 
-    def __init__(self, text, seed):
-        self.text, self.seed, self.made = text, seed, {}
-
-    def _once(self, name, make):
-        if name not in self.made:
-            self.made[name] = make()
-        return self.made[name]
-
-    def prompt(self, sampler):
-        """Return the `sampler.Prompt` for a sampler."""
-        return self._once(("prompt", sampler.encoded_for), lambda: sampler.encode(self.text))
+    def __init__(self, prompt, seed):
+        self.prompt, self.seed, self.made = prompt, seed, {}
 
     def truth(self, sampler):
         """Return a sampler's `refinement.Sequential`."""
-
-        def make():
+        name = sampler.truth_depends_on
+        if name not in self.made:
+            every = range(sampler.N + 1)  # as samplers differ in their boundaries
             with ticking("ground truth", sampler.N) as on_tick:
-                prompt, every = self.prompt(sampler), range(sampler.N + 1)  # as samplers differ in their boundaries
-                truth = sampler.sequential(prompt, self.seed, on_tick=on_tick, kept=every)
-                return truth._replace(states=truth.states.cpu())
-
-        truth = self._once(("truth", sampler.truth_depends_on), make)
-        return truth._replace(states=truth.states[sampler.boundaries].to(sampler.device))
+                truth = sampler.sequential(self.prompt, self.seed, on_tick=on_tick, kept=every)
+            self.made[name] = truth._replace(states=truth.states.cpu())
+        return self.made[name]._replace(states=self.made[name].states[sampler.boundaries].to(sampler.device))
 
     def coarse_image(self, sampler):
         """Return the image of a sampler's coarse steps alone."""
-        make = lambda: sampler.sequential(self.prompt(sampler), self.seed, coarse=True).image
-        return self._once(("coarse image", sampler.truth_depends_on, *sampler.boundaries), make)
+        name = sampler.truth_depends_on, *sampler.boundaries
+        if name not in self.made:
+            self.made[name] = sampler.sequential(self.prompt, self.seed, coarse=True).image
+        return self.made[name]
 
 
-def sample(sampler, task, shared, metrics=None):
+def sample(sampler, task, shared, clip=None):
     """Make a sample and return its record, images by name, and a `refinement.Trajectory` if one is to be kept, or None.
 
-    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. metrics: a `study.metrics.Metrics`, or None.
+    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. clip: a `models.clip.ClipScore`, or None.
     """
-    settings, seed, prompt, truth = sampler.settings, task.seed, shared.prompt(sampler), None
+    settings, seed, prompt, truth = sampler.settings, task.seed, shared.prompt, None
     warn_if_cut(task.text, prompt.ignored)
     if task.start and task.start.seed != seed:
         tqdm.write(f"  note: the start has seed {task.start.seed}, not {seed}; other noise costs more than it saves")
@@ -69,7 +60,7 @@ def sample(sampler, task, shared, metrics=None):
         for refinement in refinements:
             name = f"srds_iteration_{refinement.k}" if refinement.k else "srds_initialized"
             images[name] = images["srds_final"] = refinement.image
-            entries.append(entry_of(refinement, truth, task.text, metrics))
+            entries.append(entry_of(refinement, truth, task.text, clip))
             if truth:
                 errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
             tqdm.write(utils.line_of(entries[-1]))
@@ -81,13 +72,13 @@ def sample(sampler, task, shared, metrics=None):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "sampled": datetime.now(UTC).isoformat(timespec="seconds"), "ignored": prompt.ignored,
         "stop_reason": refinement.stop_reason, "sequential_seconds": truth.seconds if truth else None,
-        "refinements": entries, "errors": errors,
+        "refinements": entries, "errors": errors, "size": [*refinement.image.shape[1::-1]],
     }  # fmt: skip
     kept = sampler.trajectory(refinement.states, seed) if task.made_by["keep_trajectories"] else None
     return {"made_by": task.made_by, "result": result}, images, kept
 
 
-def entry_of(refinement, truth, text, metrics=None):
+def entry_of(refinement, truth, text, clip=None):
     """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given."""
     image, device = refinement.image, refinement.states.device
     unstored = ("image", "states", "exact", "all_nodes")
@@ -96,8 +87,11 @@ def entry_of(refinement, truth, text, metrics=None):
     entry["difference"] = difference(image, truth.image) if truth else None
     # The PSNR of equal images is infinite.
     entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image)) if entry["difference"] else None
-    entry["ssim"] = float(structural_similarity(truth.image, image, channel_axis=2)) if truth else None
-    return {**entry, "metrics": metrics.measure(image, truth and truth.image, text) if metrics else {}}
+    compared = truth and min(image.shape[:2]) >= 7  # the width of its window
+    entry["ssim"] = float(structural_similarity(truth.image, image, channel_axis=2)) if compared else None
+    entry["clip_score"] = clip(image, text) if clip else None
+    entry["clip_difference"] = entry["clip_score"] - clip(truth.image, text) if clip and truth else None
+    return entry
 
 
 def warn_if_cut(text, ignored):

@@ -4,7 +4,10 @@ import json
 import os
 from pathlib import Path
 
+from study.console import quiet_libraries
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as tests run side by side, one a core; for what they start as well
+quiet_libraries()
 
 import hypothesis
 import numpy as np
@@ -16,7 +19,6 @@ from PIL import Image
 
 import diffusion
 from pipelines import SD, stable_diffusion
-from study.console import quiet_libraries
 
 hypothesis.settings.register_profile("srds", deadline=None)  # a machine may be busy
 hypothesis.settings.load_profile("srds")
@@ -30,7 +32,9 @@ class Gaussian:
 
     def __init__(self, steps, prediction_type="epsilon", solver="ddim", zero_snr=False, **settings):
         if prediction_type == "flow":
-            self.grid = diffusion.flow_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), steps)
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+            scheduler.set_timesteps(steps)
+            self.grid = diffusion.flow_grid(scheduler)
         else:
             config = {**SD, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
             scheduler = DDIMScheduler(**config, clip_sample=False)
@@ -119,11 +123,6 @@ def without_times(value):
         own = {"begun", "sampled", "seconds", "sequential_seconds", "command", "reproduce", "output_dir", "files"}
         return {name: without_times(each) for name, each in value.items() if name not in own}
     return [without_times(each) for each in value] if isinstance(value, list) else value
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quiet():
-    quiet_libraries()
 
 
 @pytest.fixture

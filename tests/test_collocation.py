@@ -7,7 +7,7 @@ import torch
 from test_solvers import KINDS
 
 import collocation as method
-from collocation import collocation, interpolation, memory, spread, usual_window
+from collocation import collocation, interpolation, spread, usual_window
 from conftest import Gaussian, Mixture, Stiff
 from diffusion import boundaries
 
@@ -183,11 +183,6 @@ def test_outputs_that_are_not_finite_end_in_states_that_are_not(value, noise):
     denoise = lambda x, n: problem.denoise(x, n).where((n < 20).reshape(-1, 1, 1, 1), value)
     *_, last = collocation(noise, denoise, problem.solver, [0, 30])
     assert not last.states[-1].isfinite().any() and last.ticks <= 30
-
-
-def test_memory_falls_by_itself_for_large_states():
-    assert memory(1000, 4 * 64 * 64) == 2 and memory(100, 16 * 128 * 128) == 2
-    assert memory(200, 10**6) == 1 and memory(1000, 10**6) == 0
 
 
 @pytest.mark.parametrize("name, value", [("BLOCK", 5), ("SECANTS", 0), ("SECANTS", 1)])

@@ -70,27 +70,6 @@ def test_blocks_are_as_even_as_can_be():
         assert n[0] == 0 and n[-1] == N and len(n) == B + 1 and n.diff().max() - n.diff().min() <= 1
 
 
-@pytest.mark.parametrize("settings", [{"max_batch": m} for m in (1, 2, 3, 7, 100)] + [{"sizes": [4]}])
-def test_a_call_has_at_most_so_many_samples(settings):
-    """Of five lanes, each guided: outputs are those of one call, whatever the calls are."""
-    calls = []
-
-    def network(x, t, condition):
-        calls.append(len(x))
-        return x * condition + t.reshape(-1, 1, 1, 1)
-
-    conditions, times = {"condition": torch.tensor([[2.0], [3.0]]).reshape(2, 1, 1, 1)}, torch.arange(5)
-    x, n = torch.randn(5, 4, 8, 8), torch.arange(5)
-    whole = diffusion.Denoiser(network, conditions, times, 7.0)(x, n)
-    torch.testing.assert_close(whole, x * (2 + 7 * (3 - 2)) + n.reshape(-1, 1, 1, 1))
-    calls.clear()
-    denoiser = diffusion.Denoiser(network, conditions, times, 7.0, **settings)
-    torch.testing.assert_close(denoiser(x, n), whole)
-    limit = settings.get("max_batch", 4)
-    rest = [4] if "sizes" in settings else [10 % limit] * (10 % limit > 0)
-    assert calls == [limit] * (10 // limit) + rest and denoiser.calls(5) == len(calls)
-
-
 def test_another_seed_shares_the_tables(noise):
     solver, at = Mixture(10, solver="ddpm", seed=1).solver, torch.tensor([3])
     other = solver.with_seed(2)

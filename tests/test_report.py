@@ -3,19 +3,21 @@
 import copy
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+from test_folder import failing
 
 import main
 from conftest import run_record, sample_folders
-from sampler import Sampler
-from study import folder as files_of
 from study import report
+from study.folder import load_samples
 from study.results import summary
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -33,15 +35,9 @@ def run(out, model, *more, prompts=NASTY):
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory):
     """A run of three prompts with names that mean harm, one of which failed; one of other blocks; and a sweep."""
-    root, refine = tmp_path_factory.mktemp("studies"), Sampler.refine
-
-    def failing(self, prompt, *rest):
-        if prompt.text.endswith("moon"):
-            raise FloatingPointError("not finite in <float32>")
-        yield from refine(self, prompt, *rest)
-
+    root = tmp_path_factory.mktemp("studies")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "refine", failing)
+        failing(patch, NASTY[2], FloatingPointError("not finite in <float32>"))
         assert run(root / "out", tiny, "--seed", "7", "-fs", "6") == 1
     assert run(root / "other", tiny, "--seed", "7", "-fs", "6", "-cs", "3", prompts=NASTY[:1]) == 0
     swept = ["--sweep", "fs:solver=3:ddim,4:ddim,6:ddpm", "--seeds", "1,2"]
@@ -67,11 +63,8 @@ def test_a_page_shows_texts_as_texts_and_needs_nothing_from_elsewhere(made):
                              if name != "prompt"}.items()  # fmt: skip
     assert (table["seed"], table["eta"], table["model"]) == ("7", "0.0", str(run["settings"]["model"]))
     reproduce = html.unescape(re.search("<pre>(.*?)</pre>", page, re.S)[1])
-    assert reproduce == run["reproduce"].replace("\x1b", r"\x1b") and {
-        "--seed=7",
-        "--fine-steps=6",
-        "--max-iterations=1",
-    } <= {*reproduce.split()}
+    assert reproduce == run["reproduce"].replace("\x1b", r"\x1b")
+    assert {"--seed=7", "--fine-steps=6", "--max-iterations=1"} <= {*reproduce.split()}
 
 
 def test_numbers_of_other_samples_stay_whole_beside_a_sample_that_failed(made):
@@ -82,7 +75,7 @@ def test_numbers_of_other_samples_stay_whole_beside_a_sample_that_failed(made):
 
 def test_closing_tables_fit_into_a_terminal(made):
     run = run_record(made / "sweep")
-    samples = copy.deepcopy(files_of.load_samples(made / "sweep", run))
+    samples = copy.deepcopy(load_samples(made / "sweep", run))
     for i, (said, record) in enumerate(samples):
         record["made_by"]["negative_prompt"] = "clouds " * 30 + str(i % 2)
         said["prompt"] = "a red sun over purple mountains at dusk" * (i + 1)
@@ -126,26 +119,15 @@ def test_a_page_is_written_whole_or_not_at_all_and_never_over_another_file(study
     out, theirs = str(study / "out"), tmp_path / "theirs.html"
     theirs.write_text("<p>somebody's")
     (tmp_path / "link.html").symlink_to(theirs)
-    for name in (
-        "theirs.html",
-        "link.html",
-        "page.txt",
-        "studies/out/run.json",
-        "studies/out/report.html",
-        "no/page.html",
-    ):
-        before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in "theirs.html link.html page.txt studies/out/run.json studies/out/report.html no/page.html".split():
         assert report.main([out, "-o", str(tmp_path / name)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-        assert before == ((tmp_path / name).read_bytes() if (tmp_path / name).exists() else None)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     page = tmp_path / "page.html"
     assert report.main([out, "-o", str(page)]) == 0
     before = page.read_bytes()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files_of.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     assert report.main([str(study / "other"), "-o", str(page)]) == 2 and page.read_bytes() == before
     monkeypatch.undo()
     assert report.main([str(study / "other"), "-o", str(page)]) == 0 and page.read_bytes() != before
@@ -153,42 +135,33 @@ def test_a_page_is_written_whole_or_not_at_all_and_never_over_another_file(study
 
 
 def test_links_and_foreign_records_in_a_study_that_was_sent_are_not_shown(study, tmp_path, capsys):
-    first, *_ = sample_folders(study / "out")
-    secret = tmp_path / "secret.png"
-    secret.write_bytes((first / "srds_ddim_gt.png").read_bytes())
-    page = ["-o", str(tmp_path / "page.html")]
-
-    def forge(path, change):
-        record = json.loads(path.read_text())
-        change(record)
-        path.write_text(json.dumps(record))
+    """Other forged records are no samples, see `test_folder`."""
+    out, page = study / "out", tmp_path / "page.html"
+    first, run = sample_folders(out)[0].relative_to(out), run_record(out)
+    run["samples"][0]["folder"] = f"../../other/samples/{sample_folders(study / 'other')[0].name}"
 
     def link(path, target):
         path.rename(tmp_path / "moved")
         path.symlink_to(target)
 
-    forged = lambda change: forge(first / "result.json", change)
+    shutil.copy(out / first / "srds_ddim_gt.png", tmp_path / "secret.png")
     forgeries = [
-        lambda: link(first / "srds_ddim_gt.png", secret),
-        lambda: link(first / "srds_initialized.png", "srds_ddim_gt.png"),
-        lambda: link(first / "result.json", tmp_path / "moved"), lambda: link(first, tmp_path / "moved"),
-        lambda: forged(lambda record: record["files"].update({"../../run.json": 1})),
-        lambda: forged(lambda record: record["result"]["refinements"][1].update(k=7)),
-        lambda: forged(lambda record: record["made_by"].update(width=-1)),
-        lambda: forged(lambda record: record["made_by"].pop("ground_truth")),
-        lambda: forged(lambda record: record["files"].update({"a\0": 1})),
-        lambda: forge(study / "out" / "run.json", lambda run: run["samples"][0].update(folder="../../other")),
-    ]  # fmt: skip
-    shutil.copytree(study / "out", tmp_path / "whole", symlinks=True)
+        lambda: link(out / first / "srds_ddim_gt.png", tmp_path / "secret.png"),
+        lambda: link(out / first / "srds_initialized.png", "srds_ddim_gt.png"),
+        lambda: link(out / first / "result.json", tmp_path / "moved"),
+        lambda: link(out / first, tmp_path / "moved"),
+        lambda: (out / "run.json").write_text(json.dumps(run)),
+    ]
+    shutil.copytree(out, tmp_path / "whole")
     for forgery in forgeries:
         forgery()
-        assert report.main([str(study / "out"), *page]) == 0, capsys.readouterr().err
-        assert "2 of 3 samples failed or are missing" in (tmp_path / "page.html").read_text()
-        for place in (study / "out", tmp_path / "moved"):
+        assert report.main([str(out), "-o", str(page)]) == 0, capsys.readouterr().err
+        assert "2 of 3 samples failed or are missing" in page.read_text()
+        for place in (out, tmp_path / "moved"):
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-        shutil.copytree(tmp_path / "whole", study / "out")
-    (study / "out" / "run.json").write_text("{}")
-    assert report.main([str(study / "out"), *page]) == 2
+        shutil.copytree(tmp_path / "whole", out)
+    (out / "run.json").write_text("{}")
+    assert report.main([str(out), "-o", str(page)]) == 2
     error = capsys.readouterr().err
     assert "is not the output directory of a run" in error and error.count("\n") == 1
 

@@ -20,24 +20,31 @@ from study.key import Task
 SETTINGS = Settings(fine_steps=9, coarse_steps=3, height=8, width=8, guidance_scale=1.0, solver="ddim")
 NUMBERS = dict.fromkeys(folder.REFINEMENT) | dict.fromkeys("serial_evaluations total_evaluations".split(), 3)
 REFINEMENT = NUMBERS | {"k": 0, "network_calls": 3, "widest_tick": 3, "seconds": 0.5, "damping": 0.0}
-REFINEMENT |= {"verdict": "continuing", "settled": True, "metrics": {}}
+REFINEMENT |= {"verdict": "continuing", "settled": True, "difference": 1.0}
 RESULT = dict.fromkeys("model device sampled ignored stop_reason".split(), "")
-RESULT |= {"sequential_seconds": None, "errors": None, "refinements": [REFINEMENT]}
+RESULT |= {"size": [8, 8], "sequential_seconds": 1.0, "errors": [[1.0] * 3], "refinements": [REFINEMENT]}
 RUN = dict.fromkeys("begun command reproduce edited_defaults".split(), "")
 RUN |= {"settings": {}, "environment": {}, "samples": []}
 
 
 def make_task(text="a moon", seed=0):
-    made = {"prompt": text, **asdict(SETTINGS), "seed": seed, "metrics": [], "ground_truth": False, "dtype": "float32"}
+    made = {"prompt": text, **asdict(SETTINGS), "seed": seed, "ground_truth": True, "dtype": "float32"}
     return Task(text, seed, SETTINGS, None, made)
 
 
 def make_files(task, content=b"image"):
     """The files of a sample, bytes by name, all with a content of their own."""
-    files = {"srds_initialized.png": content, "srds_final.png": 2 * content}
+    files = {f"srds_{name}.png": content for name in ("initialized", "ddim_gt", "ddim_course")}
+    files["srds_final.png"] = 2 * content
     record = {"made_by": task.made_by, "result": {**RESULT, "sampled": content.decode()}}
     sizes = {name: len(data) for name, data in files.items()}
     return files | {"result.json": folder.pack({**record, "files": sizes})}
+
+
+def age(out):
+    """Have all unfinished files and folders be those of a command that was killed more than an hour ago."""
+    for part in out.rglob(f"{folder.PART}*"):
+        os.utime(part, (time.time() - folder.STALE - 1,) * 2)
 
 
 class Killed(BaseException):
@@ -79,7 +86,7 @@ def killing(steps, meanwhile=None, when=0):
 
 TASKS = [make_task(text, seed) for text in ("a moon", "a sun") for seed in (0, 1)]
 some = strategies.lists(strategies.integers(0, 3), min_size=1, max_size=3, unique=True)
-steps = strategies.none() | strategies.integers(0, 60)
+steps = strategies.none() | strategies.integers(0, 80)
 
 
 class Directory(RuleBasedStateMachine):
@@ -157,8 +164,7 @@ class Directory(RuleBasedStateMachine):
     @rule()
     def wait(self):
         """Let the hour pass after which what a killed command left is removed."""
-        for part in self.out.rglob(f"{folder.PART}*"):
-            os.utime(part, (time.time() - folder.STALE - 1,) * 2)
+        age(self.out)
 
     def shown(self):
         return [path.name for path in self.out.glob("*") if folder.AT_THE_TOP.fullmatch(path.name)]

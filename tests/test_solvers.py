@@ -101,11 +101,10 @@ def test_pixels_are_clipped_as_diffusers_clips_them(kind, noise, monkeypatch):
 )
 @pytest.mark.parametrize("solver", ["euler", "dpmsolver++"])
 def test_a_flows_solver_is_diffusers_scheduler(solver, shift, noise, monkeypatch):
-    grid = diffusion.flow_grid(FlowMatchEulerDiscreteScheduler(**shift), 20, tokens=1000)
     if solver == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(**shift)
-        scheduler.set_timesteps(20, mu=0.5 + (1000 - 256) / (4096 - 256) * 0.65)
-        assert torch.allclose(scheduler.timesteps, grid.times, rtol=1e-6)
+        scheduler.set_timesteps(20, mu=0.6)
+        grid = diffusion.flow_grid(scheduler)
     else:
         scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
         scheduler.set_timesteps(20)
@@ -149,11 +148,9 @@ def test_coarse_noise_is_what_the_fine_steps_add_with_x0_held(kind, noise):
 def test_noise_is_of_the_seed_and_the_step_alone():
     shape, steps = (4, 8, 16), ((1, 0), (0, 1), (1, 0), (2**64 - 1, 999))
     draws = [diffusion.step_noise(seed, j, shape) for seed, j in steps]
-    initial = [diffusion.initial_noise(shape, seed) for seed in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[2]) and torch.equal(*initial[:2]) and initial[0].shape == (1, *shape)
-    different = [draws[0], draws[1], draws[3], initial[0][0], initial[2][0]]
+    assert torch.equal(draws[0], draws[2]) and draws[0].dtype == torch.float32
+    different = [draws[0], draws[1], draws[3]]
     assert all((one - other).abs().mean() > 0.5 for one, other in itertools.combinations(different, 2))
-    assert draws[0].dtype == initial[0].dtype == torch.float32
     torch.testing.assert_close(diffusion.step_noise(0, 0, (100000,)).var(), torch.tensor(1.0), atol=0.02, rtol=0)
 
 

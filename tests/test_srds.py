@@ -48,13 +48,6 @@ def test_ticks_lane_steps_and_widest_tick(N, B, schedule, ticks, lane_steps, wid
     assert [iterate.k for iterate in seen] == list(range(B + 1))
 
 
-def test_pipelined_is_never_deeper_than_sequential():
-    for N, B in ((97, 10), (15, 10), (19, 10), (13, 7), (8, 7), (100, 20), (7, 2), (9, 1)):
-        S, r = divmod(N, B)
-        ticks = [iterate.ticks for iterate in counted(N, B, "pipelined")[0]]
-        assert ticks == [k * S + min(k, r) + B - k for k in range(B + 1)] and ticks[-1] == N
-
-
 def test_a_bound_saves_lane_steps_and_keeps_ticks():
     seen, _ = counted(100, 10, "pipelined", refinements=2)
     assert [(iterate.ticks, iterate.lane_steps) for iterate in seen] == [(10, 55), (19, 145), (28, 198)]
@@ -101,15 +94,6 @@ def test_damped_refinements_of_a_stiff_problem_do_not_diverge(N, B, noise):
 
     paper, damped = errors(algorithm_1), errors(problem.solver.damped)
     assert max(paper) > 1.3 * paper[0] and damped[1] < 0.1 * damped[0] and damped[2] < 0.1 * damped[1], (paper, damped)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_run_never_waits_for_the_device(schedule):
-    """On a device whose values cannot be read at all."""
-    problem, n = Gaussian(20), boundaries(20, 4)
-    x, correct = torch.empty(1, 4, 8, 8, device="meta"), problem.solver.damped
-    iterates = srds(x, lambda x, n: x, problem.step, n, schedule, correct=correct)
-    assert [iterate.k for iterate in iterates] == [0, 1, 2, 3, 4]
 
 
 def test_refinements_follow_algorithm_1(noise):

@@ -1,0 +1,358 @@
+"""Any diffusers pipeline as a function of states and steps, without a line for its family.
+
+A parallel sampler acts between network calls, so all that it needs of a pipeline is the loop over its steps, turned
+inside out. A thread runs the pipeline's own call on a copy of the pipeline, which shares all parts with it, but hands
+out each call of a network and each step of the scheduler, and waits for the answer. The pipeline is never changed.
+
+1. Look. The loop runs once, with networks answering at each step what they said at the first. It shows the first
+   state, the grid that the pipeline has set, what networks are told at each step, and that nothing else depends on it.
+2. Run. The loop runs with W copies of the sample, which stand for L <= W states, each at a step of its own. Networks
+   get the rows of these L states, and are told the times of their steps.
+3. Decode. The loop runs once more, with a last state handed in, so that the pipeline decodes it in its own way.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import itertools
+import queue
+import threading
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from tqdm import tqdm
+
+from settings import Failure
+
+BEGINNING = threading.Lock()  # before the loop, as a tokenizer's padding is shared by all threads
+COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
+
+
+class Refused(Failure):
+    """A pipeline that cannot be sampled in parallel, or that refuses its arguments, in one line."""
+
+
+class Left(BaseException):
+    """Raised in a pipeline's call that nobody waits for any more."""
+
+
+class Stepped(dict):
+    """What a scheduler's step returns: by name, and by number."""
+
+    __getattr__ = dict.__getitem__
+
+    def __getitem__(self, i):
+        return dict.__getitem__(self, [*self][i] if isinstance(i, int) else i)
+
+
+def events(pipeline, scheduler, steps, encoded, arguments):
+    """Call a pipeline, and yield what its loop asks for, to be answered by `send`; returns what the call returns.
+
+    ("network", name, module, args, kwargs): a call of a network. ("step", output, states): one of the scheduler's step.
+    scheduler: one of our own, which is used and changed. steps: a function that is given the scheduler's timesteps,
+    once they are set, and returns those to go through. encoded: what networks have said before the loop, by what they
+    were told; it is added to, so that no text is encoded twice.
+    """
+    asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+    beginning = contextlib.ExitStack()
+
+    def ask(*event):
+        asked.put(event)
+        answer = answers.get()
+        if answer is Left:
+            raise Left
+        return answer
+
+    def call(name, module, *args, **kwargs):
+        if looping:
+            return ask("network", name, module, args, kwargs)
+        told = name, *map(content, tree_flatten((args, kwargs))[0])
+        if told not in encoded:
+            encoded[told] = module(*args, **kwargs)
+        return encoded[told]
+
+    def step(model_output, timestep, sample, *_, return_dict=True, **__):
+        states = ask("step", model_output, sample)
+        return Stepped(prev_sample=states) if return_dict else (states,)
+
+    @functools.wraps(scheduler.set_timesteps)
+    def set_timesteps(*args, **kwargs):
+        type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+        scheduler.timesteps = steps(scheduler.timesteps)
+
+    def progress_bar(iterable=None, total=None):
+        nonlocal looping
+        looping = True
+        beginning.close()
+        return tqdm(iterable, total=total, disable=True)
+
+    def run():
+        try:
+            with torch.cuda.device(device), beginning:
+                beginning.enter_context(BEGINNING)
+                asked.put(("end", twin(**arguments)))
+        except BaseException as error:
+            asked.put(("error", error))
+
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            vars(twin)[name] = own = copy.copy(part)
+            vars(own)["_compiled_call_impl"] = functools.partial(call, name, part)  # which a module's call prefers
+    vars(twin).update(scheduler=scheduler, progress_bar=progress_bar, maybe_free_model_hooks=lambda: None)
+    vars(scheduler).update(step=step, set_timesteps=set_timesteps)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (event := asked.get())[0] in ("network", "step"):
+            answers.put((yield event))
+        if event[0] == "error":
+            raise event[1]
+        return event[1]
+    finally:
+        answers.put(Left)
+        thread.join()
+
+
+def content(value):
+    """Return what an argument of an encoder is known by: a tensor's content."""
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        return value.dtype, value.shape, value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return repr(value)
+
+
+def is_list(value):
+    """Return whether a value is a list of tensors: with one for each sample, or each layer."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, torch.Tensor) for each in value)
+
+
+flatten = functools.partial(tree_flatten, is_leaf=is_list)
+
+
+def same(one, other):
+    """Return whether two values are equal. Tensors without values are, if they have one shape."""
+    if is_list(one):
+        return is_list(other) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and (one.is_meta or torch.equal(one.nan_to_num(), other.nan_to_num()))
+    return type(one) is type(other) and one == other
+
+
+class Told(NamedTuple):
+    """What a network is told at step 0, the leaves of a tree; and, by place, the leaves that change, at each step."""
+
+    name: str
+    first: list
+    changing: dict
+
+
+class Loop:
+    """The loop of a pipeline's call, for one prompt and seed, as a function of states and steps.
+
+    x: the first state, float32 (1, ...). N: the number of steps. looked: the scheduler as the pipeline has set it.
+    rows: the samples in a call of each network for one state. calls: how many calls of networks `denoise` has made.
+    """
+
+    def __init__(self, pipeline, scheduler, arguments, seed, encoded, max_batch=None, answers=()):
+        """arguments: those of the pipeline's call. encoded: see `events`.
+
+        max_batch: most network samples in one call, though at least those of one state; None for no limit. The
+        attribute `sizes` may be set to the sizes that a call may have, rising: each is then filled up with copies.
+        answers: what the networks said at step 0 of another prompt; without them, each is called once to look.
+
+        Raises Refused, naming the step, if more depends on the step than what the networks are told of it.
+        """
+        self.pipeline, self.template, self.arguments, self.seed = pipeline, scheduler, arguments, seed
+        self.encoded, self.max_batch, self.sizes, self.answers = encoded, max_batch, (), [*answers]
+        self.width, self.calls, self.running = 1, 0, None
+        known = inspect.signature(type(pipeline).__call__).parameters
+        self.copies = next((name for name in COPIES if name in known), None)
+        try:
+            self._look()
+        except (TypeError, ValueError) as error:  # of the pipeline's own checks
+            raise Refused(f"the {type(pipeline).__name__} cannot be called like this: {error}", status=2) from error
+
+    def _events(self, steps, copies=1, **more):
+        arguments = self.arguments | {"generator": torch.Generator("cpu").manual_seed(self.seed)} | more
+        arguments |= {self.copies: copies} if copies > 1 else {}
+        scheduler = self.last = copy.copy(self.template)
+        return events(self.pipeline, scheduler, steps, self.encoded, arguments)
+
+    # Look
+
+    @torch.no_grad()
+    def _look(self):
+        new, seen, calls, answer = not self.answers, [], [], None
+        with contextlib.closing(self._events(lambda steps: steps, output_type="latent")) as loop:
+            with contextlib.suppress(StopIteration):
+                while True:
+                    kind, *event = loop.send(answer)
+                    if kind == "network":
+                        name, module, args, kwargs = event
+                        if new and not seen:
+                            self.answers.append(module(*args, **kwargs))
+                        calls.append((name, *flatten((dict(enumerate(args)), kwargs))))
+                        self._expect(len(calls) <= len(self.answers), "calls other networks", len(seen))
+                        answer = copy.copy(self.answers[len(calls) - 1])
+                    else:
+                        (output, answer), seen, calls = event, [*seen, calls], []
+                        if len(seen) == 1:
+                            guided, first = output, answer.clone()
+                        self._expect(len(seen[-1]) == len(seen[0]), "calls other networks", len(seen) - 1)
+                        self._expect(same(output, guided), "guides otherwise", len(seen) - 1)
+                        self._expect(same(answer, first), "has changed the states", len(seen) - 1)
+        self._expect(seen, "has no loop that can be followed", 0)
+        self.x, self.dtype, self.N, self.looked = first.float(), first.dtype, len(seen), self.last
+        self.told = [self._compared(calls) for calls in zip(*seen)]
+        outputs = [tree_flatten(answer)[0][-1] for answer in self.answers]
+        self.rows = [len(output) for output in outputs]
+
+    def _expect(self, condition, what, step):
+        if not condition:
+            raise Refused(f"the {type(self.pipeline).__name__} {what} at step {step}, steps can only be taken in order")
+
+    def _compared(self, calls):
+        """Return the `Told` of a network, given its calls, one a step: name, leaves and their tree."""
+        (name, first, tree), changing = calls[0], {}
+        for i, call in enumerate(calls):
+            self._expect(call[0] == name and call[2] == tree, f"calls {name} otherwise", i)
+        for j, values in enumerate(zip(*(leaves for _, leaves, _ in calls))):
+            other = [i for i, value in enumerate(values) if not same(value, values[0])]
+            if other:
+                kinds = (torch.Tensor, int, float)
+                self._expect(isinstance(values[0], kinds), f"tells {name} another {type(values[0]).__name__}", other[0])
+                tensors = isinstance(values[0], torch.Tensor)
+                changing[j] = (
+                    torch.stack([value.reshape(value.shape or (1,)) for value in values]) if tensors else values
+                )
+        return Told(name, first, changing)
+
+    # Run
+
+    @torch.no_grad()
+    def denoise(self, x, n):
+        """Return guided outputs, float32 (L, ...), for L states x, float32, at steps n, int64 (L,) on the CPU."""
+        if len(x) > 1 and not self.copies:  # the pipeline makes one sample a call
+            return torch.cat([self.denoise(*lane) for lane in zip(x.split(1), n.split(1))])
+        try:
+            if len(x) > self.width or not self.running:  # of two copies at least, the rows of each can be told
+                self._start(max(self.width, len(x), 2 if self.sizes else 1))
+            states = torch.cat([x, x[-1:].expand(self.width - len(x), *x.shape[1:])]).to(self.dtype)
+            try:
+                event = self.running.send(states)
+            except StopIteration:  # the loop has been through its steps
+                self._start(self.width)
+                event = self.running.send(states)
+            for c in range(len(self.told)):
+                event = self.running.send(self._answer(c, n.tolist(), *event[1:]))
+            return event[1][: len(x)].to(torch.float32, copy=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """End the call that `denoise` has begun; the next one begins another."""
+        if self.running:
+            self.running.close()
+        self.running = None
+
+    def _start(self, width):
+        """Begin a call with so many copies, and go to its first step; its networks are not called."""
+        self.close()
+        self.width = width
+        self.running = self._events(lambda steps: steps.repeat(2), width, output_type="latent")
+        next(self.running)
+        for answer in self.answers:
+            self.running.send(self._joined([answer], answer, [(1, 1)], False))
+
+    def _answer(self, c, n, name, module, args, kwargs):
+        """Return what a network says of the first len(n) copies, at steps n, and anything for the rest."""
+        (_, first, changing), rows = self.told[c], self.rows[c]
+        leaves, tree = flatten((dict(enumerate(args)), kwargs))
+        listed = any(is_list(value) and len(value) > len(before) for value, before in zip(leaves, first))
+        sizes = [max(1, size // rows) for size in self.sizes]
+        most = sizes[-1] if sizes else max(1, self.max_batch // rows) if self.max_batch else len(n)
+        numbers = [values for values in changing.values() if not isinstance(values, torch.Tensor)]
+        outputs, counts = [], []
+        for _, run in itertools.groupby(range(len(n)), lambda i: [values[n[i]] for values in numbers]):
+            run = [*run]
+            for lanes in (run[i : i + most] for i in range(0, len(run), most)):
+                size = next((size for size in sizes if size >= len(lanes)), len(lanes))
+                filled = [*lanes, *lanes[-1:] * (size - len(lanes))]
+                told = [self._cut(value, before, filled) for value, before in zip(leaves, first)]
+                for j, values in changing.items():
+                    told[j] = self._at(values, [n[lane] for lane in filled], rows)
+                args, kwargs = tree_unflatten(told, tree)
+                outputs.append(module(*args.values(), **kwargs))
+                counts.append((len(lanes), size))
+                self.calls += 1
+        return self._joined(outputs, self.answers[c], counts, listed)
+
+    def _cut(self, value, before, lanes):
+        """Return the part of an argument for some lanes. before: the same argument for one sample.
+
+        The copies of each of a sample's rows lie next to each other.
+        """
+        if is_list(value):
+            if len(value) > len(before):
+                return [value[r * self.width + lane] for r in range(len(before)) for lane in lanes]
+            return type(value)(self._cut(each, was, lanes) for each, was in zip(value, before))
+        copied = isinstance(value, torch.Tensor) and value.ndim and len(value) == self.width * len(before)
+        if not copied or self.width == 1 or lanes == [*range(self.width)]:
+            return value
+        picked = slice(lanes[0], lanes[-1] + 1) if len(lanes) == lanes[-1] + 1 - lanes[0] else lanes
+        return value.unflatten(0, (-1, self.width))[:, picked].flatten(0, 1)
+
+    @staticmethod
+    def _at(values, n, rows):
+        """Return the argument of some lanes that changes with the step, at their steps n; values: at each step."""
+        if not isinstance(values, torch.Tensor):
+            return values[n[0]]
+        found = values[n]
+        found = found.expand(-1, rows, *found.shape[2:]) if found.shape[1] == 1 else found
+        return found.transpose(0, 1).flatten(0, 1)
+
+    def _joined(self, outputs, before, counts, listed):
+        """Return a network's output for all copies. before: that for one sample. listed: whether lists have samples.
+
+        outputs: for each call, that for its lanes. counts: for each call, the lanes and the copies that filled it up.
+        """
+        missing = self.width - sum(count for count, _ in counts)
+
+        def join(values, before):
+            if is_list(before) and listed:
+                found = [[value[r * size : r * size + count] for value, (count, size) in zip(values, counts)]
+                         for r in range(len(before))]  # fmt: skip
+                return [each for row in found for each in [*itertools.chain(*row), *row[0][:1] * missing]]
+            if is_list(before):
+                return type(before)(join(each, was) for each, was in zip(zip(*values), before))
+            if not isinstance(before, torch.Tensor) or not before.ndim:
+                return values[0]
+            parts = [value.unflatten(0, (-1, size))[:, :count] for value, (count, size) in zip(values, counts)]
+            return torch.cat([*parts, parts[0][:, :1].expand(-1, missing, *[-1] * (before.ndim - 1))], 1).flatten(0, 1)
+
+        leaves, tree = flatten(before)
+        pairs = zip(zip(*(flatten(output)[0] for output in outputs)), leaves)
+        return tree_unflatten([join(values, was) for values, was in pairs], tree)
+
+    # Decode
+
+    @torch.no_grad()
+    def decode(self, state):
+        """Return what the pipeline makes of a last state, (1, ...): floats of 0 to 1, an array (1, ...)."""
+        last = (lambda steps: steps[-1:]) if len(self.looked.timesteps) == self.N else lambda steps: steps
+        answer, c = None, 0
+        with contextlib.closing(self._events(last, output_type="np", return_dict=False)) as loop:
+            try:
+                while True:
+                    kind, *event = loop.send(answer)
+                    if kind == "step":
+                        answer, c = state.to(self.dtype), 0
+                    elif c < len(self.told) and event[0] == self.told[c].name:
+                        answer, c = copy.copy(self.answers[c]), c + 1
+                    else:  # one that looks at the image
+                        answer = event[1](*event[2], **event[3])
+            except StopIteration as end:
+                return end.value[0]

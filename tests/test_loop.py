@@ -1,0 +1,144 @@
+"""A pipeline's loop as a function of states and steps: as the pipeline has it, in any batch, and leaving no trace."""
+
+import copy
+import gc
+import threading
+from collections import namedtuple
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from models.loading import known
+from models.loop import Loop, Refused
+from pipelines import FAMILIES, flux, stable_diffusion
+from sampler import Sampler
+from settings import Settings
+
+N, Stepped = 6, namedtuple("Stepped", ["prev_sample"])
+
+
+def make(pipeline, **arguments):
+    if known(pipeline).prompted:
+        arguments |= {"prompt": "a red sun", "height": 64, "width": 64}
+    if "PixArt" in type(pipeline).__name__:
+        arguments |= {"use_resolution_binning": False}
+    return Loop(pipeline, known(pipeline).scheduler, {"num_inference_steps": N, **arguments}, 3, {})
+
+
+def by_the_pipeline(loop, states):
+    """What the pipeline's own call hands to its scheduler if that answers with the states, (N, ...), one by one."""
+    pipeline, outputs = copy.copy(loop.pipeline), []
+
+    def step(output, t, sample, **how):
+        outputs.append(output.float())
+        return Stepped(states[len(outputs) % N][None].to(sample.dtype))
+
+    vars(pipeline)["scheduler"] = copy.copy(known(loop.pipeline).scheduler)
+    pipeline.scheduler.step = step
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(**loop.arguments, generator=torch.Generator().manual_seed(3))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_states_at_any_steps_are_denoised_as_by_the_pipeline_whatever_their_batch(family):
+    loop = make(FAMILIES[family]())
+    states = torch.cat([loop.x, torch.randn(N - 1, *loop.x.shape[1:], generator=torch.Generator().manual_seed(0))])
+    truth = by_the_pipeline(loop, states)
+    for order in ([0], [4], [5, 0, 2], [1], [3, 1, 4, 4, 2, 0, 5], [2, 5], *([n] for n in range(N))):
+        found = loop.denoise(states[order], torch.tensor(order))
+        torch.testing.assert_close(found, truth[order], atol=1e-4 * float(truth.std()), rtol=1e-4)
+    loop.close()
+    assert torch.equal(loop.denoise(loop.x, torch.tensor([0])), truth[:1]), "to the bit, one by one"
+
+
+@pytest.mark.parametrize(
+    "limits, calls, sizes",
+    [({}, 1, {14}), ({"max_batch": 1}, 7, {2}), ({"max_batch": 7}, 3, {2, 6}), ({"sizes": [4]}, 4, {4}),
+     ({"sizes": [4, 8]}, 2, {8})],
+)  # fmt: skip
+def test_a_call_has_at_most_so_many_samples_or_one_of_a_few_sizes(limits, calls, sizes):
+    loop, seen = make(stable_diffusion()), []
+    x, n = torch.randn(7, 4, 8, 8), torch.tensor([0, 5, 2, 2, 1, 4, 3])
+    whole = loop.denoise(x, n)
+    loop = make(stable_diffusion())
+    vars(loop).update(limits)
+    with loop.pipeline.unet.register_forward_pre_hook(lambda unet, inputs: seen.append(len(inputs[0]))):
+        torch.testing.assert_close(loop.denoise(x, n), whole, atol=1e-4, rtol=1e-4)
+    assert (loop.calls, len(seen), {*seen}) == (calls, calls, sizes)
+
+
+def leave(refinements):
+    next(refinements)
+    refinements.close()
+
+
+def fail(refinements):
+    next(refinements).states.fill_(float("nan"))
+    with pytest.raises(ZeroDivisionError):
+        [1 / 0 for _ in refinements]
+
+
+@pytest.mark.parametrize("end", [list, leave, next, fail])
+@pytest.mark.parametrize("make_pipeline", [stable_diffusion, flux])
+def test_a_pipeline_is_unchanged_and_no_thread_is_left_however_sampling_ends(make_pipeline, end):
+    tqdm(disable=True)  # starts a thread of its own, once
+    pipeline, threads = make_pipeline(), threading.active_count()
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    state = lambda: (dict(vars(pipeline)), [(part.forward, part._compiled_call_impl) for part in parts.values()])
+    use = lambda: pipeline("a moon", num_inference_steps=2, height=64, width=64, output_type="np",
+                           generator=torch.Generator().manual_seed(1)).images.tobytes()  # fmt: skip
+    image, before = use(), state()
+    sampler = Sampler(pipeline, Settings(fine_steps=6, coarse_steps=3, height=64, width=64))
+    end(sampler.refine("a red sun"))
+    del sampler
+    gc.collect()
+    assert state() == before and threading.active_count() == threads and use() == image
+
+
+def test_an_error_in_the_network_is_the_callers_and_the_next_call_works():
+    loop = make(stable_diffusion())
+    before, x, n = threading.active_count(), loop.x, torch.tensor([2])
+    truth = loop.denoise(x, n)
+
+    def fail(*inputs):
+        raise MemoryError("of the network")
+
+    with loop.pipeline.unet.register_forward_pre_hook(fail), pytest.raises(MemoryError, match="of the network"):
+        loop.denoise(x, n)
+    assert threading.active_count() == before and torch.equal(loop.denoise(x, n), truth)
+
+
+def at_step(number, change):
+    """A callback of the pipeline's loop that changes something after a step."""
+    return lambda pipeline, i, t, values: change(pipeline, values) if i == number else {}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda pipeline, values: vars(pipeline).update(_guidance_scale=3.0) or {}, "guides otherwise at step 3"),
+        (lambda pipeline, values: {"latents": values["latents"] + 1}, "has changed the states at step 3"),
+        (lambda pipeline, values: vars(pipeline).update(_cross_attention_kwargs={"scale": 2}) or {}, "calls unet"),
+    ],
+)
+def test_what_depends_on_the_step_is_refused_naming_it(change, words):
+    with pytest.raises(Refused, match=words):
+        make(stable_diffusion(), callback_on_step_end=at_step(2, change))
+
+
+def test_what_the_pipelines_own_checks_refuse_is_one_line_of_theirs():
+    with pytest.raises(
+        Refused, match="the StableDiffusionPipeline cannot be called like this: .*divisible by 8"
+    ) as error:
+        Loop(stable_diffusion(), known(stable_diffusion()).scheduler, {"prompt": "a", "height": 9, "width": 8}, 0, {})
+    assert error.value.status == 2
+
+
+def test_a_whole_pipeline_runs_where_no_value_can_be_read():
+    """On torch's meta device, which has shapes only: sampling then never waits for the device."""
+    pipeline = stable_diffusion().to("meta")
+    sampler = Sampler(pipeline, Settings(fine_steps=9, coarse_steps=3, height=64, width=64))
+    *_, last = sampler.iterates("a red sun")
+    assert last.exact and last.ticks == 9 and last.states.is_meta and last.states.shape == (4, 4, 8, 8)
