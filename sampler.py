@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 import diffusion
 from collocation import collocation, usual_window
 from models.loading import find_model, is_compiled, known, load_pipeline, networks
-from models.loop import Loop
+from models.loop import BEGINNING, Loop
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
 from settings import Loading, SettingError, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
@@ -286,7 +286,8 @@ class Sampler:
         name = max(limits, key=limits.get)
         if hasattr(self.pipeline, "maybe_convert_prompt"):  # an embedding of several vectors has as many tokens
             words = self.pipeline.maybe_convert_prompt(words, known[name])
-        return known[name].decode(known[name](words).input_ids[limits[name] - 1 : -1])
+        with BEGINNING:
+            return known[name].decode(known[name](words).input_ids[limits[name] - 1 : -1])
 
     def denoiser(self, prompt, seed=None):
         """Return denoise(x, n), see `models.loop.Loop`, of a prompt and seed."""

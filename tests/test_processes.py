@@ -117,8 +117,6 @@ def test_a_sample_that_fails_is_a_row_with_its_error_and_the_others_are_made(par
 @pytest.mark.parametrize(
     "launcher, program, words",
     [
-        # Without --multi_gpu it knows no several processes if there are no several GPUs.
-        ([*ACCELERATE, "--main_process_port=0"], ["main.py"], "add --multi_gpu"),
         # As on several machines, each with its own copy of a file.
         ([*TORCHRUN, "--no-python"], SEED_OF_RANK, "process 1 has other prompts, settings"),
     ],

