@@ -12,6 +12,7 @@ from refinement import difference, trajectory_change
 from sampler import Sampler
 from settings import Settings
 
+pytestmark = pytest.mark.slow  # test_loop has each kind of pipeline in a second
 LORA = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux-dev", "Flux-schnell")
 
 
