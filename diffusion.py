@@ -75,7 +75,7 @@ class Chain(NamedTuple):
 
     P: torch.Tensor  # float64 (N + 1,)
     K: torch.Tensor  # float64 (N + 1, N)
-    Z: torch.Tensor | None  # the steps' noise as carried to each point, float32 (N + 1, C, H, W); None for none
+    Z: torch.Tensor | None  # the steps' noise as carried to each point, float32 (N + 1, ...); None for none
     K_held: torch.Tensor  # K of steps that do not extrapolate, for d that is held
 
     def states(self, x, n, d=None, W=None):
@@ -149,10 +149,10 @@ class Solver:
         return other
 
     def step(self, x, m, start, end, past):
-        """Step L states x at grid points `start`, with model outputs m, both float32 (L, C, H, W), to those at `end`.
+        """Step L states x at grid points `start`, with model outputs m, both float32 (L, ...), to those at `end`.
 
-        start, end: int64 (L,) on the CPU, 0 to N. past: for dpmsolver++, the x0 of the steps that led to x, (L, C, H,
-        W); it has no meaning at a restart or for others. Returns the states, and `past` for the steps from there.
+        start, end: int64 (L,) on the CPU, 0 to N. past: for dpmsolver++, the x0 of the steps that led to x,
+        (L, ...); it has no meaning at a restart or for others. Returns the states, and `past` for the steps from there.
         """
         columns = [self.x0_of_state[start], self.x0_of_output[start], self.extrapolation[start] * (end - start == 1)]
         columns += [self.signal[start], self.signal[end], self.carry[start, end]]
@@ -168,14 +168,14 @@ class Solver:
         return x, x0 if self.name == "dpmsolver++" else x
 
     def unrolled(self, shape):
-        """Return the `Chain` for states of a shape, (C, H, W)."""
+        """Return the `Chain` for states of a shape."""
         carried = (self.gain[:, None] * self.carry[1:]).T.tril(-1)
         K = carried * (1 + self.extrapolation)
         K[:, :-1] -= carried[:, 1:] * self.extrapolation[1:]
         return Chain(self.carry[0], K, self._forcing(shape), carried)
 
     def clean(self, x, m, n):
-        """Return what steps from grid points n, int64 (L,), are linear in: x0, clipped by the solver; (L, C, H, W)."""
+        """Return what steps from grid points n, int64 (L,), are linear in: x0, clipped by the solver; (L, ...)."""
         columns = self.x0_of_state[n], self.x0_of_output[n], self.signal[n + 1], self.gain[n].clamp(min=LEAST)
         p, q, signal_end, gain = self._on(x, *columns)
         x0 = p * x + q * m
@@ -185,9 +185,9 @@ class Solver:
         return x0 + signal_end * (at_end - x0) / gain
 
     def held(self, states, n):
-        """Return the x0 that, held over a block, leads from its first state to its last: float32 (B, C, H, W).
+        """Return the x0 that, held over a block, leads from its first state to its last: float32 (B, ...).
 
-        states: at the grid points n, a list; float32 (B + 1, C, H, W).
+        states: at the grid points n, a list; float32 (B + 1, ...).
         """
         start, end = (torch.tensor(part, device="cpu") for part in (n[:-1], n[1:]))
         carry = self.carry[start, end]
@@ -286,9 +286,9 @@ def normal(shape, seed):
 
 @torch.no_grad()
 def sequential(x, denoise, step, points, keep=None):
-    """Solve from grid point to grid point, one model call each, starting with x, (1, C, H, W), at the first.
+    """Solve from grid point to grid point, one model call each, starting with x, (1, ...), at the first.
 
-    Returns the states at the points `keep`, float32 (len(keep), C, H, W); if None, at the last point.
+    Returns the states at the points `keep`, float32 (len(keep), ...); if None, at the last point.
     """
     points = list(points)
     keep = {points[-1]} if keep is None else set(keep)

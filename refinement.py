@@ -17,7 +17,7 @@ from settings import SettingError
 class Refinement(NamedTuple):
     """The sample after k refinements, its cost so far, and what the stop rules watch.
 
-    image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, C, H, W), on the model's device.
+    image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, ...), on the model's device.
     serial_evaluations: batched model evaluations, one after the other (ticks). total_evaluations: evaluations of single
         states; a guided one counts once (lane-steps). network_calls: calls of the network by this process; with
         `max_batch`, a tick may take several. widest_tick: most states in a tick.
@@ -62,7 +62,7 @@ class Refinement(NamedTuple):
 class Trajectory(NamedTuple):
     """What a later run can start from: the clean images that lead along a trajectory; see `Sampler.trajectory`.
 
-    clean: float32 (B, C, H, W), for each block the x0 that, held over it, leads from its first state to its last.
+    clean: float32 (B, ...), for each block the x0 that, held over it, leads from its first state to its last.
     boundaries: the grid points between the blocks, 0 to N, a list of B + 1.
     model: the model's name. seed: the seed of its noise; with other noise, a start costs more than it saves.
     """
@@ -100,7 +100,7 @@ class Trajectory(NamedTuple):
         return hashlib.sha256(self.clean.cpu().contiguous().numpy().tobytes() + about.encode()).hexdigest()[:32]
 
     def check(self, shape, model):
-        """Raise SettingError unless its states have a shape, (C, H, W), and come from a model of that name."""
+        """Raise SettingError unless its states have a shape, and come from a model of that name."""
         own = tuple(self.clean.shape[1:])
         if Path(self.model).absolute().name != Path(model).absolute().name:  # wherever the folder is
             raise SettingError("start_from", self.model, f"is not {model}; start from a run of the same model")
@@ -115,7 +115,7 @@ class Trajectory(NamedTuple):
 
 
 class Sequential(NamedTuple):
-    """The ground truth: states at the boundaries, float32 (B + 1, C, H, W), the image of the last one, seconds."""
+    """The ground truth: states at the boundaries, float32 (B + 1, ...), the image of the last one, seconds."""
 
     states: torch.Tensor
     image: np.ndarray
@@ -164,7 +164,7 @@ def difference(image, other):
 
 
 def trajectory_change(states, earlier):
-    """Return the largest change of the states, (B + 1, C, H, W), over the boundaries, on the images' scale.
+    """Return the largest change of the states, (B + 1, ...), over the boundaries, on the images' scale.
 
     A boundary's change is the mean absolute change of its state, times 127.5 / standard deviation of the new state.
     """

@@ -1,6 +1,6 @@
 """The interface for Python: a pipeline and settings in, refinements and samples out.
 
-pipeline = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
+pipeline = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
 sample = Sampler(pipeline, Settings(fine_steps=100, coarse_steps=10))("a lighthouse", seed=7)
 sample.image, sample.serial_evaluations, sample.total_evaluations
 """
@@ -49,11 +49,17 @@ ALONE = SimpleNamespace(
 )
 
 
+def expect(finite, what, dtype):
+    """Raise FloatingPointError unless all numbers of `what` are finite."""
+    if not finite:
+        raise FloatingPointError(f"{what} is not finite in {str(dtype).removeprefix('torch.')}")
+
+
 class Sampler:
     """Sample with a diffusers pipeline as it is in memory, with its weights, adapters, dtype, device and hooks.
 
-    The pipeline is not changed and can still be used. Its scheduler only gives the noise schedule. If the pipeline
-    offloads its parts, the one that ran last stays on the device until the next prompt or the end of a call.
+    The pipeline can still be used as before. Its scheduler only gives the noise schedule. If the pipeline offloads its
+    parts, the one that ran last stays on the device until the next prompt or the end of a call.
 
     pipeline: one of diffusers, of any class whose loop can be followed, see `models.loop`.
     settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; `settings` has the model's usual
@@ -80,18 +86,17 @@ class Sampler:
     def loop(self, prompt, seed=None):
         """Return the `models.loop.Loop` of a prompt and seed."""
         settings, seed, prompt = self.settings, self._seed(seed), self.encode(prompt)
-        own = {name: getattr(settings, name) for name in ("guidance_scale", "negative_prompt", "height", "width")}
-        own = {name: value for name, value in own.items() if name in self.model.parameters and value not in (None, "")}
+        taken = {"guidance_scale", "negative_prompt", "height", "width"} & self.model.parameters.keys()
+        own = {name: value for name in sorted(taken) if (value := getattr(settings, name)) not in (None, "")}
         own |= {"num_inference_steps": settings.fine_steps} | ({"prompt": prompt.text} if self.model.prompted else {})
-        compiled = any(map(is_compiled, networks(self.pipeline)))
-        depends_on = seed, *own.items(), settings.max_batch, settings.fixed_batch and self.widest, compiled
+        depends_on = seed, *own.items(), settings.max_batch, settings.fixed_batch and self.widest, self.compiled
         if depends_on not in prompt.loops:
             for other in [other for other in prompt.loops if other[0] != seed]:
                 del prompt.loops[other]
             arguments = own | prompt.arguments
             how = prompt.encoded, settings.max_batch, () if prompt.arguments else self._answers
             loop = prompt.loops[depends_on] = Loop(self.pipeline, self.model.scheduler, arguments, seed, *how)
-            loop.sizes = self._batch_sizes(max(loop.rows), compiled)
+            loop.sizes = self._batch_sizes(max(loop.rows))
             self._answers = self._answers if prompt.arguments else loop.answers
         self._looked = prompt.loops[depends_on]
         return self._looked
@@ -168,7 +173,8 @@ class Sampler:
         not fit.
         """
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
-        loop, earlier, seconds, widest = self.loop(prompt := self.encode(prompt), seed), None, 0.0, 0
+        prompt, earlier, seconds, widest = self.encode(prompt), None, 0.0, 0
+        loop = self.loop(prompt, seed)
         before = loop.calls
 
         def ticked(lanes):
@@ -177,10 +183,10 @@ class Sampler:
             if on_tick:
                 on_tick(lanes)
 
-        with contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates, contextlib.closing(loop):
+        with contextlib.closing(loop), contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates:
             started = time.perf_counter()
             for iterate in iterates:
-                image = self.image(iterate.states, prompt, seed)
+                image = self._decoded(loop, iterate.states)
                 refinement = measured(iterate, image, loop.calls - before, widest, earlier)
                 complete = iterate.exact or iterate.all_nodes
                 verdict = "converged" if complete else judge(refinement, earlier, rule, tolerance)
@@ -197,7 +203,7 @@ class Sampler:
         prompt, seed, on_tick: as in `refine`, which raises the same. kept: the grid points whose states are returned,
         in rising order, 0 to N; None for the boundaries. Raises SettingError if they do not rise.
         """
-        loop = self.loop(prompt := self.encode(prompt), seed)
+        loop = self.loop(prompt, seed)
         if kept is not None and not (kept and [*kept] == sorted({*kept}) and 0 <= kept[0] <= kept[-1] <= loop.N):
             raise SettingError("kept", kept, f"is not a rising list of grid points from 0 to {loop.N}; give one")
         n, solver = self._steps(loop.N, seed)
@@ -205,7 +211,7 @@ class Sampler:
         with contextlib.closing(loop):
             started = time.perf_counter()
             states = diffusion.sequential(loop.x, denoise, solver.step, points, kept or n)
-            return Sequential(states, self.image(states, prompt, seed), time.perf_counter() - started)
+            return Sequential(states, self._decoded(loop, states), time.perf_counter() - started)
 
     @property
     def N(self):
@@ -289,16 +295,17 @@ class Sampler:
         with BEGINNING:
             return known[name].decode(known[name](words).input_ids[limits[name] - 1 : -1])
 
-    def denoiser(self, prompt, seed=None):
-        """Return denoise(x, n), see `models.loop.Loop`, of a prompt and seed."""
-        return self.loop(prompt, seed).denoise
+    @property
+    def compiled(self):
+        """Whether torch compiles the pipeline's networks, or parts of them."""
+        return any(map(is_compiled, networks(self.pipeline)))
 
-    def _batch_sizes(self, rows, compiled):
+    def _batch_sizes(self, rows):
         """Return the batch sizes that a call may have, if a lane has `rows` network samples; [] for any."""
         most, max_batch = rows * self.widest, self.settings.max_batch
         if self.settings.fixed_batch:
             return [diffusion.fixed_batch(most, max_batch)]
-        if compiled:
+        if self.compiled:
             most = min(most, max_batch or most)
             return diffusion.compiled_batches(min(rows, most), most)
         return []
@@ -317,11 +324,12 @@ class Sampler:
 
     def image(self, states, prompt=None, seed=None):
         """Return the image of a trajectory's last state: uint8 (height, width, 3). Raises FloatingPointError."""
-        loop = self._looked if prompt is None else self.loop(prompt, seed)
+        return self._decoded(self._looked if prompt is None else self.loop(prompt, seed), states)
+
+    @staticmethod
+    def _decoded(loop, states):
         image = loop.decode(states[-1:])[0]
-        if not (states[-1].isfinite().all() and np.isfinite(image).all()):
-            dtype = str(loop.dtype).removeprefix("torch.")
-            raise FloatingPointError(f"the state or the image is not finite in {dtype}")
+        expect(states[-1].isfinite().all() and np.isfinite(image).all(), "the state or the image", loop.dtype)
         return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:2], 3))
 
     def warm_up(self):
@@ -329,14 +337,13 @@ class Sampler:
 
         Raises FloatingPointError if the network's output is not finite.
         """
-        loop, compiled = self.loop(""), any(map(is_compiled, networks(self.pipeline)))
+        loop, compiled = self.loop(""), self.compiled
         widths = range(1, self.widest + 1) if compiled else (1, self.widest)
         with contextlib.closing(loop):
             for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call
                 x = loop.x.expand(lanes, *loop.x.shape[1:])
-                if not loop.denoise(x, torch.zeros(lanes, dtype=int, device="cpu")).isfinite().all():
-                    dtype = str(loop.dtype).removeprefix("torch.")
-                    raise FloatingPointError(f"the network's output is not finite in {dtype}")
+                outputs = loop.denoise(x, torch.zeros(lanes, dtype=int, device="cpu"))
+                expect(outputs.isfinite().all(), "the network's output", loop.dtype)
         self.image(loop.x)
 
     def _seed(self, seed):

@@ -25,7 +25,7 @@ class Iterate(NamedTuple):
     """The trajectory after k refinements, and its cost so far."""
 
     k: int
-    states: torch.Tensor  # U_0^k ... U_B^k, float32, (B + 1, C, H, W)
+    states: torch.Tensor  # U_0^k ... U_B^k, float32, (B + 1, ...)
     ticks: int  # serial model evaluations
     lane_steps: int  # model evaluations in all
     exact: bool  # the sequential sample, up to the model's rounding
@@ -36,7 +36,7 @@ class Iterate(NamedTuple):
 
 @dataclass
 class Lane:
-    """The fine solve of block i from U_i^k: state x, float32 (C, H, W), has reached grid point n."""
+    """The fine solve of block i from U_i^k: state x, float32, has reached grid point n."""
 
     i: int
     k: int
@@ -54,9 +54,9 @@ def algorithm_1(dU, dG, start, end):
 def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, correct=algorithm_1, begun=None):
     """Yield the initialisation (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
-    x: the initial noise, (C, H, W) or (1, C, H, W). Times are indices in the grid, 0 to N, passed as
+    x: the initial noise, (1, ...). Times are indices in the grid, 0 to N, passed as
         int64 (L,) on the CPU.
-    denoise(x, n): model outputs, (L, C, H, W), for L states x at grid points n.
+    denoise(x, n): model outputs, (L, ...), for L states x at grid points n.
     step(x, m, start, end, past): the L states that the solver reaches at `end` from x at `start` with model outputs m,
         and what to pass as `past`, of the same shape, at each lane's next step. At a block's start `past` has no
         meaning.
@@ -64,9 +64,9 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
     schedule: which lanes move in a tick. "pipelined" (section on pipelining): all of them. "sweep" (Algorithm 1):
         those of one refinement, first one by one through their first step, then together through the rest.
     refinements: K, the last refinement to yield; at most B, which is also the default.
-    correct(dU, dG, start, end): what to add to F for the block from grid point `start` to `end`. dU and dG, each
-        (C, H, W), are the changes of its first state and of G since the last refinement.
-    begun: U_1^0 ... U_B^0, (B, C, H, W), in place of the coarse initialisation; all blocks then begin in the first
+    correct(dU, dG, start, end): what to add to F for the block from grid point `start` to `end`. dU and dG, of a
+        state's shape, are the changes of its first state and of G since the last refinement.
+    begun: U_1^0 ... U_B^0, (B, ...), in place of the coarse initialisation; all blocks then begin in the first
         tick. Ignored if each block has one step.
 
     Nothing here waits for the device, so that it always has work queued.

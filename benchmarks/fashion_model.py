@@ -59,7 +59,7 @@ def frechet(features, others):
 def samples(sampler, count, batch=50):
     """Sequential samples, float32 (count, 1, 28, 28), clamped to [-1, 1]."""
     generator, found = torch.Generator().manual_seed(0), []
-    denoise = sampler.denoiser("")
+    denoise = sampler.loop("").denoise
     for start in range(0, count, batch):
         x = torch.randn(min(batch, count - start), *sampler.shape, generator=generator)
         together = lambda x, n: denoise(x, n.expand(len(x)))

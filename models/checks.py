@@ -79,8 +79,7 @@ def load_networks(name, folder, kind, index, given, dtype, variant):
             raise ModelError(f"{name}: its {part} is a {its_class}, which a {kind.__name__} does not take")
         place = folder / part if (folder / part).is_dir() else folder  # old models of one network
         weights = list(place.glob("*.safetensors"))
-        safe = bool(given.get("use_safetensors") or weights)
-        how = {"dtype" if library == "transformers" else "torch_dtype": dtype, "use_safetensors": safe}
+        how = {"dtype" if library == "transformers" else "torch_dtype": dtype, "use_safetensors": bool(weights)}
         how |= {"variant": variant} if any(f".{variant}." in path.name for path in place.iterdir()) else {}
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         if not config.get("quantization_config"):

@@ -1,5 +1,6 @@
 """Find, check and load models: from a hub id or a local folder, or a pipeline in memory."""
 
+import functools
 import inspect
 import json
 import os
@@ -54,7 +55,7 @@ class Model:
         """The name for people: that of a shipped model in place of its folder."""
         return next((name for name, folder in SHIPPED.items() if str(folder) == self.name), self.name)
 
-    @property
+    @functools.cached_property
     def parameters(self):
         """The parameters of the pipeline's call, by name."""
         return inspect.signature(self.kind.__call__).parameters
@@ -257,7 +258,7 @@ def choose_dtype(loading, model, device):
 
 
 def load_pipeline(model, loading):
-    """Load a `Model`'s weights and the adapters of `loading` into its pipeline, whose scheduler is `model.scheduler`.
+    """Load a `Model`'s weights and the adapters of `loading` into its pipeline.
 
     Raises SettingError if the model cannot take a setting or an adapter does not fit it, and ModelError if weights are
     missing or unreadable.

@@ -2,7 +2,7 @@
 
 A parallel sampler acts between network calls, so all that it needs of a pipeline is the loop over its steps, turned
 inside out. A thread runs the pipeline's own call on a copy of the pipeline, which shares all parts with it, but hands
-out each call of a network and each step of the scheduler, and waits for the answer. The pipeline is never changed.
+out each call of a network and each step of the scheduler, and waits for the answer.
 
 1. Look. The loop runs once, with networks answering at each step what they said at the first. It shows the first
    state, the grid that the pipeline has set, what networks are told at each step, and that nothing else depends on it.
@@ -133,11 +133,12 @@ flatten = functools.partial(tree_flatten, is_leaf=is_list)
 
 def same(one, other):
     """Return whether two values are equal. Tensors without values are, if they have one shape."""
+    if one is other:
+        return True
     if is_list(one):
         return is_list(other) and len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        alike = one is other or one.is_meta or torch.equal(one.nan_to_num(), other.nan_to_num())
-        return one.shape == other.shape and alike
+        return one.shape == other.shape and (one.is_meta or torch.equal(one.nan_to_num(), other.nan_to_num()))
     return type(one) is type(other) and one == other
 
 
@@ -175,18 +176,18 @@ class Loop:
         except (TypeError, ValueError) as error:  # of the pipeline's own checks
             raise Refused(f"the {type(pipeline).__name__} cannot be called like this: {error}", status=2) from error
 
-    def _events(self, steps, copies=1, **more):
+    def _events(self, steps, copies=1, scheduler=None, **more):
         arguments = self.arguments | {"generator": torch.Generator("cpu").manual_seed(self.seed)} | more
         arguments |= {self.copies: copies} if copies > 1 else {}
-        scheduler = self.last = copy.copy(self.template)
-        return events(self.pipeline, scheduler, steps, self.encoded, arguments)
+        return events(self.pipeline, scheduler or copy.copy(self.template), steps, self.encoded, arguments)
 
     # Look
 
     @torch.no_grad()
     def _look(self):
-        new, seen, calls, answer = not self.answers, [], [], None
-        with contextlib.closing(self._events(lambda steps: steps, output_type="latent")) as loop:
+        new, seen, calls, answer, self.looked = not self.answers, [], [], None, copy.copy(self.template)
+        look = self._events(lambda steps: steps, scheduler=self.looked, output_type="latent")
+        with contextlib.closing(look) as loop:
             with contextlib.suppress(StopIteration):
                 while True:
                     kind, *event = loop.send(answer)
@@ -205,7 +206,7 @@ class Loop:
                         self._expect(same(output, guided), "guides otherwise", len(seen) - 1)
                         self._expect(same(answer, first), "has changed the states", len(seen) - 1)
         self._expect(seen, "has no loop that can be followed", 0)
-        self.x, self.dtype, self.N, self.looked = first.float(), first.dtype, len(seen), self.last
+        self.x, self.dtype, self.N = first.float(), first.dtype, len(seen)
         self.told = [self._compared(calls) for calls in zip(*seen)]
         outputs = [tree_flatten(answer)[0][-1] for answer in self.answers]
         self.rows = [len(output) for output in outputs]

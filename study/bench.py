@@ -66,7 +66,7 @@ class Bench:
             raise SettingError("start_from", folder, remedy) from None
 
     def planned(self, variant, folder):
-        """Return the settings of a `asked.Variant`, resolved for the model, with planned blocks for -cs auto.
+        """Return the settings of an `asked.Variant`, resolved for the model, with planned blocks for -cs auto.
 
         The plan is read from the folder, or made and stored there.
         """

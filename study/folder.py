@@ -6,6 +6,7 @@ A command that is killed before leaves no half sample. All other files are repla
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -195,6 +196,11 @@ class Folder:
     def read(self, name):
         """Return the record of the sample in a folder, see `read_sample`; None if it is not complete."""
         return read_sample(self.samples, name)
+
+    def by_stem(self):
+        """Return the names in `samples`, lists by what comes before the key, see `study.key.stem`."""
+        names, stem = os.listdir(self.samples), lambda name: name[:-9]
+        return {before: [*some] for before, some in itertools.groupby(sorted(names, key=stem), stem)}
 
     def has(self, task):
         """Return whether a `study.key.Task`'s sample is there. Raises WriteError if another one is in its place."""

@@ -53,8 +53,7 @@ def made_by(bench, text, seed, settings, start):
         "device": bench.device.type, "dtype": bench.dtype, "start": start and start.digest,
         "sharing": bench.processes.sharing if settings.fixed_batch else 1,  # it sets the size of a call
         "ground_truth": not experiment.no_ground_truth, "clip_score": experiment.clip_score,
-        "keep_trajectories": experiment.keep_trajectories,
-        **VERSIONS, "code": code_digest(),
+        "keep_trajectories": experiment.keep_trajectories, **VERSIONS, "code": code_digest(),
     }  # fmt: skip
 
 
@@ -102,7 +101,7 @@ def code_digest():
 def weights(model, adapters):
     """Return digests of a `models.loading.Model` and its adapters, as they are on disk now. Raises Failure.
 
-    adapters: `models.adapters.Adapter` by setting, as `models.adapters.find` returns them.
+    adapters: `models.adapters.Adapter` by setting, as `models.adapters.find_adapters` returns them.
     """
     found = {"model": model.commit or digest_of(model.folder)}
     return found | {setting: [[digest_of(each.path), *each.how] for each in some] for setting, some in adapters.items()}

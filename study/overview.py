@@ -57,8 +57,8 @@ class Overview:
     def _introduce(self, there, made_anew):
         """Print what will run; `there` counts the samples that are reused, `made_anew` has the other tasks."""
         command, bench, made, count = self.command, self.bench, self.tasks[0].made_by, len(self.tasks)
-        if edited_defaults():
-            print(f"edited defaults: {edited_defaults()}")
+        if edited := edited_defaults():
+            print(f"edited defaults: {edited}")
         if bench.model.name == MIRRORS.get(command.loading.model):
             print(f"{command.loading.model} was withdrawn from the hub; using its mirror {bench.model.name}")
         for note in command.notes:
@@ -73,14 +73,14 @@ class Overview:
             print(f"{in_one_line(bench.model.name)} reads no prompts: seeds rise from {made['seed']}, one a line")
         if there:
             print(f"{there} of {count} samples are there already")
-        read = functools.cache(self.folder.read)
-        for reason, some in Counter(filter(None, (self._other(task, read) for task in made_anew))).items():
+        alike, read = self.folder.by_stem(), functools.cache(self.folder.read)
+        reasons = (self._other(task, alike.get(stem(task.text, task.seed), []), read) for task in made_anew)
+        for reason, some in Counter(filter(None, reasons)).items():
             print(f"{some} of {count} samples must be made again: those in the directory have {reason}")
 
-    def _other(self, task, read):
-        """Return how the nearest sample of a task's prompt and seed differs from it; "" if there is none."""
-        places = sorted(self.folder.samples.glob(f"{stem(task.text, task.seed)}-????????"))
-        found = [record["made_by"] for record in (read(place.name) for place in places[:100]) if record]
+    def _other(self, task, names, read):
+        """Return how the sample in these folders that is nearest to a task differs from it; "" if there is none."""
+        found = [record["made_by"] for record in map(read, names[:100]) if record]
         found = [made for made in found if made["prompt"] == task.text and made != task.made_by]
         differing = lambda made: sum(made.get(name) != value for name, value in task.made_by.items())
         return first_difference(task.made_by, min(found, key=differing)) if found else ""

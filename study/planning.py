@@ -42,7 +42,7 @@ def describe_plan(plan):
 
 def measure_calls(sampler, widest):
     """Return the seconds of a tick by its number of lanes, {1: ..., widest: ...}, and of decoding; medians of five."""
-    denoise, x = sampler.processes.split(sampler.denoiser("")), sampler.noise()
+    denoise, x = sampler.processes.split(sampler.loop("").denoise), sampler.noise()
 
     def seconds(call, *inputs):
         _, *measured = [clock(call, x.device, *inputs) for _ in range(6)]  # the first call is slower

@@ -82,9 +82,9 @@ class Processes:
             self.store.set(name, json.dumps(value))
         return json.loads(self.store.get(name))
 
-    def count(self, name, by=1):
-        """Add to a counter that all processes share, and return its value."""
-        return self.store.add(name, by)
+    def count(self, name):
+        """Add one to a counter that all processes share, and return its value."""
+        return self.store.add(name, 1)
 
     def deal(self, items):
         """Yield the items of a list, each in one process: the next goes to the first that asks. Once in a run."""

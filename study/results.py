@@ -14,8 +14,7 @@ from utils import names_of
 MEASURED = [
     "prompt", "seed", "folder", "k", "final", "verdict", "serial_evaluations", "total_evaluations", "network_calls",
     "widest_tick", "seconds", "sequential_seconds", "peak_memory_mib", "difference", "psnr", "ssim", "image_change",
-    "trajectory_change", "predicted_change", "damping", "error", "clip_score",
-    "clip_difference",
+    "trajectory_change", "predicted_change", "damping", "error", "clip_score", "clip_difference",
 ]  # fmt: skip
 SETTINGS = [each.name for each in fields(Settings) if each.name != "seed"]
 MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
@@ -56,7 +55,7 @@ def results_table(samples):
 def last_rows(rows):
     """Return the last row of each sample, with floats for the numbers of the closing tables."""
     numbers = [*COLUMNS, *PAIRED, "trajectory_change", "tolerance"]
-    return rows[rows["final"].astype(bool)].astype({name: float for name in numbers if name in rows})
+    return rows[rows["final"].astype(bool)].astype(dict.fromkeys(numbers, float))
 
 
 def varied(rows):
@@ -78,9 +77,8 @@ def summary(samples):
         table = pd.DataFrame(_texts(last)).assign(converged=last.apply(_ended, axis=1)).replace("nan", "-")
         parts.append(_printed("prompt", table.set_axis(names_of(last.to_dict("records"), 40))))
     if len(samples) > 1:
-        parts.append(
-            _printed("setting", by_setting(last, names).drop(columns=["SSIM", "sequential s"], errors="ignore"))
-        )
+        means = by_setting(last, names).drop(columns=["SSIM", "sequential s"], errors="ignore")
+        parts.append(_printed("setting", means))
     moving = last.query("stop_rule == 'final' and stop_reason == 'tolerance' and trajectory_change >= tolerance")
     if len(moving):
         change = f"{moving['trajectory_change'].max():.2g}, in {len(moving)} of {len(last)} samples"
