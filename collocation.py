@@ -93,7 +93,7 @@ def collocation(
         rough = False
         while (chosen := broadcast(chosen)) and ticks < bound:
             n = system.t[chosen]
-            X = system.X[chosen].reshape(-1, *shape)
+            X = system.X[on(x, chosen)].reshape(-1, *shape)
             d = solver.clean(X, denoise(X, n), n)
             ticks, lane_steps = ticks + 1, lane_steps + len(chosen)
             system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
@@ -171,6 +171,11 @@ def interpolation(N, t, points=4):
     return torch.zeros(N, len(t), **CPU).scatter(1, near, factors.prod(2))
 
 
+def on(x, values):
+    """Return small tensors of the CPU, or a list, on the device of x, without waiting for it."""
+    return torch.as_tensor(values, device="cpu").to(x.device, non_blocking=True)
+
+
 class System:
     """The unknown states, and what is known about d, at each of M nodes, as vectors of E numbers.
 
@@ -187,19 +192,21 @@ class System:
 
     def see(self, chosen, d, signal):
         """Record d, (L, E), as evaluated at the nodes `chosen`; signal: of these nodes, float64 (L,)."""
-        again, chosen = self.seen[chosen], torch.tensor(chosen, device="cpu")
-        a, new = chosen[again], d[again]
-        s, y = self.X[a] - self.X_seen[a], new - self.D[a]
+        chosen = torch.tensor(chosen, device="cpu")
+        again = self.seen[chosen]
+        at, a = on(d, chosen), chosen[again]
+        known = on(d, a)
+        s, y = self.X[known] - self.X_seen[known], d[on(d, again.nonzero()[:, 0])] - self.D[known]
         gain = ((s * y).sum(1) / (s * s).sum(1).clamp(min=1e-12)).double().cpu()
         # An optimal denoiser's Jacobian lies between 0 and 1 / signal; guidance can make it negative.
         most = 1 / signal[again].clamp(min=1e-3)
         self.g[a] = torch.minimum(torch.maximum(gain, -3 * most), most)
         for values, last in ((self.S, s), (self.Y, y)):
-            values[a] = torch.cat([last[:, None], values[a]], 1)[:, : values.shape[1]]
+            values[known] = torch.cat([last[:, None], values[known]], 1)[:, : values.shape[1]]
         if len(a):  # nodes seen for the first time will change like those seen with them
-            for known in (self.S, self.Y, self.g):
-                known[chosen[~again]] = known[a[-1:]]
-        self.X_seen[chosen], self.D[chosen], self.seen[chosen] = self.X[chosen], d, True
+            for values in (self.S, self.Y, self.g):
+                values[on(values, chosen[~again])] = values[int(a[-1])].clone()
+        self.X_seen[at], self.D[at], self.seen[chosen] = self.X[at], d, True
 
     def solve(self, C, free, first, window):
         """Move X to the solution of X = free + C d(X), after an evaluation of nodes from number `first` on."""
@@ -235,9 +242,9 @@ class System:
         )
         system = torch.eye(m * memory, **CPU) - both[:, :-1]
         weights = torch.linalg.solve_ex(system, both[:, -1])[0].reshape(m, memory, 1)
-        weights, g = weights.to(R), g[:, None].to(R)
+        weights, g, inverse, through = (on(R, values).to(R) for values in (weights, g[:, None], inverse, through))
         beyond = (Y * weights).sum(1) - g * (S * weights).sum(1)
-        Z = inverse.to(R) @ R + through.to(R) @ beyond
+        Z = inverse @ R + through @ beyond
         self.X[block], self.d[block] = self.X_seen[block] + Z, D + g * Z + beyond
 
     def moved(self, matters):

@@ -21,7 +21,7 @@ import threading
 from typing import NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 from settings import Failure
@@ -194,7 +194,8 @@ class Loop:
                     if kind == "network":
                         name, module, args, kwargs = event
                         if new and not seen:
-                            self.answers.append(module(*args, **kwargs))
+                            with torch.compiler.set_stance("force_eager"):  # as the loop has times in another shape
+                                self.answers.append(module(*args, **kwargs))
                         calls.append((name, *flatten((dict(enumerate(args)), kwargs))))
                         self._expect(len(calls) <= len(self.answers), "calls other networks", len(seen))
                         answer = copy.copy(self.answers[len(calls) - 1])
@@ -226,9 +227,9 @@ class Loop:
                 kinds = (torch.Tensor, int, float)
                 self._expect(isinstance(values[0], kinds), f"tells {name} another {type(values[0]).__name__}", other[0])
                 tensors = isinstance(values[0], torch.Tensor)
-                changing[j] = (
-                    torch.stack([value.reshape(value.shape or (1,)) for value in values]) if tensors else values
-                )
+                if tensors:  # a network moves a single time to its device, and not one for each sample
+                    values = torch.stack([value.reshape(value.shape or (1,)) for value in values]).to(self.x.device)
+                changing[j] = values
         return Told(name, first, changing)
 
     # Run
@@ -287,7 +288,9 @@ class Loop:
                 for j, values in changing.items():
                     told[j] = self._at(values, [n[lane] for lane in filled], rows)
                 args, kwargs = tree_unflatten(told, tree)
-                outputs.append(module(*args.values(), **kwargs))
+                output = module(*args.values(), **kwargs)
+                # A copy, as the next replay of a CUDA graph writes to the same memory.
+                outputs.append(tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else each, output))
                 counts.append((len(lanes), size))
                 self.calls += 1
         return self._joined(outputs, self.answers[c], counts, listed)
@@ -305,14 +308,15 @@ class Loop:
         if not copied or self.width == 1 or lanes == [*range(self.width)]:
             return value
         picked = slice(lanes[0], lanes[-1] + 1) if len(lanes) == lanes[-1] + 1 - lanes[0] else lanes
-        return value.unflatten(0, (-1, self.width))[:, picked].flatten(0, 1)
+        # With the same strides, too, in a call of any width, or a compiled network would be compiled again.
+        return value.unflatten(0, (-1, self.width))[:, picked].flatten(0, 1).contiguous()
 
     @staticmethod
     def _at(values, n, rows):
         """Return the argument of some lanes that changes with the step, at their steps n; values: at each step."""
         if not isinstance(values, torch.Tensor):
             return values[n[0]]
-        found = values[n]
+        found = values[torch.tensor(n, device="cpu").to(values.device, non_blocking=True)]
         found = found.expand(-1, rows, *found.shape[2:]) if found.shape[1] == 1 else found
         return found.transpose(0, 1).flatten(0, 1)
 

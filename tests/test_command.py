@@ -138,7 +138,7 @@ def test_a_run_records_its_settings_and_a_command_that_makes_the_same_samples(ru
     record = run_record(out)
     assert record["settings"].keys() >= {each.name for kind in TABLES for each in fields(kind)}
     assert record["settings"]["coarse_steps"] == "3" and record["settings"]["seed"] == "7, 8"
-    assert record["environment"]["device"] == "cpu" and record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["device"] == "cpu" and record["environment"]["torch"] in torch.__version__
     assert shlex.split(record["command"])[2:4] == ["-o", str(out)] and record["edited_defaults"] == ""
     monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
     assert main.main(shlex.split(record["reproduce"])[2:]) == 0
@@ -389,7 +389,7 @@ BAD = [
     ([*A, "-gs", "2", "--sweep", "guidance_scale=1,2"], "cannot be given together with --sweep; give one of them"),
     ([*A, "--seeds", "1-1001"], "--yes: is needed for 1001 samples, as they are more than 1000"),
     ([*MANY, "1-400", "--sweep", "eta=0,1"], "--yes: is needed for 2400 samples, as they are more than 1000"),
-    ([*A, "--offload"], "--offload: has no effect, as the device is the cpu"),
+    ([*A, "--offload", "--device", "cpu"], "--offload: has no effect, as the device is the cpu"),
     ([*A, "--start-from", "nowhere"], "--start-from: 'nowhere' is not the directory of a run"),
     ([*A, "--two\nlines"], "argument --two lines is not known; --help lists all"),
     ([*A, "stray"], "argument stray is not known"),

@@ -49,10 +49,10 @@ def theirs(family, sampler, output_type, **settings):
 
 
 def assert_parity(family, sampler, guidance=None):
-    """To float32's rounding: 1e-4 of the latents' scale, and one grey level of the image."""
+    """To float32's rounding: 2e-4 of the latents' scale, and one grey level of the image."""
     settings = {} if guidance is None else {"guidance_scale": guidance}
     ours, truth = sampler.sequential(red_sun(family, sampler)), theirs(family, sampler, "latent", **settings)
-    torch.testing.assert_close(ours.states[-1], truth, atol=1e-4 * float(truth.std()), rtol=1e-4)
+    torch.testing.assert_close(ours.states[-1], truth, atol=2e-4 * float(truth.std()), rtol=2e-4)
     image = np.asarray(theirs(family, sampler, "pil", **settings)).astype(int)
     assert abs(ours.image - image).max() <= 1
     return ours.states[-1]

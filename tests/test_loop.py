@@ -64,7 +64,13 @@ def test_a_call_has_at_most_so_many_samples_or_one_of_a_few_sizes(limits, calls,
     whole = loop.denoise(x, n)
     loop = make(stable_diffusion())
     vars(loop).update(limits)
-    with loop.pipeline.unet.register_forward_pre_hook(lambda unet, inputs: seen.append(len(inputs[0]))):
+    memory = torch.empty(8, 2, 4, 8, 8)  # of all outputs of a size, as of a CUDA graph
+
+    def answered(unet, inputs, output):
+        seen.append(len(inputs[0]))
+        return (memory.flatten(0, 1)[: seen[-1]].copy_(output[0]),)
+
+    with loop.pipeline.unet.register_forward_hook(answered):
         torch.testing.assert_close(loop.denoise(x, n), whole, atol=1e-4, rtol=1e-4)
     assert (loop.calls, len(seen), {*seen}) == (calls, calls, sizes)
 
