@@ -193,9 +193,8 @@ class System:
     def see(self, chosen, d, signal):
         """Record d, (L, E), as evaluated at the nodes `chosen`; signal: of these nodes, float64 (L,)."""
         chosen = torch.tensor(chosen, device="cpu")
-        again = self.seen[chosen]
-        at, a = on(d, chosen), chosen[again]
-        known = on(d, a)
+        a = chosen[again := self.seen[chosen]]
+        at, known = on(d, chosen), on(d, a)
         s, y = self.X[known] - self.X_seen[known], d[on(d, again.nonzero()[:, 0])] - self.D[known]
         gain = ((s * y).sum(1) / (s * s).sum(1).clamp(min=1e-12)).double().cpu()
         # An optimal denoiser's Jacobian lies between 0 and 1 / signal; guidance can make it negative.

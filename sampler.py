@@ -122,7 +122,7 @@ class Sampler:
     @property
     def solver(self):
         """The `diffusion.Solver`, for the settings' seed."""
-        return self._steps(self.N)[1]
+        return self._steps(self.settings.fine_steps)[1]
 
     def _steps(self, N, seed=None):
         """Return boundaries and the `diffusion.Solver` of the grid's last N steps; image to image may take fewer."""
@@ -212,11 +212,6 @@ class Sampler:
             started = time.perf_counter()
             states = diffusion.sequential(loop.x, denoise, solver.step, points, kept or n)
             return Sequential(states, self._decoded(loop, states), time.perf_counter() - started)
-
-    @property
-    def N(self):
-        """The number of fine steps."""
-        return self.settings.fine_steps
 
     @functools.cached_property
     def truth_depends_on(self):

@@ -21,7 +21,7 @@ import threading
 from typing import NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 from settings import Failure
@@ -226,8 +226,9 @@ class Loop:
             if other:
                 kinds = (torch.Tensor, int, float)
                 self._expect(isinstance(values[0], kinds), f"tells {name} another {type(values[0]).__name__}", other[0])
-                tensors = isinstance(values[0], torch.Tensor)
-                if tensors:  # a network moves a single time to its device, and not one for each sample
+                if isinstance(
+                    values[0], torch.Tensor
+                ):  # a network moves a single time to its device, and not one for each sample
                     values = torch.stack([value.reshape(value.shape or (1,)) for value in values]).to(self.x.device)
                 changing[j] = values
         return Told(name, first, changing)
@@ -288,9 +289,8 @@ class Loop:
                 for j, values in changing.items():
                     told[j] = self._at(values, [n[lane] for lane in filled], rows)
                 args, kwargs = tree_unflatten(told, tree)
-                output = module(*args.values(), **kwargs)
                 # A copy, as the next replay of a CUDA graph writes to the same memory.
-                outputs.append(tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else each, output))
+                outputs.append(tree_map_only(torch.Tensor, torch.clone, module(*args.values(), **kwargs)))
                 counts.append((len(lanes), size))
                 self.calls += 1
         return self._joined(outputs, self.answers[c], counts, listed)

@@ -23,9 +23,9 @@ class Shared:
         """Return a sampler's `refinement.Sequential`."""
         name = sampler.truth_depends_on
         if name not in self.made:
-            every = range(sampler.N + 1)  # as samplers differ in their boundaries
-            with ticking("ground truth", sampler.N) as on_tick:
-                truth = sampler.sequential(self.prompt, self.seed, on_tick=on_tick, kept=every)
+            N = sampler.settings.fine_steps
+            with ticking("ground truth", N) as on_tick:  # every state, as samplers differ in their boundaries
+                truth = sampler.sequential(self.prompt, self.seed, on_tick=on_tick, kept=range(N + 1))
             self.made[name] = truth._replace(states=truth.states.cpu())
         return self.made[name]._replace(states=self.made[name].states[sampler.boundaries].to(sampler.device))
 
@@ -54,7 +54,7 @@ def sample(sampler, task, shared, clip=None):
     if sampler.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(sampler.device)
     with (
-        ticking(settings.method, None if settings.schedule == "sweep" else sampler.N) as on_tick,
+        ticking(settings.method, None if settings.schedule == "sweep" else settings.fine_steps) as on_tick,
         contextlib.closing(sampler.refine(prompt, seed, on_tick, task.start)) as refinements,
     ):
         for refinement in refinements:
@@ -65,7 +65,8 @@ def sample(sampler, task, shared, clip=None):
                 errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
             tqdm.write(utils.line_of(entries[-1]))
     if not refinement.settled:
-        tqdm.write(f"  note: not settled within {sampler.N} serial evaluations; sequential sampling is better here")
+        N = settings.fine_steps
+        tqdm.write(f"  note: not settled within {N} serial evaluations; sequential sampling is better here")
     device = sampler.device
     result = {
         "model": sampler.model.title,

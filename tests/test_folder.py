@@ -356,15 +356,17 @@ def test_a_directory_lost_in_mid_run_is_one_line_and_nothing_goes_elsewhere(lost
     assert snapshot(place) == {"preview.png": b"mine"} if instead != "nothing" else not place.exists()
 
 
-@pytest.mark.parametrize("full", ["/samples/", "/out/.part"])
-def test_a_full_disk_is_one_line_and_leaves_nothing_half(full, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "full, code", [("/samples/", errno.ENOSPC), ("/samples/", errno.EIO), ("/out/.part", errno.EDQUOT)]
+)
+def test_a_disk_that_is_full_or_fails_is_one_line_and_leaves_nothing_half(full, code, run, tmp_path, monkeypatch):
     out, sync = tmp_path / "out", os.fsync
 
     def fail(file):
         place = os.readlink(f"/proc/self/fd/{file}")
         if full in place and len(run_record(out)["samples"]) == 2:
             os.truncate(file, 10)
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
         return sync(file)
 
     assert run()[0] == 0
@@ -372,7 +374,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(full, run, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         status, _, error = run(prompts=PROMPTS[:2])
-    assert status == 1 and error.count("\n") == 1 and "cannot be written: No space left on device" in error
+    assert status == 1 and error.count("\n") == 1 and f"cannot be written: {os.strerror(code)}" in error
     assert whole.items() <= snapshot(out / "samples").items() and not [*out.rglob(f"{PART}*")]
     assert all(read_sample(out / "samples", name) for name in names(out)) and read_run(out)
     assert run(prompts=PROMPTS[:2])[0] == 0 and run(prompts=PROMPTS[:2], out="whole")[0] == 0
@@ -387,7 +389,7 @@ ODD = [None, True, -1, 2**64, 10**400, 1e308, 1e200, "", "\ud800", "../../victim
 
 @pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
 def test_a_record_of_another_shape_is_no_sample_and_one_of_its_shape_can_be_shown(value, tmp_path):
-    folder, task, read = Folder(tmp_path), make_task(), []
+    folder, task, samples, runs = Folder(tmp_path), make_task(), [], []
     folder.open()
     folder.add(task.folder, make_files(task))
     make = lambda: (json.loads(make_files(task)["result.json"]), {**RUN})
@@ -399,11 +401,10 @@ def test_a_record_of_another_shape_is_no_sample_and_one_of_its_shape_can_be_show
         parts(record, run)[i][name] = value
         (folder.samples / task.folder / "result.json").write_text(json.dumps(record))
         (folder.path / "run.json").write_text(json.dumps(run))
-        if found := folder.read(task.folder):
-            read.append(results_table([(said, found)]) and summary([(said, found), (said, whole)]))
-        if found := read_run(folder.path):
-            read.append(page([(found, [], "")]))
-    assert all(read)
+        samples += [found] if (found := folder.read(task.folder)) else []
+        runs += [(found, [], "")] if (found := read_run(folder.path)) else []
+    shown = [(said, found) for found in (*samples, whole)]
+    assert results_table(shown) and summary(shown) and page(runs)
 
 
 def edited(path, edit):
