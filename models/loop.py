@@ -226,9 +226,7 @@ class Loop:
             if other:
                 kinds = (torch.Tensor, int, float)
                 self._expect(isinstance(values[0], kinds), f"tells {name} another {type(values[0]).__name__}", other[0])
-                if isinstance(
-                    values[0], torch.Tensor
-                ):  # a network moves a single time to its device, and not one for each sample
+                if isinstance(values[0], torch.Tensor):  # a network moves one time to its device, and not several
                     values = torch.stack([value.reshape(value.shape or (1,)) for value in values]).to(self.x.device)
                 changing[j] = values
         return Told(name, first, changing)
