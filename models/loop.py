@@ -24,9 +24,10 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
-from settings import Failure
+from settings import Failure, out_of_memory
 
 BEGINNING = threading.Lock()  # before the loop, as a tokenizer's padding is shared by all threads
+ROUNDING = 0.02  # of the largest number, by which what a copy is encoded to may differ from the same for one sample
 COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
 
 
@@ -47,13 +48,13 @@ class Stepped(dict):
         return dict.__getitem__(self, [*self][i] if isinstance(i, int) else i)
 
 
-def events(pipeline, scheduler, steps, encoded, arguments):
+def events(pipeline, scheduler, steps, encoded, seed, arguments):
     """Call a pipeline, and yield what its loop asks for, to be answered by `send`; returns what the call returns.
 
     ("network", name, module, args, kwargs): a call of a network. ("step", output, states): one of the scheduler's step.
-    scheduler: one of our own, which is used and changed. steps: a function that is given the scheduler's timesteps,
-    once they are set, and returns those to go through. encoded: what networks have said before the loop, by what they
-    were told; it is added to, so that no text is encoded twice.
+    scheduler: one of our own, which is used and changed. steps: a function that is given the scheduler's timesteps, and
+    its sigmas, once they are set, and returns those to go through. encoded: what networks have said before the loop, by
+    what they were told; it is added to, so that no text is encoded twice. seed: of what is drawn without a generator.
     """
     asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
@@ -72,16 +73,20 @@ def events(pipeline, scheduler, steps, encoded, arguments):
         told = name, *map(content, tree_flatten((args, kwargs))[0])
         if told not in encoded:
             encoded[told] = module(*args, **kwargs)
-        return encoded[told]
+        return copy.copy(encoded[told])  # as a list of features is the pipeline's own, to change
 
     def step(model_output, timestep, sample, *_, return_dict=True, **__):
         states = ask("step", model_output, sample)
+        if hasattr(scheduler, "_step_index"):  # a pipeline that inpaints asks for noise of the next step
+            begun = scheduler.begin_index or 0 if scheduler.step_index is None else scheduler.step_index
+            scheduler._step_index = begun + 1
         return Stepped(prev_sample=states) if return_dict else (states,)
 
     @functools.wraps(scheduler.set_timesteps)
     def set_timesteps(*args, **kwargs):
         type(scheduler).set_timesteps(scheduler, *args, **kwargs)
-        scheduler.timesteps = steps(scheduler.timesteps)
+        for name in {"timesteps", "sigmas"} & vars(scheduler).keys():
+            setattr(scheduler, name, steps(getattr(scheduler, name)))
 
     def progress_bar(iterable=None, total=None):
         nonlocal looping
@@ -93,6 +98,8 @@ def events(pipeline, scheduler, steps, encoded, arguments):
         try:
             with torch.cuda.device(device), beginning:
                 beginning.enter_context(BEGINNING)
+                beginning.enter_context(torch.random.fork_rng([device] * (device >= 0)))
+                torch.manual_seed(seed)  # for what is drawn without the generator
                 asked.put(("end", twin(**arguments)))
         except BaseException as error:
             asked.put(("error", error))
@@ -101,6 +108,8 @@ def events(pipeline, scheduler, steps, encoded, arguments):
         if isinstance(part, torch.nn.Module):
             vars(twin)[name] = own = copy.copy(part)
             vars(own)["_compiled_call_impl"] = functools.partial(call, name, part)  # which a module's call prefers
+    # Perturbed-attention guidance sets processors of its own in the parts that all calls share.
+    attention = {part: part.attn_processors for part in twin.components.values() if hasattr(part, "attn_processors")}
     vars(twin).update(scheduler=scheduler, progress_bar=progress_bar, maybe_free_model_hooks=lambda: None)
     vars(scheduler).update(step=step, set_timesteps=set_timesteps)
     thread = threading.Thread(target=run, daemon=True)
@@ -114,6 +123,9 @@ def events(pipeline, scheduler, steps, encoded, arguments):
     finally:
         answers.put(Left)
         thread.join()
+        for part, processors in attention.items():
+            if part.attn_processors != processors:
+                part.set_attn_processor(processors)
 
 
 def content(value):
@@ -124,22 +136,54 @@ def content(value):
 
 
 def is_list(value):
-    """Return whether a value is a list of tensors: with one for each sample, or each layer."""
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, torch.Tensor) for each in value)
+    """Return whether a value is a list with a thing for each sample, or each layer: tensors, or sizes of images."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    sizes = all(isinstance(each, (list, tuple)) for each in value)
+    tensors = [isinstance(each, torch.Tensor) for each in (tree_flatten(value)[0] if sizes else value)]
+    return not any(tensors) if sizes else all(tensors)
 
 
 flatten = functools.partial(tree_flatten, is_leaf=is_list)
 
 
-def same(one, other):
-    """Return whether two values are equal. Tensors without values are, if they have one shape."""
+def same(one, other, off=0.0):
+    """Return whether two values are equal. Tensors without values are, if they have one shape.
+
+    off: by how much floating-point numbers may differ, as a share of the largest.
+    """
     if one is other:
         return True
     if is_list(one):
-        return is_list(other) and len(one) == len(other) and all(map(same, one, other))
+        return is_list(other) and len(one) == len(other) and all(same(*each, off) for each in zip(one, other))
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and (one.is_meta or torch.equal(one.nan_to_num(), other.nan_to_num()))
+        if one.shape != other.shape or one.is_meta:
+            return one.shape == other.shape
+        one, other = one.nan_to_num(), other.nan_to_num()
+        close = off and one.is_floating_point() and (one - other).abs().max() <= off * other.abs().max()
+        return bool(close or torch.equal(one, other))
     return type(one) is type(other) and one == other
+
+
+def rows(answer, told):
+    """Return how many samples a network has answered for, and whether with a list of them, like one it was given.
+
+    told: the leaves of its arguments.
+    """
+    last = flatten(answer)[0][-1]
+    if isinstance(last, list) and any(is_list(value) and len(value) == len(last) for value in told):
+        return len(last), True
+    return len(last[-1] if is_list(last) else last), False
+
+
+def by_copies(value, before, rows, copies):
+    """Return a tensor for copies of one sample as (rows, copies, ...), given that for one, with as many rows or more.
+
+    A network sees rows x copies samples, so what is more than one row of a sample, such as those of a video's frames,
+    lies together.
+    """
+    rows = rows if len(before) % rows == 0 else len(before)
+    return value.unflatten(0, (rows, copies, -1))
 
 
 class Told(NamedTuple):
@@ -177,9 +221,12 @@ class Loop:
             raise Refused(f"the {type(pipeline).__name__} cannot be called like this: {error}", status=2) from error
 
     def _events(self, steps, copies=1, scheduler=None, **more):
-        arguments = self.arguments | {"generator": torch.Generator("cpu").manual_seed(self.seed)} | more
-        arguments |= {self.copies: copies} if copies > 1 else {}
-        return events(self.pipeline, scheduler or copy.copy(self.template), steps, self.encoded, arguments)
+        generators = [torch.Generator("cpu").manual_seed(self.seed) for _ in range(copies)]
+        arguments = self.arguments | {"generator": generators[0]} | more
+        if copies > 1:  # with a generator each, as what a call draws is to be the same for all
+            arguments |= {self.copies: copies, "generator": generators}
+        scheduler = scheduler or copy.copy(self.template)
+        return events(self.pipeline, scheduler, steps, self.encoded, self.seed, arguments)
 
     # Look
 
@@ -193,10 +240,11 @@ class Loop:
                     kind, *event = loop.send(answer)
                     if kind == "network":
                         name, module, args, kwargs = event
-                        if new and not seen:
+                        leaves, tree = flatten((dict(enumerate(args)), kwargs))
+                        calls.append((name, [type(leaf)(leaf) if is_list(leaf) else leaf for leaf in leaves], tree))
+                        if new and not seen:  # afterwards, as a UNet takes an adapter's features out of their list
                             with torch.compiler.set_stance("force_eager"):  # as the loop has times in another shape
                                 self.answers.append(module(*args, **kwargs))
-                        calls.append((name, *flatten((dict(enumerate(args)), kwargs))))
                         self._expect(len(calls) <= len(self.answers), "calls other networks", len(seen))
                         answer = copy.copy(self.answers[len(calls) - 1])
                     else:
@@ -207,10 +255,12 @@ class Loop:
                         self._expect(same(output, guided), "guides otherwise", len(seen) - 1)
                         self._expect(same(answer, first), "has changed the states", len(seen) - 1)
         self._expect(seen, "has no loop that can be followed", 0)
+        if len(first) != 1:
+            raise Refused(f"the {type(self.pipeline).__name__} takes its steps with {len(first)} samples, not one")
         self.x, self.dtype, self.N = first.float(), first.dtype, len(seen)
         self.told = [self._compared(calls) for calls in zip(*seen)]
-        outputs = [tree_flatten(answer)[0][-1] for answer in self.answers]
-        self.rows = [len(output) for output in outputs]
+        found = [rows(answer, told.first) for answer, told in zip(self.answers, self.told)]
+        self.rows, self.listed = [count for count, _ in found], [listed for _, listed in found]
 
     def _expect(self, condition, what, step):
         if not condition:
@@ -240,7 +290,9 @@ class Loop:
             return torch.cat([self.denoise(*lane) for lane in zip(x.split(1), n.split(1))])
         try:
             if len(x) > self.width or not self.running:  # of two copies at least, the rows of each can be told
-                self._start(max(self.width, len(x), 2 if self.sizes else 1))
+                self._start(max(2 ** (len(x) - 1).bit_length(), 2 if self.sizes and self.copies else 1))
+            if len(x) > self.width:  # the pipeline turned out to make one sample a call
+                return self.denoise(x, n)
             states = torch.cat([x, x[-1:].expand(self.width - len(x), *x.shape[1:])]).to(self.dtype)
             try:
                 event = self.running.send(states)
@@ -258,23 +310,47 @@ class Loop:
         """End the call that `denoise` has begun; the next one begins another."""
         if self.running:
             self.running.close()
-        self.running = None
+        self.running, self.width = None, 1
 
     def _start(self, width):
-        """Begin a call with so many copies, and go to its first step; its networks are not called."""
+        """Begin a call with so many copies, and go to its first step; its networks are not called.
+
+        If the copies are not those of one sample, all are made one by one, each in a call with one copy.
+        """
         self.close()
         self.width = width
-        self.running = self._events(lambda steps: steps.repeat(2), width, output_type="latent")
-        next(self.running)
-        for answer in self.answers:
-            self.running.send(self._joined([answer], answer, [(1, 1)], False))
+        self.running = self._events(lambda steps: steps.repeat(3), width, output_type="latent")
+        try:
+            event, alike = next(self.running), True
+            for begun in (False, True):  # with the states of the look only from the second step on
+                for c, told in enumerate(self.told):
+                    alike = alike and (not begun or self._alike(c, told, *event[3:]))
+                    event = self.running.send(self._joined([self.answers[c]], c, [(1, 1)]))
+                alike = alike and len(event[2]) == width
+                if not begun:
+                    event = self.running.send(self.x.to(self.dtype).expand(width, *self.x.shape[1:]))
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:  # as of a list of generators
+            if width == 1 or out_of_memory(error):
+                raise
+            alike = False
+        if not alike:
+            if width == 1:
+                raise Refused(f"the {type(self.pipeline).__name__} is not the same in every call with one seed")
+            self.copies = None
+            self._start(1)
+
+    def _alike(self, c, told, args, kwargs):
+        """Return whether network c is told the same of the first and the last copy as it was of one sample."""
+        leaves, _ = flatten((dict(enumerate(args)), kwargs))
+        pairs = [pair for j, pair in enumerate(zip(leaves, told.first, strict=True)) if j not in told.changing]
+        lanes = {0, self.width - 1}
+        return all(same(self._cut(*pair, [lane], self.rows[c]), pair[1], ROUNDING) for lane in lanes for pair in pairs)
 
     def _answer(self, c, n, name, module, args, kwargs):
         """Return what a network says of the first len(n) copies, at steps n, and anything for the rest."""
         (_, first, changing), rows = self.told[c], self.rows[c]
         leaves, tree = flatten((dict(enumerate(args)), kwargs))
-        listed = any(is_list(value) and len(value) > len(before) for value, before in zip(leaves, first))
-        sizes = [max(1, size // rows) for size in self.sizes]
+        sizes = [max(1, size // rows) for size in self.sizes] if self.copies else []
         most = sizes[-1] if sizes else max(1, self.max_batch // rows) if self.max_batch else len(n)
         numbers = [values for values in changing.values() if not isinstance(values, torch.Tensor)]
         outputs, counts = [], []
@@ -283,7 +359,7 @@ class Loop:
             for lanes in (run[i : i + most] for i in range(0, len(run), most)):
                 size = next((size for size in sizes if size >= len(lanes)), len(lanes))
                 filled = [*lanes, *lanes[-1:] * (size - len(lanes))]
-                told = [self._cut(value, before, filled) for value, before in zip(leaves, first)]
+                told = [self._cut(value, before, filled, rows) for value, before in zip(leaves, first)]
                 for j, values in changing.items():
                     told[j] = self._at(values, [n[lane] for lane in filled], rows)
                 args, kwargs = tree_unflatten(told, tree)
@@ -291,9 +367,9 @@ class Loop:
                 outputs.append(tree_map_only(torch.Tensor, torch.clone, module(*args.values(), **kwargs)))
                 counts.append((len(lanes), size))
                 self.calls += 1
-        return self._joined(outputs, self.answers[c], counts, listed)
+        return self._joined(outputs, c, counts)
 
-    def _cut(self, value, before, lanes):
+    def _cut(self, value, before, lanes, rows):
         """Return the part of an argument for some lanes. before: the same argument for one sample.
 
         The copies of each of a sample's rows lie next to each other.
@@ -301,13 +377,18 @@ class Loop:
         if is_list(value):
             if len(value) > len(before):
                 return [value[r * self.width + lane] for r in range(len(before)) for lane in lanes]
-            return type(value)(self._cut(each, was, lanes) for each, was in zip(value, before))
-        copied = isinstance(value, torch.Tensor) and value.ndim and len(value) == self.width * len(before)
-        if not copied or self.width == 1 or lanes == [*range(self.width)]:
+            return type(value)(self._cut(each, was, lanes, rows) for each, was in zip(value, before))
+        if not isinstance(value, torch.Tensor) or not value.ndim or self.width == 1:
+            return value
+        if value.shape == before.shape and len(before) == rows > 1:  # not copied by the pipeline, as a given mask
+            return value.repeat_interleave(len(lanes), 0)
+        dim = next((dim for dim, size in enumerate(before.shape) if value.shape[dim] == self.width * size), None)
+        if dim is None or lanes == [*range(self.width)]:
             return value
         picked = slice(lanes[0], lanes[-1] + 1) if len(lanes) == lanes[-1] + 1 - lanes[0] else lanes
-        # With the same strides, too, in a call of any width, or a compiled network would be compiled again.
-        return value.unflatten(0, (-1, self.width))[:, picked].flatten(0, 1).contiguous()
+        value, before = value.movedim(dim, 0), before.movedim(dim, 0)  # most often the first
+        # With the same strides in a call of any width, or a compiled network would be compiled again.
+        return by_copies(value, before, rows, self.width)[:, picked].flatten(0, 2).movedim(0, dim).contiguous()
 
     @staticmethod
     def _at(values, n, rows):
@@ -318,12 +399,12 @@ class Loop:
         found = found.expand(-1, rows, *found.shape[2:]) if found.shape[1] == 1 else found
         return found.transpose(0, 1).flatten(0, 1)
 
-    def _joined(self, outputs, before, counts, listed):
-        """Return a network's output for all copies. before: that for one sample. listed: whether lists have samples.
+    def _joined(self, outputs, c, counts):
+        """Return the output of network c for all copies.
 
         outputs: for each call, that for its lanes. counts: for each call, the lanes and the copies that filled it up.
         """
-        missing = self.width - sum(count for count, _ in counts)
+        missing, rows, listed = self.width - sum(count for count, _ in counts), self.rows[c], self.listed[c]
 
         def join(values, before):
             if is_list(before) and listed:
@@ -334,10 +415,10 @@ class Loop:
                 return type(before)(join(each, was) for each, was in zip(zip(*values), before))
             if not isinstance(before, torch.Tensor) or not before.ndim:
                 return values[0]
-            parts = [value.unflatten(0, (-1, size))[:, :count] for value, (count, size) in zip(values, counts)]
-            return torch.cat([*parts, parts[0][:, :1].expand(-1, missing, *[-1] * (before.ndim - 1))], 1).flatten(0, 1)
+            parts = [by_copies(value, before, rows, size)[:, :count] for value, (count, size) in zip(values, counts)]
+            return torch.cat([*parts, parts[0][:, :1].expand(-1, missing, *[-1] * before.ndim)], 1).flatten(0, 2)
 
-        leaves, tree = flatten(before)
+        leaves, tree = flatten(self.answers[c])
         pairs = zip(zip(*(flatten(output)[0] for output in outputs)), leaves)
         return tree_unflatten([join(values, was) for values, was in pairs], tree)
 

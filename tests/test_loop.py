@@ -2,11 +2,15 @@
 
 import copy
 import gc
+import inspect
 import threading
 from collections import namedtuple
 
+import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from models.loading import known
@@ -16,6 +20,35 @@ from sampler import Sampler
 from settings import Settings
 
 N, Stepped = 6, namedtuple("Stepped", ["prev_sample"])
+
+
+def other(kind, pipeline, **parts):
+    """A pipeline of another class with the parts of one, and further ones."""
+    names = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    parts = {**pipeline.components, "requires_safety_checker": False, **parts}
+    return getattr(diffusers, kind)(**{name: part for name, part in parts.items() if name in names})
+
+
+def flux_control():
+    """It draws an encoding of its image."""
+    config = flux().transformer.config | {"in_channels": 32, "out_channels": 16}
+    return other("FluxControlPipeline", flux(), transformer=diffusers.FluxTransformer2DModel.from_config(config))
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+MODES = {
+    "perturbed attention": (lambda: other("StableDiffusionPAGPipeline", stable_diffusion()), {}),
+    "image to image": (
+        lambda: other("StableDiffusionImg2ImgPipeline", stable_diffusion()),
+        {"image": PICTURE, "strength": 0.3, "num_inference_steps": 20},
+    ),
+    "flow, image to image": (
+        lambda: other("FluxImg2ImgPipeline", flux()),
+        {"image": PICTURE, "strength": 0.3, "num_inference_steps": 20},
+    ),
+    "condition": (flux_control, {"control_image": PICTURE}),
+}
+KINDS = {name: (make, {}) for name, make in FAMILIES.items()} | MODES
 
 
 def make(pipeline, **arguments):
@@ -32,7 +65,7 @@ def by_the_pipeline(loop, states):
 
     def step(output, t, sample, **how):
         outputs.append(output.float())
-        return Stepped(states[len(outputs) % N][None].to(sample.dtype))
+        return Stepped(states[len(outputs) % len(states)][None].to(sample.dtype))
 
     vars(pipeline)["scheduler"] = copy.copy(known(loop.pipeline).scheduler)
     pipeline.scheduler.step = step
@@ -41,16 +74,20 @@ def by_the_pipeline(loop, states):
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_any_states_at_any_steps_are_denoised_as_by_the_pipeline_whatever_their_batch(family):
-    loop = make(FAMILIES[family]())
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_states_at_any_steps_are_denoised_as_by_the_pipeline_whatever_their_batch(kind):
+    make_pipeline, arguments = KINDS[kind]
+    loop = make(make_pipeline(), **arguments)
+    assert loop.N == N
     states = torch.cat([loop.x, torch.randn(N - 1, *loop.x.shape[1:], generator=torch.Generator().manual_seed(0))])
     truth = by_the_pipeline(loop, states)
     for order in ([0], [4], [5, 0, 2], [1], [3, 1, 4, 4, 2, 0, 5], [2, 5], *([n] for n in range(N))):
         found = loop.denoise(states[order], torch.tensor(order))
         torch.testing.assert_close(found, truth[order], atol=1e-4 * float(truth.std()), rtol=1e-4)
+    assert loop.copies, "in a batch"
     loop.close()
-    assert torch.equal(loop.denoise(loop.x, torch.tensor([0])), truth[:1]), "to the bit, one by one"
+    alone = loop.denoise(loop.x, torch.tensor([0]))
+    assert torch.equal(alone, truth[:1]) or kind in MODES, "to the bit, one by one, where no image is encoded"
 
 
 @pytest.mark.parametrize(
@@ -87,12 +124,13 @@ def fail(refinements):
 
 
 @pytest.mark.parametrize("end", [list, leave, next, fail])
-@pytest.mark.parametrize("make_pipeline", [stable_diffusion, flux])
+@pytest.mark.parametrize("make_pipeline", [stable_diffusion, flux, MODES["perturbed attention"][0]])
 def test_a_pipeline_is_unchanged_and_no_thread_is_left_however_sampling_ends(make_pipeline, end):
     tqdm(disable=True)  # starts a thread of its own, once
     pipeline, threads = make_pipeline(), threading.active_count()
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    state = lambda: (dict(vars(pipeline)), [(part.forward, part._compiled_call_impl) for part in parts.values()])
+    names = "forward", "_compiled_call_impl", "attn_processors"
+    state = lambda: (dict(vars(pipeline)), [[getattr(part, name, None) for name in names] for part in parts.values()])
     use = lambda: pipeline("a moon", num_inference_steps=2, height=64, width=64, output_type="np",
                            generator=torch.Generator().manual_seed(1)).images.tobytes()  # fmt: skip
     image, before = use(), state()
