@@ -11,8 +11,6 @@ from settings import COARSE_STEPS, SettingError, Settings, did_you_mean, flag_of
 
 MOST_SEEDS = 10_000  # in a range
 UNASKED, MOST_SAMPLES = 1000, 10**6  # most samples without and with --yes
-MOST_CHARACTERS = 10_000  # of a prompt
-MOST_BYTES = 64 * 2**20  # of a prompt file
 
 
 class Variant(NamedTuple):
@@ -96,10 +94,7 @@ def read_seeds(words):
 
 
 def check_prompt(prompt, setting="prompt"):
-    """Return a prompt without surrounding white space. Raises SettingError if it is blank, long or has a NUL."""
-    if len(prompt) > MOST_CHARACTERS:
-        remedy = f"... has {len(prompt)} characters; give at most {MOST_CHARACTERS} in a prompt"
-        raise SettingError(setting, prompt[:20], remedy)
+    """Return a prompt without surrounding white space. Raises SettingError if it is blank or has a NUL."""
     return text()(setting, prompt.strip())
 
 
@@ -110,8 +105,6 @@ def read_prompts(path):
     """
     refuse = lambda why: SettingError("prompts", path, f"{why}; give a text file in UTF-8, one prompt a line")
     try:
-        if Path(path).stat().st_size > MOST_BYTES or not Path(path).is_file():  # a pipe would be waited for
-            raise refuse(f"is not a file of at most {MOST_BYTES >> 20} MiB")
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise refuse(f"cannot be read ({getattr(error, 'strerror', 'it is not UTF-8')})") from None

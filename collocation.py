@@ -64,11 +64,7 @@ def collocation(
 
     Ends after N ticks with what is known by then, so as not to be deeper than the sequential sampler. An iterate is
     `settled` unless that limit, or the one of 2 M + 8 ticks for a refinement, cut it short.
-
-    Raises ValueError, at the first iterate, for nodes below 2, a window below 1 or refinements below 0.
     """
-    if (nodes is not None and nodes < 2) or (window is not None and window < 1) or (refinements or 0) < 0:
-        raise ValueError(f"nodes {nodes}, window {window} or refinements {refinements} are too low")
     shape, x = x.shape[1:], x.reshape(1, -1).float()
     chain = solver.unrolled(shape)
     N = chain.K.shape[1]

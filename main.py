@@ -83,10 +83,8 @@ def parse(argv):
     for name, other in (several | {name: "sweep" for axis in axes for name in axis[0]}).items():
         if name in given:
             raise SettingError(name, given[name], f"cannot be given together with --{other}; give one of them")
-    if experiment.prompts is not None and experiment.prompt is not None:
-        raise Failure("argument --prompts/-p or --prompt: give only one of them", status=2)
     texts = [asked.check_prompt(text) for text in experiment.prompt or ()]
-    texts = texts or (asked.read_prompts(experiment.prompts) if experiment.prompts is not None else [])
+    texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
     asked.check_count(max(1, len(texts)) * len(seeds or [0]) * math.prod(map(len, axes)), experiment.yes)
     notes = {}
     combined = [own(Settings) | values for values in asked.combinations(axes)]

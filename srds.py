@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-SCHEDULES = ("pipelined", "sweep")
-
 
 class Iterate(NamedTuple):
     """The trajectory after k refinements, and its cost so far."""
@@ -70,15 +68,9 @@ def srds(x, denoise, step, boundaries, schedule="pipelined", refinements=None, c
         tick. Ignored if each block has one step.
 
     Nothing here waits for the device, so that it always has work queued.
-
-    Raises ValueError, at the first iterate, for an unknown schedule, boundaries that do not rise, or K < 0.
     """
     n, B = list(boundaries), len(boundaries) - 1
     K = B if refinements is None else min(refinements, B)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
-    if B < 1 or K < 0 or any(n[i] >= n[i + 1] for i in range(B)):
-        raise ValueError(f"boundaries must rise and refinements not be negative: {boundaries}, {refinements}")
     fine_is_coarse = n[B] - n[0] == B
     if fine_is_coarse:
         K = 0  # the initialisation is already the sequential sample

@@ -5,26 +5,19 @@ A record is a sample as in `result.json`, see `study.folder`: a dictionary with 
 
 import io
 import json
-import os
 import re
 from dataclasses import fields
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps, font_manager
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from settings import Settings, in_one_line
 
-notebook = os.environ.pop("MPLBACKEND", None)  # it may name a backend that is not installed here, and figures need none
-from matplotlib import colormaps, font_manager
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-if notebook is not None:
-    os.environ["MPLBACKEND"] = notebook
-
 SETTINGS = {each.name for each in fields(Settings)}
-SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "ddpm": "DDPM", "dpmsolver++": "DPM++ 2M"}
 MOST_TEXT = 4000  # characters of a prompt in an image's own text
 SHOWN, ROWS = 64, 16  # samples in an overview's pictures, and in its filmstrip
 CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
@@ -47,7 +40,7 @@ def pictures(records, image_of, alike=True):
     if alike:
         files |= {f"{name}.png": png(mosaic(images(name, SHOWN)), text) for name in names}
     if alike and truth:
-        together = combine_errors([np.asarray(result["errors"]) for result in results])
+        together = np.linalg.norm(padded([result["errors"] for result in results]), axis=0)  # over all samples
         files["trajectory_errors_table.csv"] = error_table(together).encode()
         files["trajectory_errors_plot.png"] = error_plot(together, results, records[0]["made_by"]["fine_steps"])
     return files
@@ -72,25 +65,11 @@ def png(image, text):
 def png_text(records):
     """Return the texts that a PNG holds; for one sample, also in the form that web UIs for Stable Diffusion read."""
     made = records[0]["made_by"]
-    found = {
+    return {
         "prompt": "\n".join(record["made_by"]["prompt"][:MOST_TEXT] for record in records),
         "seed": str(made["seed"]),
         "settings": json.dumps({name: value for name, value in made.items() if name != "prompt"}),
     }
-    return found | ({"parameters": parameters(records[0])} if len(records) == 1 else {})
-
-
-def parameters(record):
-    """Return a sample's settings in the format of AUTOMATIC1111's web UI, which other programs read as well."""
-    made = record["made_by"]
-    words = {
-        "Steps": made["fine_steps"], "Sampler": SAMPLERS.get(made["solver"], made["solver"]),
-        "CFG scale": made["guidance_scale"], "Seed": made["seed"], "Size": "x".join(map(str, record["result"]["size"])),
-        "Model": record["result"]["model"],
-    }  # fmt: skip
-    last = ", ".join(f"{name}: {value}" for name, value in words.items() if value is not None)
-    negative = [f"Negative prompt: {made['negative_prompt'][:MOST_TEXT]}"] if made["negative_prompt"] else []
-    return "\n".join([made["prompt"][:MOST_TEXT], *negative, last])
 
 
 def mosaic(images):
@@ -157,20 +136,10 @@ def names_of(rows, most):
     return names
 
 
-def mean_points(samples):
-    """Return the mean point at each refinement, (refinements, 2), of samples, each a list of points (x, y).
-
-    A sample that stopped earlier keeps its last point.
-    """
+def padded(samples):
+    """Return lists of rows as one array, (samples, refinements, ...); a sample that stopped keeps its last row."""
     longest = max(map(len, samples))
-    return np.mean([points + points[-1:] * (longest - len(points)) for points in samples], 0)
-
-
-def combine_errors(errors):
-    """Return the norms over all samples together, each (refinements + 1, B); one that stopped keeps its last row."""
-    longest = max(map(len, errors))
-    padded = [np.pad(error, ((0, longest - len(error)), (0, 0)), mode="edge") for error in errors]
-    return np.sqrt(np.square(padded).sum(0))
+    return np.array([rows + rows[-1:] * (longest - len(rows)) for rows in samples])
 
 
 def error_table(errors):
@@ -188,23 +157,23 @@ def error_plot(errors, results, steps):
 
     count = len(errors)
     labelled = set(np.linspace(0, count - 1, min(count, 9)).round().astype(int))
-    floor = _zero_line(left, errors)
+    _scale(left, errors)
     for k, row in enumerate(errors):
         color = colormaps["viridis"](0.9 * k / max(count - 1, 1))
-        _line(left, range(1, len(row) + 1), row, floor, color, "os^Dv<>pX"[k % 9],
-              f"k = {k}" if k in labelled else None)  # fmt: skip
+        label = f"k = {k}" if k in labelled else None
+        left.plot(range(1, len(row) + 1), row, color=color, marker="os^Dv<>pX"[k % 9], label=label)
     left.set(xlabel="boundary", ylabel="L2 norm of the state's difference", title="Trajectory against the ground truth")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8, ncols=2 if count > 5 else 1)
 
     shown = [[(entry["serial_evaluations"], entry["difference"]) for entry in result["refinements"]]
              for result in results]  # fmt: skip
-    ticks, mean = mean_points(shown).T
-    floor = _zero_line(right, [*mean, *(value for points in shown for _, value in points)])
+    ticks, mean = padded(shown).mean(0).T
+    _scale(right, [value for points in shown for _, value in points])
     if len(shown) > 1:
         for i, points in enumerate(shown):
-            _line(right, *zip(*points), floor, "0.65", "o", None if i else "one sample")
-    _line(right, ticks, mean, floor, "black", "s", "refinements" if len(shown) == 1 else f"mean of {len(shown)}")
+            right.plot(*zip(*points), "o-", color="0.65", label=None if i else "one sample")
+    right.plot(ticks, mean, "ks-", label="refinements" if len(shown) == 1 else f"mean of {len(shown)}")
     right.axvline(steps, color="0.4", linestyle="--", label=f"sequential: N = {steps}")
     right.set(xlabel="serial evaluations", ylabel="difference, grey levels of 255")
     right.set_title("Image against the ground truth")
@@ -216,27 +185,11 @@ def error_plot(errors, results, steps):
     return file.getvalue()
 
 
-def _zero_line(axes, values):
-    """Make the axis logarithmic, with a place for exact zeros below all other values; return that place."""
+def _scale(axes, values):
+    """Make the axis logarithmic down to the least positive value, and linear from there to 0."""
     values = np.asarray(values, float)
-    positive = values[values > 0]
-    axes.set_yscale("log")
+    axes.set_yscale("symlog", linthresh=min(values[values > 0], default=1.0))
     axes.grid(True, color="0.9")
-    floor = 10.0 ** np.floor(np.log10(positive.min()) - 0.5) if len(positive) else 1e-3
-    if not len(positive):
-        axes.set_ylim(floor / 10, 1)
-    if (values == 0).any():
-        axes.axhline(floor, color="0.6", linewidth=0.8, linestyle=":")
-        axes.annotate("exactly 0", (0.01, floor), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                      textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
-    return floor
-
-
-def _line(axes, x, y, floor, color, marker, label):
-    y = np.asarray(y, float)
-    axes.plot(x, np.where(y > 0, y, floor), color=color, marker=marker, markersize=5, linewidth=1.4, label=label)
-    zeros = y == 0
-    axes.plot(np.asarray(x)[zeros], np.full(zeros.sum(), floor), marker, color="white", markeredgecolor=color, zorder=3)
 
 
 def line_of(entry):

@@ -60,7 +60,8 @@ def load_loras(pipeline, loras):
     for i, lora in enumerate(loras):
         name = f"lora_{i}"
         with _refusing("lora", lora.given):
-            weights = _lora_weights(pipeline, lora.path)
+            found = pipeline.lora_state_dict(str(lora.path), use_safetensors=True)
+            weights = found[0] if isinstance(found, tuple) else found  # some pipelines also return their scales
             pipeline.load_lora_weights(str(lora.path), adapter_name=name, use_safetensors=True)
         # diffusers only warns about weights for which it finds no place.
         tensors = sum("lora" in key and not key.endswith("alpha") for key in weights)
@@ -72,11 +73,6 @@ def load_loras(pipeline, loras):
             raise SettingError("lora", lora.given, f"does not fit the model, which has {what}; give one made for it")
     if loras:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [lora.how[0] for lora in loras])
-
-
-def _lora_weights(pipeline, path):
-    found = pipeline.lora_state_dict(str(path), use_safetensors=True)
-    return found[0] if isinstance(found, tuple) else found  # some pipelines also return their scales
 
 
 def load_textual_inversions(pipeline, embeddings):

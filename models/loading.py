@@ -122,8 +122,6 @@ def known(pipeline):
     for name, part in pipeline.components.items():
         if part is None and name in ("scheduler", "vae", *NETWORKS) and name not in kind._optional_components:
             raise ModelError(f"the {kind.__name__} has no {name}; add one")
-        if isinstance(part, torch.nn.DataParallel):
-            raise ModelError(f"the {name} of the {kind.__name__} is a DataParallel; give the pipeline its .module")
         if getattr(part, "is_cache_enabled", False):
             raise ModelError(f"the {name} of the {kind.__name__} has a cache, which lanes would share; disable_cache()")
     scheduler = dict(pipeline.scheduler.config)
@@ -273,12 +271,7 @@ def load_pipeline(model, loading):
             remedy = f"does not suit a {model.kind.__name__}; leave it out"
             raise SettingError(setting, getattr(loading, setting)[0], remedy)
     adapters = find_adapters(loading)
-    try:
-        pipeline = _from_pretrained(model, dtype, loading.variant)
-    except ModelError:
-        if model.name not in MIRRORS:
-            raise
-        pipeline = _from_pretrained(find_model(MIRRORS[model.name]), dtype, loading.variant)
+    pipeline = _from_pretrained(model, dtype, loading.variant)
     load_textual_inversions(pipeline, adapters["textual_inversion"])
     load_loras(pipeline, adapters["lora"])
     for component in ("unet", "vae"):

@@ -21,6 +21,7 @@ import threading
 from typing import NamedTuple
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
@@ -39,16 +40,7 @@ class Left(BaseException):
     """Raised in a pipeline's call that nobody waits for any more."""
 
 
-class Stepped(dict):
-    """What a scheduler's step returns: by name, and by number."""
-
-    __getattr__ = dict.__getitem__
-
-    def __getitem__(self, i):
-        return dict.__getitem__(self, [*self][i] if isinstance(i, int) else i)
-
-
-def events(pipeline, scheduler, steps, encoded, seed, arguments):
+def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     """Call a pipeline, and yield what its loop asks for, to be answered by `send`; returns what the call returns.
 
     ("network", name, module, args, kwargs): a call of a network. ("step", output, states): one of the scheduler's step.
@@ -58,7 +50,7 @@ def events(pipeline, scheduler, steps, encoded, seed, arguments):
     """
     asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-    beginning = contextlib.ExitStack()
+    beginning, most = contextlib.ExitStack(), torch.get_num_threads()
 
     def ask(*event):
         asked.put(event)
@@ -80,7 +72,7 @@ def events(pipeline, scheduler, steps, encoded, seed, arguments):
         if hasattr(scheduler, "_step_index"):  # a pipeline that inpaints asks for noise of the next step
             begun = scheduler.begin_index or 0 if scheduler.step_index is None else scheduler.step_index
             scheduler._step_index = begun + 1
-        return Stepped(prev_sample=states) if return_dict else (states,)
+        return SchedulerOutput(prev_sample=states) if return_dict else (states,)
 
     @functools.wraps(scheduler.set_timesteps)
     def set_timesteps(*args, **kwargs):
@@ -97,6 +89,7 @@ def events(pipeline, scheduler, steps, encoded, seed, arguments):
     def run():
         try:
             with torch.cuda.device(device), beginning:
+                torch.set_num_threads(threads or most)
                 beginning.enter_context(BEGINNING)
                 beginning.enter_context(torch.random.fork_rng([device] * (device >= 0)))
                 torch.manual_seed(seed)  # for what is drawn without the generator
@@ -115,8 +108,11 @@ def events(pipeline, scheduler, steps, encoded, seed, arguments):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while (event := asked.get())[0] in ("network", "step"):
+        event = asked.get()
+        torch.set_num_threads(most)  # as new threads have the last number that was set
+        while event[0] in ("network", "step"):
             answers.put((yield event))
+            event = asked.get()
         if event[0] == "error":
             raise event[1]
         return event[1]
@@ -220,13 +216,13 @@ class Loop:
         except (TypeError, ValueError) as error:  # of the pipeline's own checks
             raise Refused(f"the {type(pipeline).__name__} cannot be called like this: {error}", status=2) from error
 
-    def _events(self, steps, copies=1, scheduler=None, **more):
+    def _events(self, steps, copies=1, scheduler=None, threads=None, **more):
         generators = [torch.Generator("cpu").manual_seed(self.seed) for _ in range(copies)]
         arguments = self.arguments | {"generator": generators[0]} | more
         if copies > 1:  # with a generator each, as what a call draws is to be the same for all
             arguments |= {self.copies: copies, "generator": generators}
         scheduler = scheduler or copy.copy(self.template)
-        return events(self.pipeline, scheduler, steps, self.encoded, self.seed, arguments)
+        return events(self.pipeline, scheduler, steps, self.encoded, self.seed, threads, arguments)
 
     # Look
 
@@ -319,7 +315,8 @@ class Loop:
         """
         self.close()
         self.width = width
-        self.running = self._events(lambda steps: steps.repeat(3), width, output_type="latent")
+        # With one thread, as those of two would wait for each other at each call of a network on the CPU.
+        self.running = self._events(lambda steps: steps.repeat(3), width, threads=1, output_type="latent")
         try:
             event, alike = next(self.running), True
             for begun in (False, True):  # with the states of the look only from the second step on

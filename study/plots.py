@@ -8,7 +8,7 @@ from cycler import cycler
 from matplotlib.figure import Figure
 
 from study.results import SETTINGS, last_rows, settings_of
-from utils import mean_points
+from utils import padded
 
 # Lines can be distinguished without colours.
 LOOKS = cycler(color=["0", "0.3", "0.6"] * 10, linestyle=["-", "--", ":"] * 10, marker=[*"osD^v<>pX*"] * 3)
@@ -33,7 +33,7 @@ def against_cost(rows, names):
 
     def draw(axes, across, part, label):
         samples = [each[[across, "difference"]].values.tolist() for _, each in part.groupby(["run", "folder"])]
-        axes.plot(*mean_points(samples).T, label=label)
+        axes.plot(*padded(samples).mean(0).T, label=label)
         axes.set_xlabel(across.replace("_", " "))
 
     svg = two_plots(rows, names, ("serial_evaluations", "seconds"), draw, sharey=True)

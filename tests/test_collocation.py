@@ -191,10 +191,3 @@ def test_smaller_blocks_and_fewer_secants_reach_the_same_limit(name, value, nois
     problem = Mixture(50)
     *_, last = collocation(noise, problem.denoise, problem.solver, [0, 50])
     assert last.all_nodes and grey(last.states, problem.sequential(noise)) < EXACT
-
-
-@pytest.mark.parametrize("how", [{"nodes": 1}, {"window": 0}, {"refinements": -1}])
-def test_what_cannot_be_is_refused(how, noise):
-    problem = Mixture(10)
-    with pytest.raises(ValueError, match="are too low"):
-        next(collocation(noise, problem.denoise, problem.solver, [0, 10], **how))

@@ -384,7 +384,7 @@ def test_a_disk_that_is_full_or_fails_is_one_line_and_leaves_nothing_half(full, 
 # Records of others
 
 
-ODD = [None, True, -1, 2**64, 10**400, 1e308, 1e200, "", "\ud800", "../../victim", [], [[]], [5], {}, {"a": [None]}]
+ODD = [None, True, -1, 10**400, 1e308, "", "\ud800", "../../victim", [], [[]], [5], {}, {"a": [None]}]
 
 
 @pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))

@@ -208,9 +208,6 @@ def test_what_is_no_whole_pipeline_is_refused():
         setattr(pipeline, part, None)
         with pytest.raises(ModelError, match=f"has no {part}"):
             known(pipeline)
-    pipeline.unet = torch.nn.DataParallel(pipeline.unet)
-    with pytest.raises(ModelError, match="is a DataParallel; give the pipeline its .module"):
-        known(pipeline)
     cached = flux()
     cached.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))
     with pytest.raises(ModelError, match=r"has a cache, which lanes would share; disable_cache\(\)"):

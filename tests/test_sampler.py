@@ -192,6 +192,7 @@ def test_a_prompt_is_encoded_once_for_truth_and_refinements(sampler):
         assert len(texts) == 3
 
 
+@pytest.mark.slow
 def test_threads_that_share_a_sampler_sample_as_one_does(sampler):
     """A tokenizer keeps the padding that it was last asked for."""
     texts = [" ".join("abcdefgh"[: 1 + i % 8]) for i in range(16)]

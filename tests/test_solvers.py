@@ -12,7 +12,8 @@ from conftest import Gaussian, Mixture
 from diffusion import boundaries
 from pipelines import SD
 from refinement import Trajectory
-from srds import SCHEDULES, srds
+from settings import SCHEDULES
+from srds import srds
 
 KINDS = {
     "ddim": {},

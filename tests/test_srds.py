@@ -7,7 +7,8 @@ import torch
 
 from conftest import Gaussian, Mixture, Stiff
 from diffusion import boundaries
-from srds import SCHEDULES, algorithm_1, srds
+from settings import SCHEDULES
+from srds import algorithm_1, srds
 
 
 def counted(N, B, schedule, refinements=None):
@@ -156,12 +157,3 @@ def test_memory_does_not_grow_with_the_steps(noise):
     short, long = most_alive(40, 5), most_alive(160, 5)
     assert 5 < short < 40 and long <= short + 2, (short, long)
     assert most_alive(100, 20) < 150  # 67 boundary states of 5 iterations, and their F, G and lanes
-
-
-@pytest.mark.parametrize(
-    "arguments", [([0, 5, 10], "backwards"), ([0, 5, 5], "sweep"), ([0], "sweep"), ([0, 5], "sweep", -1)]
-)
-def test_what_cannot_be_run_is_a_value_error(arguments, noise):
-    problem = Gaussian(10)
-    with pytest.raises(ValueError):
-        next(srds(noise, problem.denoise, problem.step, *arguments))

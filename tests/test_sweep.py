@@ -95,6 +95,7 @@ def test_a_plan_is_a_number_from_then_on_and_one_that_fails_is_one_line(tiny, tm
     assert "out of memory; try a smaller --max-batch" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_clip_scores_are_cosines_of_image_and_prompt_beside_the_truths(tmp_path, monkeypatch, capsys):
     """Of a model with random weights, of a seed whose scores are above 0, where they are cut."""
     torch.manual_seed(8)
