@@ -142,6 +142,7 @@ def test_a_run_records_its_settings_and_a_command_that_makes_the_same_samples(ru
     assert "8 of 8 samples are there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_samples_are_shown_side_by_side(run, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa red sun\r\n# note\r\n\r\nüber / the: hills\r\n\\# 3\r\n".encode())
     status, out, printed = run("-p", str(tmp_path / "p.txt"), "-tol", "0", "--max-iterations", "2")
@@ -207,6 +208,7 @@ def test_from_python_a_sample_is_the_commands_to_the_bit(run, tiny):
     np.testing.assert_allclose(table.values, torch.stack(errors), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["srds", "collocation"])
 def test_a_run_starts_from_the_trajectories_that_another_kept(method, run, tmp_path):
     both, more = ["--prompt", "a moon", "--prompt", "a sun"], ["--method", method, "--no-ground-truth"]

@@ -115,6 +115,7 @@ def test_runs_side_by_side_are_told_apart_by_what_differs(study, tmp_path):
         assert f": {count} samples" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_page_is_written_whole_or_not_at_all_and_never_over_another_file(study, tmp_path, monkeypatch, capsys):
     out, theirs = str(study / "out"), tmp_path / "theirs.html"
     theirs.write_text("<p>somebody's")
