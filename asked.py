@@ -48,7 +48,7 @@ def read_sweep(sweeps):
     rows = {each.name: each for each in fields(Settings) if each.name not in ("seed", "fixed_batch")}
     read = lambda name, word: word if "str" in str(rows[name].type) else number(word)
     short = {each.metadata["short"].lstrip("-"): name for name, each in rows.items() if each.metadata["short"]}
-    axes, swept = [], []
+    axes = []
     for sweep in sweeps:
         given, _, values = sweep.partition("=")
         names = [word.strip().lstrip("-").replace("-", "_") for word in given.split(":")]
@@ -61,10 +61,6 @@ def read_sweep(sweeps):
             remedy = "give a setting and its values, as in coarse-steps=5,10, or several, as in fs:cs=25:5,100:10"
             raise SettingError("sweep", sweep, f"is not usable; {remedy}{near}; settings: {known}")
         axis = [{name: read(name, word.strip()) for name, word in zip(names, point)} for point in points]
-        swept += names
-        if len({*swept}) < len(swept) or any(axis.count(each) > 1 for each in axis):
-            remedy = "repeats a setting or value; give all values of a setting once, together"
-            raise SettingError("sweep", sweep, remedy)
         axes.append(axis)
     return axes
 

@@ -24,6 +24,8 @@ from refinement import Refinement, Sample, Sequential, Trajectory, judge, measur
 from settings import Loading, SettingError, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
 
+# Arguments of pipelines that would change the steps, the noise or the output.
+OURS = {"num_inference_steps", "generator", "eta", "output_type", "return_dict", "callback", "callback_on_step_end"}
 CHECK_SEED = whole(0, 2**64 - 1)
 
 
@@ -111,28 +113,32 @@ class Sampler:
         """The shape of a state."""
         return self._looked.x.shape[1:]
 
-    @functools.cached_property
+    @property
     def grid(self):
         """The `diffusion.Grid`."""
-        if self.model.flow:
-            return diffusion.flow_grid(self._looked.looked)
+        return self._grid(self._looked)
+
+    def _grid(self, loop):
+        if self.model.flow:  # it depends on the size and on further arguments of the pipeline's call
+            return diffusion.flow_grid(loop.looked)
         with torch.device("cpu"):
             return diffusion.diffusion_grid(self.model.scheduler, self.settings.fine_steps, self.settings.solver)
 
     @property
     def solver(self):
         """The `diffusion.Solver`, for the settings' seed."""
-        return self._steps(self.settings.fine_steps)[1]
+        return self._steps(self._looked)[1]
 
-    def _steps(self, N, seed=None):
-        """Return boundaries and the `diffusion.Solver` of the grid's last N steps; image to image may take fewer."""
-        if N not in self._solvers:
-            settings, n = self.settings, diffusion.boundaries(N, min(N, self.settings.coarse_steps))
+    def _steps(self, loop, seed=None):
+        """Return boundaries and the `diffusion.Solver` of a loop's steps, the grid's last; strength may leave fewer."""
+        grid = self._grid(loop).last(loop.N)
+        steps = tuple(grid.noise.tolist())
+        if steps not in self._solvers:
+            settings, n = self.settings, diffusion.boundaries(loop.N, min(loop.N, self.settings.coarse_steps))
             restarts = n if settings.method == "srds" else ()  # a block does not know the step before it
             with torch.device("cpu"):
-                how = settings.solver, settings.eta, settings.seed, restarts
-                self._solvers[N] = n, diffusion.Solver(self.grid.last(N), *how)
-        n, solver = self._solvers[N]
+                self._solvers[steps] = n, diffusion.Solver(grid, settings.solver, settings.eta, settings.seed, restarts)
+        n, solver = self._solvers[steps]
         return n, solver.with_seed(self._seed(seed))
 
     @classmethod
@@ -206,7 +212,7 @@ class Sampler:
         loop = self.loop(prompt, seed)
         if kept is not None and not (kept and [*kept] == sorted({*kept}) and 0 <= kept[0] <= kept[-1] <= loop.N):
             raise SettingError("kept", kept, f"is not a rising list of grid points from 0 to {loop.N}; give one")
-        n, solver = self._steps(loop.N, seed)
+        n, solver = self._steps(loop, seed)
         points, denoise = n if coarse else range(loop.N + 1), self._counted(loop.denoise, on_tick)
         with contextlib.closing(loop):
             started = time.perf_counter()
@@ -227,7 +233,7 @@ class Sampler:
 
         Raises SettingError unless the states have the shape of this sampler's, (B + 1, ...).
         """
-        n, solver = self._steps(self._looked.N, seed)
+        n, solver = self._steps(self._looked, seed)
         given, wanted = tuple(getattr(states, "shape", ())), (len(n), *self.shape)
         if given != wanted:
             raise SettingError("states", given, f"is not the shape of this sampler's, {wanted}; give `Sample.states`")
@@ -236,7 +242,7 @@ class Sampler:
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
         """Yield what `srds.srds` or `collocation.collocation` yields: the method alone, no images, no stop rule."""
         settings, loop = self.settings, self.loop(prompt, seed)
-        n, solver = self._steps(loop.N, seed)
+        n, solver = self._steps(loop, seed)
         x, denoise = loop.x, self._counted(self.processes.split(loop.denoise), on_tick)
         held = begun = None
         if start is not None:
@@ -271,6 +277,8 @@ class Sampler:
             prompt, arguments = prompt.text, prompt.arguments
         if prompt is None and "prompt_embeds" in arguments:
             prompt, arguments = "", arguments | {"prompt": None}
+        for name in OURS & arguments.keys():
+            raise SettingError(name, str(arguments[name])[:80], "is not the pipeline's to take here; see `Settings`")
         prompt = text(empty=True)("prompt", prompt)
         return Prompt(prompt, arguments, self.ignored(prompt), self.pipeline)
 

@@ -63,7 +63,7 @@ def png(image, text):
 
 
 def png_text(records):
-    """Return the texts that a PNG holds; for one sample, also in the form that web UIs for Stable Diffusion read."""
+    """Return the texts that a PNG holds: the prompts, and the first sample's seed and settings."""
     made = records[0]["made_by"]
     return {
         "prompt": "\n".join(record["made_by"]["prompt"][:MOST_TEXT] for record in records),

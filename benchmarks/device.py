@@ -7,7 +7,7 @@ First c(b), the seconds of a network call of b samples, eager and compiled. Then
 own call, a sequential run, and runs of SRDS bounded to k = 1, 2, 3 refinements. Speedups are the sequential run's
 seconds over those of the others, beside those that c(b) predicts, N c(2) / (sum over ticks of c(2 lanes)), for this
 device and, without communication, for 4 with a tick's lanes split among them. "engine" is what a run takes with a
-network that says at once what it is asked. B is the power of two nearest to sqrt(N), so that few batch sizes are
+network that returns its input at once. B is the power of two nearest to sqrt(N), so that few batch sizes are
 compiled. Guidance makes two samples of each lane; nothing is decoded. Runs of more than 500 steps are made once.
 """
 
@@ -144,7 +144,7 @@ class Bench:
         return {"N": N, "run": run, "ticks": ticks, "engine, ms a tick": 1000 * seconds / ticks}
 
     def engine(self, sampler, prompt):
-        """Seconds of a run with a network that says at once what it is asked, the median of three, and its ticks."""
+        """Seconds of a run with a network that returns its input at once, the median of three, and its ticks."""
         unet, found, ticks = self.pipeline.unet, [], []
         at_once = {"forward": lambda x, *_, **__: (x,), "_compiled_call_impl": None}
         with mock.patch.multiple(unet, **at_once):

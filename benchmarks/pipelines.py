@@ -4,7 +4,7 @@
     python benchmarks/pipelines.py Flux Wan       # those alone whose names have one of these words; writes nothing
 
 Each is sampled in 8 steps: by the pipeline's own call with the scheduler that this program uses, step by step through
-`models.loop`, and by both methods until they are exact. A difference is the largest of any number in the last state
+`models.loop`, and by both methods to their end. A difference is the largest of any number in the last state
 and in the decoded image or video, over the standard deviation of the pipeline's own. A pipeline is verified if none
 is above 0.005, or 0.01 by collocation, which stops at a threshold of its own. "batch": whether a network call takes
 several states; False where the pipeline cannot make several copies of a sample, so that calls are made one by one.
@@ -38,9 +38,9 @@ CASES = {}
 INTRODUCTION = """
 Made by `python benchmarks/pipelines.py` with diffusers {version}: tiny networks of random weights, 8 steps, on the CPU
 in float32. A difference is the largest of any number in the last state and in the image or video, over the standard
-deviation of what the pipeline's own call gives: step by step, by SRDS and by collocation, each until it is exact.
-Verified: none above 0.005, by collocation 0.01. "One by one": the pipeline cannot make several equal copies of one,
-so that a network call takes one state at a time; results are the same, but nothing runs in parallel.
+deviation of what the pipeline's own call gives. In order: step by step, SRDS, collocation, each run to its end.
+Verified: none above 0.005, by collocation 0.01. Failed: one is. "One by one": the pipeline cannot make equal copies of
+a sample, so that a network call takes one state at a time; results are the same, but nothing runs in parallel.
 """
 TEXT, IMAGE, CONTROL, VIDEO = "text to image", "image to image", "ControlNet", "video"
 SIZE = {"height": 64, "width": 64}
@@ -67,7 +67,7 @@ def case(kind, name=None):
 
 
 def build(kind, components=None, scheduler=None, **parts):
-    """A pipeline of a class, with those of the parts that it takes: a network given as (class, config) is made."""
+    """A pipeline of a class, with those of the parts that it takes; weights that are all 0 become random."""
     kind = getattr(diffusers, kind)
     parts = (components or {}) | {"scheduler": scheduler or flow()} | parts
     parameters = dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
@@ -822,7 +822,7 @@ def compare(pipeline, arguments):
     for way, sampler in {"sequential": samplers["srds"], **samplers}.items():
         loop = sampler.loop(prompt)
         if way == "sequential":
-            step = sampler._steps(loop.N)[1].step
+            step = sampler._steps(loop)[1].step
             state = diffusion.sequential(loop.x, loop.denoise, step, range(loop.N + 1), [loop.N])[-1:]
         else:
             sampler = sampler if way == "srds" else sampler.vary(method=way, nodes=loop.N)

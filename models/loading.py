@@ -242,8 +242,6 @@ def choose_device(loading):
     if device is None or (device.index or 0) >= count.get(device.type, 0):
         there = ", ".join(kind for kind in count if count[kind])
         raise SettingError("device", loading.device, f"is not available on this machine; give auto or one of: {there}")
-    if loading.offload and device.type == "cpu":
-        raise SettingError("offload", True, "has no effect, as the device is the cpu; leave it out")
     return device
 
 

@@ -25,10 +25,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
-from settings import Failure, out_of_memory
+from settings import Failure, in_one_line, out_of_memory
 
 BEGINNING = threading.Lock()  # before the loop, as a tokenizer's padding is shared by all threads
-ROUNDING = 0.02  # of the largest number, by which what a copy is encoded to may differ from the same for one sample
+ROUNDING = 0.02  # of the largest number: by how much a copy's encoding may differ from one sample's
 COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
 
 
@@ -43,10 +43,10 @@ class Left(BaseException):
 def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     """Call a pipeline, and yield what its loop asks for, to be answered by `send`; returns what the call returns.
 
-    ("network", name, module, args, kwargs): a call of a network. ("step", output, states): one of the scheduler's step.
+    ("network", name, module, args, kwargs): a call of a network. ("step", output, states, time): one of its step.
     scheduler: one of our own, which is used and changed. steps: a function that is given the scheduler's timesteps, and
     its sigmas, once they are set, and returns those to go through. encoded: what networks have said before the loop, by
-    what they were told; it is added to, so that no text is encoded twice. seed: of what is drawn without a generator.
+    what they were told; new ones are added. seed: for draws without a generator. threads: torch's; None: as now.
     """
     asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
@@ -65,10 +65,10 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
         told = name, *map(content, tree_flatten((args, kwargs))[0])
         if told not in encoded:
             encoded[told] = module(*args, **kwargs)
-        return copy.copy(encoded[told])  # as a list of features is the pipeline's own, to change
+        return copy.copy(encoded[told])  # as the pipeline may change a list of features
 
     def step(model_output, timestep, sample, *_, return_dict=True, **__):
-        states = ask("step", model_output, sample)
+        states = ask("step", model_output, sample, timestep)
         if hasattr(scheduler, "_step_index"):  # a pipeline that inpaints asks for noise of the next step
             begun = scheduler.begin_index or 0 if scheduler.step_index is None else scheduler.step_index
             scheduler._step_index = begun + 1
@@ -90,6 +90,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
         try:
             with torch.cuda.device(device), beginning:
                 torch.set_num_threads(threads or most)
+                asked.put("begun")
                 beginning.enter_context(BEGINNING)
                 beginning.enter_context(torch.random.fork_rng([device] * (device >= 0)))
                 torch.manual_seed(seed)  # for what is drawn without the generator
@@ -108,11 +109,10 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        event = asked.get()
-        torch.set_num_threads(most)  # as new threads have the last number that was set
-        while event[0] in ("network", "step"):
+        asked.get()
+        torch.set_num_threads(most)  # as new threads inherit the number set last
+        while (event := asked.get())[0] in ("network", "step"):
             answers.put((yield event))
-            event = asked.get()
         if event[0] == "error":
             raise event[1]
         return event[1]
@@ -132,7 +132,7 @@ def content(value):
 
 
 def is_list(value):
-    """Return whether a value is a list with a thing for each sample, or each layer: tensors, or sizes of images."""
+    """Return whether a value is a list of tensors or of image sizes: one for each sample, or each layer."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
     sizes = all(isinstance(each, (list, tuple)) for each in value)
@@ -167,13 +167,14 @@ def rows(answer, told):
     told: the leaves of its arguments.
     """
     last = flatten(answer)[0][-1]
-    if isinstance(last, list) and any(is_list(value) and len(value) == len(last) for value in told):
+    given = [value for value in told if is_list(value) and isinstance(value[0], torch.Tensor)]
+    if isinstance(last, list) and any(len(value) == len(last) for value in given):
         return len(last), True
     return len(last[-1] if is_list(last) else last), False
 
 
 def by_copies(value, before, rows, copies):
-    """Return a tensor for copies of one sample as (rows, copies, ...), given that for one, with as many rows or more.
+    """Return a tensor of copies of a sample as (rows, copies, ...). before: that of one sample, with `rows` or more.
 
     A network sees rows x copies samples, so what is more than one row of a sample, such as those of a video's frames,
     lies together.
@@ -213,13 +214,14 @@ class Loop:
         self.copies = next((name for name in COPIES if name in known), None)
         try:
             self._look()
-        except (TypeError, ValueError) as error:  # of the pipeline's own checks
-            raise Refused(f"the {type(pipeline).__name__} cannot be called like this: {error}", status=2) from error
+        except (AttributeError, TypeError, ValueError) as error:  # of the pipeline's own checks
+            why = f"the {type(pipeline).__name__} cannot be called like this: {in_one_line(error)}"
+            raise Refused(why, status=2) from error
 
     def _events(self, steps, copies=1, scheduler=None, threads=None, **more):
         generators = [torch.Generator("cpu").manual_seed(self.seed) for _ in range(copies)]
         arguments = self.arguments | {"generator": generators[0]} | more
-        if copies > 1:  # with a generator each, as what a call draws is to be the same for all
+        if copies > 1:  # a generator each, so that a call draws the same for all
             arguments |= {self.copies: copies, "generator": generators}
         scheduler = scheduler or copy.copy(self.template)
         return events(self.pipeline, scheduler, steps, self.encoded, self.seed, threads, arguments)
@@ -228,7 +230,7 @@ class Loop:
 
     @torch.no_grad()
     def _look(self):
-        new, seen, calls, answer, self.looked = not self.answers, [], [], None, copy.copy(self.template)
+        new, seen, times, calls, answer, self.looked = not self.answers, [], [], [], None, copy.copy(self.template)
         look = self._events(lambda steps: steps, scheduler=self.looked, output_type="latent")
         with contextlib.closing(look) as loop:
             with contextlib.suppress(StopIteration):
@@ -244,13 +246,16 @@ class Loop:
                         self._expect(len(calls) <= len(self.answers), "calls other networks", len(seen))
                         answer = copy.copy(self.answers[len(calls) - 1])
                     else:
-                        (output, answer), seen, calls = event, [*seen, calls], []
+                        (output, answer, time), seen, calls = event, [*seen, calls], []
+                        times.append(torch.as_tensor(time, device=answer.device))
                         if len(seen) == 1:
                             guided, first = output, answer.clone()
                         self._expect(len(seen[-1]) == len(seen[0]), "calls other networks", len(seen) - 1)
                         self._expect(same(output, guided), "guides otherwise", len(seen) - 1)
                         self._expect(same(answer, first), "has changed the states", len(seen) - 1)
         self._expect(seen, "has no loop that can be followed", 0)
+        end = self.looked.timesteps[-len(seen) :].to(times[0])
+        self._expect(same(torch.stack(times), end), "ends before the last of its timesteps", len(seen) - 1)
         if len(first) != 1:
             raise Refused(f"the {type(self.pipeline).__name__} takes its steps with {len(first)} samples, not one")
         self.x, self.dtype, self.N = first.float(), first.dtype, len(seen)
@@ -311,15 +316,16 @@ class Loop:
     def _start(self, width):
         """Begin a call with so many copies, and go to its first step; its networks are not called.
 
-        If the copies are not those of one sample, all are made one by one, each in a call with one copy.
+        If the copies differ from one sample, states are denoised one by one, in a call with one copy.
         """
         self.close()
         self.width = width
-        # With one thread, as those of two would wait for each other at each call of a network on the CPU.
-        self.running = self._events(lambda steps: steps.repeat(3), width, threads=1, output_type="latent")
+        # One torch thread, or two thread pools would compete at each call of a network on the CPU.
+        again = (lambda steps: steps[-1:].repeat(100 * len(steps))) if self.N == 1 else lambda steps: steps.repeat(3)
+        self.running = self._events(again, width, threads=1, output_type="latent")
         try:
             event, alike = next(self.running), True
-            for begun in (False, True):  # with the states of the look only from the second step on
+            for begun in (False, True):  # the look's states are used from the second step on
                 for c, told in enumerate(self.told):
                     alike = alike and (not begun or self._alike(c, told, *event[3:]))
                     event = self.running.send(self._joined([self.answers[c]], c, [(1, 1)]))
@@ -332,7 +338,7 @@ class Loop:
             alike = False
         if not alike:
             if width == 1:
-                raise Refused(f"the {type(self.pipeline).__name__} is not the same in every call with one seed")
+                raise Refused(f"the {type(self.pipeline).__name__} differs between calls with the same seed")
             self.copies = None
             self._start(1)
 

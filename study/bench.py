@@ -181,6 +181,4 @@ def failure_of(error):
         return Failure(f"{error}; try {remedy}")
     if out_of_memory(error):
         return Failure("out of memory; try a smaller --max-batch, a smaller image, or --offload on a GPU")
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return Failure(f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out")
     return None

@@ -169,13 +169,11 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(file, change, words, tmp_
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_must_know_words_and_the_encoder_its_ids():
-    pipeline, known = stable_diffusion(), SimpleNamespace(model_max_length=77, all_special_tokens=["<a>", "<b>"])
+def test_a_tokenizer_must_know_words():
+    pipeline, known = stable_diffusion(), SimpleNamespace(get_vocab=dict, model_max_length=77, all_special_tokens=[])
     together = SimpleNamespace(components={"tokenizer": known}, text_encoder=pipeline.text_encoder)
-    for ids, words in ((range(2), "has no vocabulary"), (range(9**6), "has ids up to 531440, but its text encoder")):
-        known.get_vocab = lambda ids=ids: {str(i): i for i in ids}
-        with pytest.raises(ModelError, match=words):
-            check_tokenizers("a model", together)
+    with pytest.raises(ModelError, match="has no vocabulary"):
+        check_tokenizers("a model", together)
 
 
 @pytest.mark.parametrize("length", [10**30, None])

@@ -40,7 +40,6 @@ PART = {"image": PICTURE, "strength": 0.3, "num_inference_steps": 20}
 MODES = {
     "perturbed attention": (lambda: other("StableDiffusionPAGPipeline", stable_diffusion()), {}),
     "image to image": (lambda: other("StableDiffusionImg2ImgPipeline", stable_diffusion()), PART),
-    "flow, image to image": (lambda: other("FluxImg2ImgPipeline", flux()), PART),
     "condition": (flux_control, {"control_image": PICTURE}),
 }
 KINDS = {name: (make, {}) for name, make in FAMILIES.items()} | MODES
@@ -158,6 +157,7 @@ def at_step(number, change):
     [
         (lambda pipeline, values: vars(pipeline).update(_guidance_scale=3.0) or {}, "guides otherwise at step 3"),
         (lambda pipeline, values: {"latents": values["latents"] + 1}, "has changed the states at step 3"),
+        (lambda pipeline, values: vars(pipeline).update(_interrupt=True) or {}, "ends before the last"),
         (lambda pipeline, values: vars(pipeline).update(_cross_attention_kwargs={"scale": 2}) or {}, "calls unet"),
     ],
 )

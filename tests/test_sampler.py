@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import sampler as door
 from models.loading import ModelError
-from pipelines import SD, pixels, stable_diffusion
+from pipelines import SD, flux, pixels, stable_diffusion
 from refinement import Trajectory, difference, judge, trajectory_change
 from sampler import Sampler
 from settings import SettingError, Settings
@@ -217,6 +217,13 @@ def test_torchs_defaults_change_no_sample(settings, dtype, device, sampler):
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
+
+
+def test_given_sigmas_are_those_of_one_prompt_alone():
+    sampler, sigmas = Sampler(flux(), Settings(fine_steps=4, coarse_steps=2, height=64, width=64)), [1.0, 0.9, 0.5, 0.2]
+    sampler.sequential("a")
+    made = [each.sequential(each.encode("a", sigmas=sigmas)) for each in (sampler.vary(), sampler)]
+    assert made[0].states.equal(made[1].states)
 
 
 @pytest.mark.parametrize("kept", [[8, 0], [0, 0, 9], [], [0, 10], [-1, 9]])
