@@ -158,8 +158,8 @@ class Bench:
             return call()
         except Exception as error:
             why = in_one_line(f"{type(error).__name__}: {error}")
-            unknown = ModelError(f"{self.model.name} cannot be run with its configs: {why}")
-            raise failure_of(error) or unknown from error
+            how = "with --compile here; leave it out" if self.command.loading.compile else "with its configs"
+            raise failure_of(error) or ModelError(f"{self.model.name} cannot be run {how}: {why}") from error
 
     def explain(self, error):
         """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""
