@@ -43,10 +43,11 @@ class Left(BaseException):
 def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     """Call a pipeline, and yield what its loop asks for, to be answered by `send`; returns what the call returns.
 
-    ("network", name, module, args, kwargs): a call of a network. ("step", output, states, time): one of its step.
-    scheduler: one of our own, which is used and changed. steps: a function that is given the scheduler's timesteps, and
-    its sigmas, once they are set, and returns those to go through. encoded: what networks have said before the loop, by
-    what they were told; new ones are added. seed: for draws without a generator. threads: torch's; None: as now.
+    ("network", name, module, args, kwargs): a call of a network. ("step", output, states, time): a step of the
+    scheduler. scheduler: one of our own, which is used and changed. steps: a function that is given the scheduler's
+    timesteps, and its sigmas, once they are set, and returns those to go through. encoded: what networks have said
+    before the loop, by what they were told; new ones are added. seed: for draws without a generator. threads:
+    torch's; None: as now.
     """
     asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
@@ -231,8 +232,7 @@ class Loop:
     @torch.no_grad()
     def _look(self):
         new, seen, times, calls, answer, self.looked = not self.answers, [], [], [], None, copy.copy(self.template)
-        look = self._events(lambda steps: steps, scheduler=self.looked, output_type="latent")
-        with contextlib.closing(look) as loop:
+        with contextlib.closing(self._events(lambda steps: steps, scheduler=self.looked, output_type="latent")) as loop:
             with contextlib.suppress(StopIteration):
                 while True:
                     kind, *event = loop.send(answer)
@@ -260,8 +260,7 @@ class Loop:
             raise Refused(f"the {type(self.pipeline).__name__} takes its steps with {len(first)} samples, not one")
         self.x, self.dtype, self.N = first.float(), first.dtype, len(seen)
         self.told = [self._compared(calls) for calls in zip(*seen)]
-        found = [rows(answer, told.first) for answer, told in zip(self.answers, self.told)]
-        self.rows, self.listed = [count for count, _ in found], [listed for _, listed in found]
+        self.rows, self.listed = zip(*(rows(answer, told.first) for answer, told in zip(self.answers, self.told)))
 
     def _expect(self, condition, what, step):
         if not condition:

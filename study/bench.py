@@ -158,8 +158,8 @@ class Bench:
             return call()
         except Exception as error:
             why = in_one_line(f"{type(error).__name__}: {error}")
-            how = "with --compile here; leave it out" if self.command.loading.compile else "with its configs"
-            raise failure_of(error) or ModelError(f"{self.model.name} cannot be run {how}: {why}") from error
+            unknown = ModelError(f"{self.model.name} cannot be run with its configs: {why}")
+            raise failure_of(error) or unknown from error
 
     def explain(self, error):
         """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""
@@ -181,4 +181,6 @@ def failure_of(error):
         return Failure(f"{error}; try {remedy}")
     if out_of_memory(error):
         return Failure("out of memory; try a smaller --max-batch, a smaller image, or --offload on a GPU")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return Failure(f"argument --compile: torch cannot compile here ({in_one_line(error)}); leave it out")
     return None
