@@ -2,6 +2,7 @@
 
     python benchmarks/pipelines.py                # about 5 minutes; writes results/pipelines.csv and docs/pipelines.md
     python benchmarks/pipelines.py Flux Wan       # those alone whose names have one of these words; writes nothing
+    python benchmarks/pipelines.py --device cuda --dtype bfloat16      # writes results/pipelines-cuda-bfloat16.csv
 
 Each is sampled in 8 steps: by the pipeline's own call with the scheduler that this program uses, step by step through
 `models.loop`, and by both methods to their end. A difference is the largest of any number in the last state
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map_only
 
 import common
 import diffusion
@@ -34,6 +36,7 @@ import pipelines as tiny
 
 N, SEED = 8, 3
 LIMITS = {"sequential": 5e-3, "srds": 5e-3, "collocation": 1e-2}  # collocation stops at its own threshold
+ROUNDED = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 40}  # as pipelines round the state at each step
 CASES = {}
 INTRODUCTION = """
 Made by `python benchmarks/pipelines.py` with diffusers {version}: tiny networks of random weights, 8 steps, on the CPU
@@ -806,10 +809,10 @@ def own(pipeline, arguments):
     twin.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
     images = twin(**arguments, num_inference_steps=N, generator=generator, output_type="np", return_dict=False)[0]
-    return states[-1].float().numpy(), np.asarray(images)
+    return states[-1].float().cpu().numpy(), np.asarray(images)
 
 
-def compare(pipeline, arguments):
+def compare(pipeline, arguments, measure=np.max):
     """The largest differences to the pipeline's own result: step by step, by srds and by collocation."""
     settings = Settings(fine_steps=N, coarse_steps=3, tolerance=0, seed=SEED)
     samplers = {method: Sampler(pipeline, settings).vary(method=method) for method in ("srds", "collocation")}
@@ -829,21 +832,32 @@ def compare(pipeline, arguments):
             *_, last = sampler.iterates(prompt)
             assert last.exact or last.all_nodes, "the last iterate is not exact"
             state = last.states[-1:]
-        found = state.numpy(), np.asarray(loop.decode(state))
-        differences[way] = max(float(np.abs(a - b).max() / b.std()) for a, b in zip(found, truth))
+        found = state.cpu().numpy(), np.asarray(loop.decode(state))
+        differences[way] = max(float(measure(np.abs(a - b)) / b.std()) for a, b in zip(found, truth))
         loop.close()
         differences["batch"] = bool(loop.copies)
     return differences
 
 
-def attempt(name):
+def moved(pipeline, arguments, device, dtype):
+    """A pipeline and the arguments of its call on a device, their floating-point numbers in a dtype, as if loaded."""
+    pipeline.to(device, dtype)
+    for part in pipeline.components.values():
+        kept = getattr(part, "_keep_in_fp32_modules", None) or ()
+        for name, weight in part.named_parameters() if kept else ():
+            weight.data = weight.data.float() if {*kept} & {*name.split(".")} else weight.data
+    at = lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)  # noqa: E731
+    return pipeline, tree_map_only(torch.Tensor, at, arguments)
+
+
+def attempt(name, device="cpu", dtype=torch.float32):
     """A row of the table for one case."""
     kind, make = CASES[name]
     row = {"pipeline": name, "kind": kind, "verdict": "verified"}
     torch.manual_seed(0)
     try:
-        row |= compare(*make())
-        if not all(row[way] < limit for way, limit in LIMITS.items()):
+        row |= compare(*moved(*make(), device, dtype), np.max if dtype == torch.float32 else np.mean)
+        if not all(row[way] < limit * ROUNDED[dtype] for way, limit in LIMITS.items()):
             row["verdict"] = "failed"
     except Failure as error:
         row |= {"verdict": "refused", "reason": in_one_line(error)}
@@ -884,15 +898,20 @@ def steps(name):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="try only pipelines whose names have one of these words")
-    words = parser.parse_args().words
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    args = parser.parse_args()
+    words, usual = args.words, (args.device, args.dtype) == ("cpu", "float32")
     warnings.simplefilter("ignore")
+    diffusers.logging.set_verbosity_error()
     chosen = [name for name in CASES if not words or any(word in name for word in words)]
     rows = []
     for name in chosen:
-        rows.append(attempt(name))
+        rows.append(attempt(name, args.device, getattr(torch, args.dtype)))
         print(*(f"{value:.1e}" if isinstance(value, float) else value for value in rows[-1].values()), flush=True)
     table = pd.DataFrame(rows)
     print(table.verdict.value_counts().to_string())
     if not words:
-        common.save(table, "pipelines")
+        common.save(table, "pipelines" if usual else f"pipelines-{args.device}-{args.dtype}")
+    if not words and usual:
         (common.ROOT / "docs" / "pipelines.md").write_text(page(table), encoding="utf-8")
