@@ -1,32 +1,52 @@
 """Read what a command line asks for: prompts, seeds, the values of a sweep."""
 
 import itertools
+import json
 import math
+import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from settings import COARSE_STEPS, SettingError, Settings, did_you_mean, flag_of, number, text
+from PIL import Image, ImageOps
+
+from settings import COARSE_STEPS, TABLES, Call, SettingError, Settings, number, text
 
 MOST_SEEDS = 10_000  # in a range
 UNASKED, MOST_SAMPLES = 1000, 10**6  # most samples without and with --yes
 
 
+class Arguments(dict):
+    """Arguments of a pipeline's call by name: what JSON can hold, and images."""
+
+    def __hash__(self):
+        return hash(frozenset(self))
+
+
 class Variant(NamedTuple):
-    """One combination of settings. auto: whether the blocks are still to be planned; until then there is one block."""
+    """One combination of settings, and arguments of the pipeline's call.
+
+    auto: whether the blocks are still to be planned; until then there is one block.
+    """
 
     settings: Settings
+    arguments: Arguments
     auto: bool
 
 
 def make_variant(values, notes, compiled=False):
-    """Return the `Variant` for settings by name; "sqrt" blocks are replaced by their number.
+    """Return the `Variant` for settings and arguments by name; "sqrt" blocks are replaced by their number.
 
     notes: a dict whose keys are lines to print; one is added if the default number of blocks is reduced. compiled:
     whether the network is compiled, for calls of one size.
     """
-    settings = Settings(**values | {"coarse_steps": 1})
+    own, flags = ({each.name for each in fields(kind)} for kind in (Settings, Call))
+    settings = Settings(**{name: value for name, value in values.items() if name in own} | {"coarse_steps": 1})
+    call = Call(**{name: value for name, value in values.items() if name in flags})
+    arguments = {name: getattr(call, name) for name in sorted(flags - {"call"})}
+    arguments = {name: value for name, value in arguments.items() if value not in (None, "")}
+    arguments |= {name: value for name, value in values.items() if name not in own | flags}
     blocks, steps = values.get("coarse_steps", COARSE_STEPS), settings.fine_steps
     root = round(math.sqrt(steps))
     if "coarse_steps" not in values and isinstance(blocks, int) and blocks > steps:
@@ -36,30 +56,70 @@ def make_variant(values, notes, compiled=False):
         remedy = "plans calls of all sizes for srds; give a number for collocation, a fixed batch or a compiled network"
         raise SettingError("coarse_steps", "auto", remedy)
     number_of = {"auto": 1, "sqrt": root}
-    return Variant(replace(settings, coarse_steps=number_of.get(blocks, blocks)), blocks == "auto")
+    settings = replace(settings, coarse_steps=number_of.get(blocks, blocks))
+    return Variant(settings, Arguments(arguments), blocks == "auto")
+
+
+def read_call(words):
+    """Return the arguments in texts such as "strength=0.6", by name. Raises SettingError."""
+    parts = [word.partition("=") for word in words]
+    for word, (name, equals, _) in zip(words, parts):
+        if not equals or not name.strip().replace("-", "_").isidentifier():
+            raise SettingError("call", word, "is not an argument and its value; give one, as in strength=0.6")
+    return {name.strip().replace("-", "_"): read_value(name, value) for name, _, value in parts}
+
+
+def read_value(name, word):
+    """Return the value of an argument: the image of that file, in RGB, else what JSON reads, else the text.
+
+    Files of images in a list are opened, too. Raises SettingError.
+    """
+    if isinstance(word, list):
+        return [read_value(name, each) for each in word]
+    named = isinstance(word, str) and Path(word).suffix.lower() in Image.registered_extensions()
+    if named or (isinstance(word, str) and os.path.isfile(word)):
+        try:
+            with Image.open(word) as image:
+                picture = ImageOps.exif_transpose(image).convert("RGB")
+            picture.filename = Path(word).name
+            return picture
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if named:
+                why = getattr(error, "strerror", None) or "it is no image"
+                raise SettingError(name, word, f"cannot be read ({why}); give an image file") from None
+    try:
+        value = json.loads(word) if isinstance(word, str) else word
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return text(empty=True)(name, word)
+    return read_value(name, value) if isinstance(value, list) else value
 
 
 def read_sweep(sweeps):
     """Read the axes of a sweep from texts such as "coarse-steps=5,10" or "fine-steps:coarse-steps=25:5,100:10".
 
-    Returns a list with, for each text, the list of its combinations, each a dict of values by setting. The values are
-    for `Settings` to check. Raises SettingError.
+    Returns a list with, for each text, the list of its combinations, each a dict of values by setting, or by argument
+    of the pipeline's call. `Settings`, `Call` and the pipeline are to check them. Raises SettingError.
     """
-    rows = {each.name: each for each in fields(Settings) if each.name not in ("seed", "fixed_batch")}
-    read = lambda name, word: word if "str" in str(rows[name].type) else number(word)
+    rows = {each.name: each for kind in (Settings, Call) for each in fields(kind)}
+    others = {each.name for kind in TABLES for each in fields(kind)} - rows.keys() | {"seed", "fixed_batch", "call"}
+
+    def read(name, word):
+        if name not in rows:
+            return read_value(name, word)
+        return word if "str" in str(rows[name].type) else number(word)
+
     short = {each.metadata["short"].lstrip("-"): name for name, each in rows.items() if each.metadata["short"]}
     axes = []
     for sweep in sweeps:
         given, _, values = sweep.partition("=")
         names = [word.strip().lstrip("-").replace("-", "_") for word in given.split(":")]
         names = [short.get(name, name) for name in names]
-        unknown = [name for name in names if name not in rows]
+        unknown = [name for name in names if name in others or not name.isidentifier()]
         points = [value.split(":", len(names) - 1) for value in values.split(",")]
         if unknown or not values or any(len(point) < len(names) for point in points):
-            known = ", ".join(map(flag_of, rows.values())).replace("--", "")
-            near = did_you_mean(unknown[0], rows) if unknown else ""
             remedy = "give a setting and its values, as in coarse-steps=5,10, or several, as in fs:cs=25:5,100:10"
-            raise SettingError("sweep", sweep, f"is not usable; {remedy}{near}; settings: {known}")
+            raise SettingError("sweep", sweep, f"is not usable; {remedy}")
         axis = [{name: read(name, word.strip()) for name, word in zip(names, point)} for point in points]
         axes.append(axis)
     return axes

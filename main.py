@@ -15,7 +15,18 @@ from dataclasses import dataclass, fields
 
 import asked
 import settings as table
-from settings import Experiment, Failure, Loading, SettingError, Settings, did_you_mean, flag_of, in_one_line, number
+from settings import (
+    Call,
+    Experiment,
+    Failure,
+    Loading,
+    SettingError,
+    Settings,
+    did_you_mean,
+    flag_of,
+    in_one_line,
+    number,
+)
 from study.console import prepare_terminal, quiet_libraries
 
 
@@ -77,17 +88,17 @@ def parse(argv):
         raise Failure("argument --output-dir/-o is required; give a directory, existing or new", status=2)
     own = lambda kind: {each.name: given[each.name] for each in fields(kind) if each.name in given}
     experiment, loading = Experiment(**own(Experiment)), Loading(**own(Loading))
-    axes = asked.read_sweep(experiment.sweep)
+    axes, call = asked.read_sweep(experiment.sweep), asked.read_call(given.get("call", ()))
     seeds = None if experiment.seeds is None else asked.read_seeds(experiment.seeds)
     several = {"seed": "seeds"} if seeds else {}
     for name, other in (several | {name: "sweep" for axis in axes for name in axis[0]}).items():
-        if name in given:
-            raise SettingError(name, given[name], f"cannot be given together with --{other}; give one of them")
+        if name in given | call:
+            raise SettingError(name, (given | call)[name], f"cannot be given together with --{other}; give one of them")
     texts = [asked.check_prompt(text) for text in experiment.prompt or ()]
     texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
     asked.check_count(max(1, len(texts)) * len(seeds or [0]) * math.prod(map(len, axes)), experiment.yes)
     notes = {}
-    combined = [own(Settings) | values for values in asked.combinations(axes)]
+    combined = [own(Settings) | own(Call) | call | values for values in asked.combinations(axes)]
     variants = [asked.make_variant(values, notes, loading.compile) for values in combined]
     return Command(given, loading, experiment, texts, seeds, axes, variants, [*notes], argv)
 
@@ -161,11 +172,11 @@ def main(argv=None):
 
 def one_line(failure):
     """Return a failure's message, after the flags of the argument that it is about."""
-    if not isinstance(failure, SettingError) or failure.setting not in rows():
+    if not isinstance(failure, SettingError):
         return str(failure)
-    each = rows()[failure.setting]
-    value = "" if isinstance(failure.value, bool) else f"{failure.value!r} "
-    return f"argument {'/'.join(filter(None, [flag_of(each), each.metadata['short']]))}: {value}{failure.remedy}"
+    each, value = rows().get(failure.setting), "" if isinstance(failure.value, bool) else f"{failure.value!r} "
+    flags = [flag_of(each), each.metadata["short"]] if each else [failure.setting]
+    return f"argument {'/'.join(filter(None, flags))}: {value}{failure.remedy}"
 
 
 def end(message, status):

@@ -17,7 +17,8 @@ from settings import SettingError
 class Refinement(NamedTuple):
     """The sample after k refinements, its cost so far, and what the stop rules watch.
 
-    image: uint8, (height, width, 3). states: U_0 ... U_B, float32, (B + 1, ...), on the model's device.
+    image: uint8, (height, width, 3), or a video, (frames, height, width, 3).
+    states: U_0 ... U_B, float32, (B + 1, ...), on the model's device.
     serial_evaluations: batched model evaluations, one after the other (ticks). total_evaluations: evaluations of single
         states; a guided one counts once (lane-steps). network_calls: calls of the network by this process; with
         `max_batch`, a tick may take several. widest_tick: most states in a tick.
@@ -159,7 +160,7 @@ def measured(iterate, image, network_calls, widest_tick, earlier):
 
 
 def difference(image, other):
-    """Return the mean absolute difference of two 8-bit images, 0 to 255."""
+    """Return the mean absolute difference of two 8-bit images, or videos, 0 to 255."""
     return float(abs(image.astype(float) - other).mean())
 
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,11 +21,9 @@ from collocation import collocation, usual_window
 from models.loading import find_model, is_compiled, known, load_pipeline, networks
 from models.loop import BEGINNING, Loop
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
-from settings import Loading, SettingError, Settings, text, whole
+from settings import Failure, Loading, SettingError, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
 
-# Arguments of pipelines that would change the steps, the noise or the output.
-OURS = {"num_inference_steps", "generator", "eta", "output_type", "return_dict", "callback", "callback_on_step_end"}
 CHECK_SEED = whole(0, 2**64 - 1)
 
 
@@ -66,42 +64,49 @@ class Sampler:
     pipeline: one of diffusers, of any class whose loop can be followed, see `models.loop`.
     settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; `settings` has the model's usual
         values in place of None.
+    arguments: those of the pipeline's call, by name, such as guidance_scale or image, unless others are given with a
+        prompt; None for none.
     processes: those that share the lanes of each tick, all of which must make the same calls; None for this process
         alone.
 
-    Public attributes: model, device and boundaries; and, known from the first look at the pipeline's loop, shape (of a
-    state), grid and solver.
+    Public attributes: model and device; and, known from the first look at the pipeline's loop, shape (of a state),
+    boundaries, grid and solver.
 
     Raises SettingError if the model cannot do what is asked, and ModelError for a pipeline that cannot be sampled.
     """
 
-    def __init__(self, pipeline, settings=None, *, processes=None):
-        self.asked = settings or Settings()
+    def __init__(self, pipeline, settings=None, arguments=None, *, processes=None):
+        self.asked, self.arguments = settings or Settings(), arguments or {}
         self.pipeline, self.processes = pipeline, processes or ALONE
         with torch.device("cpu"):  # for schedulers and tables, whatever torch's default device is
             self.model = known(pipeline)
             self.device = torch.device(pipeline._execution_device)
-            self.settings = settings = self.asked.resolve(self.model)
-            self.boundaries = diffusion.boundaries(settings.fine_steps, settings.coarse_steps)
+            self.settings = self.asked.resolve(self.model)
+            self.model.check_call(self.arguments)
         self._answers, self._solvers = (), {}
 
     def loop(self, prompt, seed=None):
         """Return the `models.loop.Loop` of a prompt and seed."""
         settings, seed, prompt = self.settings, self._seed(seed), self.encode(prompt)
-        taken = {"guidance_scale", "negative_prompt", "height", "width"} & self.model.parameters.keys()
-        own = {name: value for name in sorted(taken) if (value := getattr(settings, name)) not in (None, "")}
-        own |= {"num_inference_steps": settings.fine_steps} | ({"prompt": prompt.text} if self.model.prompted else {})
-        depends_on = seed, *own.items(), settings.max_batch, settings.fixed_batch and self.widest, self.compiled
+        sizes = settings.max_batch, settings.fixed_batch and self.widest, self.compiled
+        depends_on = seed, settings.fine_steps, *sizes, *self._given
         if depends_on not in prompt.loops:
             for other in [other for other in prompt.loops if other[0] != seed]:
                 del prompt.loops[other]
-            arguments = own | prompt.arguments
+            arguments = {"prompt": prompt.text} if self.model.prompted else {}
+            arguments |= self.arguments | {"num_inference_steps": settings.fine_steps} | prompt.arguments
             how = prompt.encoded, settings.max_batch, () if prompt.arguments else self._answers
             loop = prompt.loops[depends_on] = Loop(self.pipeline, self.model.scheduler, arguments, seed, *how)
             loop.sizes = self._batch_sizes(max(loop.rows))
             self._answers = self._answers if prompt.arguments else loop.answers
         self._looked = prompt.loops[depends_on]
         return self._looked
+
+    @functools.cached_property
+    def _given(self):
+        """The sampler's own arguments, as a key."""
+        simple = lambda value: value if isinstance(value, (str, int, float)) else id(value)
+        return tuple((name, simple(value)) for name, value in sorted(self.arguments.items()))
 
     @functools.cached_property
     def _looked(self):
@@ -112,6 +117,11 @@ class Sampler:
     def shape(self):
         """The shape of a state."""
         return self._looked.x.shape[1:]
+
+    @property
+    def boundaries(self):
+        """The grid points between blocks, 0 to N, a list; N is less than the settings' fine steps by strength."""
+        return self._steps(self._looked)[0]
 
     @property
     def grid(self):
@@ -142,44 +152,51 @@ class Sampler:
         return n, solver.with_seed(self._seed(seed))
 
     @classmethod
-    def from_pretrained(cls, model, settings=None, **loading):
+    def from_pretrained(cls, model, settings=None, arguments=None, **loading):
         """Load a model, as the command does: `model` is a hub id, a local folder or "demo".
 
-        loading: device, dtype, variant, lora, textual_inversion, offload, vae_tiling and compile, see `Loading`.
+        arguments: those of the pipeline's call; they come on top of the command's usual ones, see `Model.usual`.
+        loading: pipeline, device, dtype, variant, lora, textual_inversion, offload, vae_tiling and compile, see
+        `Loading`.
 
         Raises SettingError, if possible before weights are loaded, and ModelError if the model cannot be loaded.
         """
         settings, loading = settings or Settings(), Loading(model, **loading)
-        found = find_model(loading.model)
+        found, arguments = find_model(loading.model, loading.pipeline), arguments or {}
         settings.resolve(found)
-        return cls(load_pipeline(found, loading), settings)
+        found.check_call(arguments)
+        return cls(load_pipeline(found, loading), settings, found.usual | arguments)
 
-    def vary(self, **settings):
-        """Return a sampler with the same pipeline and other settings."""
-        return Sampler(self.pipeline, replace(self.asked, **settings), processes=self.processes)
+    def vary(self, **changes):
+        """Return a sampler with the same pipeline and other settings, or other arguments of its call; None for none."""
+        own = {each.name for each in fields(Settings)}
+        settings = {name: value for name, value in changes.items() if name in own}
+        arguments = self.arguments | {name: value for name, value in changes.items() if name not in own}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        return Sampler(self.pipeline, replace(self.asked, **settings), arguments, processes=self.processes)
 
     def __call__(self, prompt, seed=None, start=None, **arguments):
         """Sample a prompt and return the `Sample`: all refinements until the stop rule is met.
 
-        arguments: as in `encode`.
+        arguments: further ones of the pipeline's call, as in `encode`.
         """
         prompt = self.encode(prompt, **arguments)
         refinements = tuple(self.refine(prompt, seed, start=start))
         self._offload()
         return Sample(prompt.text, self._seed(seed), refinements)
 
-    def refine(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Refinement]:
+    def refine(self, prompt, seed=None, on_tick=None, start=None, **arguments) -> Iterator[Refinement]:
         """Yield the initialisation and each refinement as soon as it is known, until the stop rule is met.
 
         prompt: a text, or what `encode` returns for one. seed: None for the settings' own. on_tick: called before each
         network call with the number of its lanes. start: the `Trajectory` of an earlier sample by this model, from
-        which to start; its prompt, guidance, number of steps and solver may differ.
+        which to start; its prompt, guidance, number of steps and solver may differ. arguments: as in `encode`.
 
         Raises FloatingPointError if the last state or the image is not finite, and SettingError for a start that does
         not fit.
         """
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
-        prompt, earlier, seconds, widest = self.encode(prompt), None, 0.0, 0
+        prompt, earlier, seconds, widest = self.encode(prompt, **arguments), None, 0.0, 0
         loop = self.loop(prompt, seed)
         before = loop.calls
 
@@ -203,13 +220,13 @@ class Sampler:
                     break
                 started = time.perf_counter()
 
-    def sequential(self, prompt, seed=None, coarse=False, on_tick=None, kept=None) -> Sequential:
+    def sequential(self, prompt, seed=None, coarse=False, on_tick=None, kept=None, **arguments) -> Sequential:
         """Sample step by step and return the ground truth; with `coarse`, sample by the B coarse steps alone.
 
-        prompt, seed, on_tick: as in `refine`, which raises the same. kept: the grid points whose states are returned,
-        in rising order, 0 to N; None for the boundaries. Raises SettingError if they do not rise.
+        prompt, seed, on_tick, arguments: as in `refine`, which raises the same. kept: the grid points whose states are
+        returned, in rising order, 0 to N; None for the boundaries. Raises SettingError if they do not rise.
         """
-        loop = self.loop(prompt, seed)
+        loop = self.loop(self.encode(prompt, **arguments), seed)
         if kept is not None and not (kept and [*kept] == sorted({*kept}) and 0 <= kept[0] <= kept[-1] <= loop.N):
             raise SettingError("kept", kept, f"is not a rising list of grid points from 0 to {loop.N}; give one")
         n, solver = self._steps(loop, seed)
@@ -226,7 +243,7 @@ class Sampler:
         batch = (self.widest, settings.max_batch) if settings.fixed_batch else None
         steps = settings.fine_steps, settings.solver, settings.eta, batch
         restarts = self.boundaries if settings.solver == "dpmsolver++" and settings.method == "srds" else ()
-        return *steps, settings.negative_prompt, settings.guidance_scale, settings.height, settings.width, *restarts
+        return *steps, *self._given, *restarts
 
     def trajectory(self, states, seed=None) -> Trajectory:
         """Return what `refine` can start from, for the states and the seed of a sample or a ground truth.
@@ -266,19 +283,20 @@ class Sampler:
     def encode(self, prompt, **arguments) -> Prompt:
         """Return a `Prompt` for a text; what is encoded of it then serves all samplers of this pipeline.
 
-        arguments: further ones of the pipeline's call, such as `use_resolution_binning`.
+        prompt: a text, None if `prompt_embeds` are among the arguments, or a `Prompt`; one of this pipeline is returned
+        unchanged if no arguments are added. arguments: those of the pipeline's call, such as guidance_scale=4 or
+        image=picture, which replace the sampler's own.
 
-        One of this pipeline is returned unchanged. Encode again after the pipeline's adapters or text encoders have
-        changed. Raises SettingError for no text.
+        Encode again after the pipeline's adapters or text encoders have changed. Raises SettingError for no text, and
+        for an argument that the pipeline does not have.
         """
+        self.model.check_call(arguments)
         if isinstance(prompt, Prompt):
             if prompt.pipeline is self.pipeline:
-                return prompt
-            prompt, arguments = prompt.text, prompt.arguments
-        if prompt is None and "prompt_embeds" in arguments:
+                return replace(prompt, arguments=prompt.arguments | arguments, loops={}) if arguments else prompt
+            prompt, arguments = prompt.text, prompt.arguments | arguments
+        if prompt is None and "prompt_embeds" in self.arguments | arguments:
             prompt, arguments = "", arguments | {"prompt": None}
-        for name in OURS & arguments.keys():
-            raise SettingError(name, str(arguments[name])[:80], "is not the pipeline's to take here; see `Settings`")
         prompt = text(empty=True)("prompt", prompt)
         return Prompt(prompt, arguments, self.ignored(prompt), self.pipeline)
 
@@ -326,14 +344,16 @@ class Sampler:
         return self.loop("", seed).x
 
     def image(self, states, prompt=None, seed=None):
-        """Return the image of a trajectory's last state: uint8 (height, width, 3). Raises FloatingPointError."""
+        """Return the image or video of a trajectory's last state, see `Refinement`. Raises FloatingPointError."""
         return self._decoded(self._looked if prompt is None else self.loop(prompt, seed), states)
 
     @staticmethod
     def _decoded(loop, states):
         image = loop.decode(states[-1:])[0]
+        if image.ndim not in (3, 4):
+            raise Failure(f"the {type(loop.pipeline).__name__} gives neither images nor videos")
         expect(states[-1].isfinite().all() and np.isfinite(image).all(), "the state or the image", loop.dtype)
-        return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:2], 3))
+        return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:-1], 3))
 
     def warm_up(self):
         """Make each call once before it is timed, as a first call chooses kernels and allocates memory.

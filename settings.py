@@ -1,8 +1,8 @@
 """Every setting, once: its default, its meaning, what is refused, and its flag.
 
 Edit the defaults below for experiments; they are checked like arguments. `main.py --help`, the command line, the
-checks, `--sweep` and the table of settings in `report.html` all follow from the rows of `Settings`, `Loading` and
-`Experiment`.
+checks, `--sweep` and the table of settings in `report.html` all follow from the rows of `Settings`, `Call`, `Loading`
+and `Experiment`.
 """
 
 import difflib
@@ -226,13 +226,6 @@ class Settings(Checked):
                                "refinements at once, or of one at a time", usual="pipelined; with -cs auto, the faster")
     correction: str | None = row(CORRECTION, choice(*CORRECTIONS, optional=True), "for srds: the paper's correction, "
                                  "or one that is damped where the coarse step overshoots", usual="damped")
-    guidance_scale: float | None = row(GUIDANCE_SCALE, real(1000, optional=True), "scale of classifier-free guidance "
-                                       "(off at 1 and below) or of embedded guidance", "S", short="-gs",
-                                       usual="the model's usual one")
-    negative_prompt: str = row(NEGATIVE_PROMPT, text(empty=True), "text that guidance leads away from", "TEXT")
-    height: int | None = row(HEIGHT, whole(1, 2**16, optional=True), "height of the image in pixels", "PX",
-                             usual="the pipeline's own; for Stable Diffusion at most 512")
-    width: int | None = row(WIDTH, whole(1, 2**16, optional=True), "width, with a default as for height", "PX")
     seed: int = row(SEED, whole(0, 2**64 - 1), "seed of all noise", "SEED", short="-s")
     nodes: int | None = row(NODES, whole(2, optional=True), "points in time in the first solution", "M", "collocation",
                             usual="13; 100 for pixels, or if the model proves rough in time")
@@ -271,20 +264,28 @@ class Settings(Checked):
         if self.fine_steps > most:
             why = "the limit for flow matching" if model.flow else f"the model's {most} training timesteps"
             raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
-        for name in ("guidance_scale", "negative_prompt", "height", "width"):
-            if getattr(self, name) not in (None, "") and name not in model.parameters:
-                remedy = f"cannot be given to {model.name}, a {model.kind.__name__}; leave it out"
-                raise SettingError(name, getattr(self, name), remedy)
-        scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        sides = {"height": self.height or model.side, "width": self.width or model.side}
-        if None in sides.values() and any(sides.values()):  # many pipelines then use the default for both
-            side = max(sides, key=lambda side: sides[side] or 0)
-            raise SettingError(side, sides[side], "is one of two sides; give both, --height and --width")
-        usual = {"solver": solver, "guidance_scale": scale, **sides}
+        usual = {"solver": solver}
         if self.method == "srds":
             usual["schedule"] = self.schedule or SCHEDULES[0]
             usual["correction"] = self.correction or CORRECTIONS[0]
         return replace(self, **usual)
+
+
+@dataclass(frozen=True)
+class Call(Checked):
+    """Arguments of the pipeline's own call, as flags give them; None and "" stand for the usual ones."""
+
+    # fmt: off
+    guidance_scale: float | None = row(GUIDANCE_SCALE, real(1000, optional=True), "scale of classifier-free guidance "
+                                       "(off at 1 and below) or of embedded guidance", "S", short="-gs",
+                                       usual="the model's usual one")
+    negative_prompt: str = row(NEGATIVE_PROMPT, text(empty=True), "text that guidance leads away from", "TEXT")
+    height: int | None = row(HEIGHT, whole(1, 2**16, optional=True), "height of the image in pixels", "PX",
+                             usual="the pipeline's own; for Stable Diffusion at most 512")
+    width: int | None = row(WIDTH, whole(1, 2**16, optional=True), "width, with a default as for height", "PX")
+    call: tuple[str, ...] = row((), anything, "any other argument of the pipeline's call, such as image=photo.png or "
+                                "strength=0.6: an image file, JSON or text; may be repeated", "NAME=VALUE")
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,8 @@ class Loading(Checked):
     device: str = row(DEVICE, text("auto, cpu, cuda or another device"), "auto, cpu, cuda, cuda:1, mps, ...", "DEVICE",
                       "model")
     dtype: str = row(DTYPE, choice(*DTYPES), "auto: float16 or bfloat16 on cuda, float32 elsewhere", group="model")
+    pipeline: str | None = row(None, text(optional=True), "class of diffusers to load the model as, such as "
+                               "StableDiffusionImg2ImgPipeline", "CLASS", "model", usual="the model's own")
     variant: str | None = row(VARIANT, text(optional=True), "variant of the weights, such as fp16", "NAME", "model")
     lora: tuple[str, ...] = row((), adapters, "LoRA weights: a file, folder or hub id, and a scale; may be repeated",
                                 "FILE[:SCALE]", "model", usual="scale 1")
@@ -346,7 +349,7 @@ class Experiment(Checked):
     # fmt: on
 
 
-TABLES = (Loading, Settings, Experiment)
+TABLES = (Loading, Settings, Call, Experiment)
 
 
 def flag_of(each):

@@ -42,7 +42,7 @@ def pictures(records, image_of, alike=True):
     if alike and truth:
         together = np.linalg.norm(padded([result["errors"] for result in results]), axis=0)  # over all samples
         files["trajectory_errors_table.csv"] = error_table(together).encode()
-        files["trajectory_errors_plot.png"] = error_plot(together, results, records[0]["made_by"]["fine_steps"])
+        files["trajectory_errors_plot.png"] = error_plot(together, results, results[0]["steps"])
     return files
 
 
@@ -70,6 +70,19 @@ def png_text(records):
         "seed": str(made["seed"]),
         "settings": json.dumps({name: value for name, value in made.items() if name != "prompt"}),
     }
+
+
+def frames(image):
+    """Return an image's, or a video's, images: uint8 (frames, height, width, 3)."""
+    return image.reshape(-1, *image.shape[-3:])
+
+
+def animation(video):
+    """Return the bytes of an animated WebP, 8 frames a second, of a video, uint8 (frames, height, width, 3)."""
+    first, *rest = map(Image.fromarray, video)
+    file = io.BytesIO()
+    first.save(file, "webp", save_all=True, append_images=rest, duration=125, loop=0, quality=90)
+    return file.getvalue()
 
 
 def mosaic(images):
@@ -105,7 +118,7 @@ def filmstrip(records, images, names):
 def caption(name, record):
     """Return the lines under a picture of the filmstrip."""
     if name == "srds_ddim_gt":
-        return f"ground truth\n{evaluations(record['made_by']['fine_steps'])}"
+        return f"ground truth\n{evaluations(record['result']['steps'])}"
     refinements = record["result"]["refinements"]
     entry = refinements[0 if name == "srds_initialized" else min(int(name.split("_")[2]), len(refinements) - 1)]
     title = f"k = {entry['k']}"
@@ -125,14 +138,15 @@ def evaluations(count):
 def names_of(rows, most):
     """Return names that distinguish samples: the prompt, cut, then the seed and each setting in which they differ.
 
-    rows: dictionaries with the prompt, seed and settings of each.
+    rows: dictionaries with the prompt, seed, settings and arguments of each.
     """
-    names = []
-    differing = [name for name in rows[0] if name in SETTINGS and len({str(row.get(name)) for row in rows}) > 1]
+    names, rows = [], [row.get("arguments", {}) | row for row in rows]
+    settings = SETTINGS | rows[0].get("arguments", {}).keys()
+    differing = [name for name in rows[0] if name in settings and len({str(row.get(name)) for row in rows}) > 1]
     for row in rows:
         text = in_one_line(row["prompt"], most + 1) or "(no prompt)"
         text = text if len(text) <= most else text[: most - 3] + "..."
-        names.append(", ".join([text, *(f"{name.replace('_', ' ')} {row[name]}" for name in differing)]))
+        names.append(", ".join([text, *(f"{name.replace('_', ' ')} {row.get(name)}" for name in differing)]))
     return names
 
 

@@ -172,7 +172,7 @@ if __name__ == "__main__":
     path = common.RESULTS / ("seconds.csv" if args.brief else "collocation.csv")
     for model in args.models:
         loaded = common.load(model)
-        guidances = args.guidance if loaded.model.guidance_scale else [None]
+        guidances = args.guidance if "guidance_scale" in loaded.arguments else [None]
         for N, guidance in ((N, guidance) for N in args.steps for guidance in guidances):
             sampler, rows = loaded.vary(fine_steps=N, coarse_steps=1, guidance_scale=guidance), []
             for text, seed in common.pairs(args.samples):

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from models import scenes
 from sampler import Sampler
-from settings import SEED, Settings
+from settings import SEED
 from study.console import quiet_libraries
 from study.sampling import Shared, entry_of
 
@@ -23,7 +23,7 @@ TEXTS = (ROOT / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
 def load(model="demo", **settings):
     """A `Sampler` for a model on the CPU."""
-    return Sampler.from_pretrained(model, Settings(**settings), device="cpu")
+    return Sampler.from_pretrained(model, device="cpu").vary(**settings)
 
 
 def refinements(sampler, settings, pairs):

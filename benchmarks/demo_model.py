@@ -24,7 +24,7 @@ from settings import SEED
 
 def sample(sampler, texts, x):
     """Sequential images of a batch of prompts from noise x, (L, C, H, W)."""
-    pipeline, scale = sampler.pipeline, sampler.settings.guidance_scale
+    pipeline, scale = sampler.pipeline, sampler.arguments["guidance_scale"]
     with torch.no_grad():
         positive, negative = pipeline.encode_prompt(texts, "cpu", 1, True, [""] * len(texts))
     embeddings = torch.cat([negative, positive])

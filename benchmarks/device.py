@@ -71,7 +71,8 @@ class Bench:
     def sampler(self, N, k):
         """A sampler of N steps to refinement k, ready to be timed, and its prompt."""
         B = 2 ** round(np.log2(N) / 2)
-        sampler = Sampler(self.pipeline, Settings(fine_steps=N, coarse_steps=B, max_iterations=k, guidance_scale=7.5))
+        settings = Settings(fine_steps=N, coarse_steps=B, max_iterations=k)
+        sampler = Sampler(self.pipeline, settings, {"guidance_scale": 7.5})
         return sampler, sampler.encode(None, **self.embeddings)
 
     def seconds(self, call):

@@ -29,7 +29,7 @@ import common
 from models import scenes
 from refinement import difference, judge
 from sampler import Sampler
-from settings import EXPECTED_REFINEMENTS, SCHEDULES, STOP_RULES, Settings
+from settings import EXPECTED_REFINEMENTS, SCHEDULES, STOP_RULES
 from study.planning import describe_plan, make_plan
 
 STEPS = (25, 100, 200, 1000)
@@ -58,13 +58,12 @@ def watched(network):
 
 def diffusers_run(pipeline, steps, sampler, text, seed, **settings):
     """Image, seconds and the network samples of each call of one of diffusers' own pipelines."""
-    size = {"height": sampler.settings.height, "width": sampler.settings.width}
     pipeline.set_progress_bar_config(disable=True)
     with watched(pipeline.unet) as calls:
         started = time.perf_counter()
         latents = pipeline(
             text, num_inference_steps=steps, latents=sampler.noise(seed),
-            guidance_scale=sampler.settings.guidance_scale, output_type="latent", **size, **settings,
+            output_type="latent", **sampler.arguments, **settings,
         ).images  # fmt: skip
         image = sampler.image(latents)
         return image, time.perf_counter() - started, calls
@@ -197,8 +196,7 @@ if __name__ == "__main__":
     table = pd.read_csv(path) if path.exists() else pd.DataFrame({"N": []})
     # ParaDiGMS ends so. The model's usual guidance goes by its name, which a pipeline made here does not have.
     to_one = DDIMScheduler.from_config(loaded.model.scheduler.config, set_alpha_to_one=True)
-    settings = Settings(guidance_scale=loaded.settings.guidance_scale)
-    sampler = Sampler(with_scheduler(loaded.pipeline, to_one), settings)
+    sampler = Sampler(with_scheduler(loaded.pipeline, to_one), arguments=loaded.arguments)
     texts, attributes = common.prompts(np.random.default_rng(11), args.prompts)
     for N in args.steps:
         sqrt = round(N**0.5)

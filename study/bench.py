@@ -4,6 +4,7 @@ import functools
 import os
 from dataclasses import asdict, replace
 
+from asked import Arguments, Variant
 from models.adapters import find_adapters
 from models.clip import ClipScore
 from models.loading import ModelError, choose_device, choose_dtype, find_model, load_pipeline
@@ -35,7 +36,7 @@ class Bench:
         self.command, self.processes = command, processes
         self.device = processes.join(choose_device(loading), parallel)
         with processes.in_turn():
-            self.model, self.adapters = find_model(loading.model), find_adapters(loading)
+            self.model, self.adapters = find_model(loading.model, loading.pipeline), find_adapters(loading)
         self.dtype = str(choose_dtype(loading, self.model, self.device)).removeprefix("torch.")
         self.weights = key.weights(self.model, self.adapters)
         self.prompt, self.shared = None, functools.lru_cache(maxsize=1)(Shared)  # of the last prompt, and seed
@@ -43,6 +44,7 @@ class Bench:
             raise Failure("argument --prompts/-p or --prompt: give one of them", status=2)
         for variant in command.variants:
             variant.settings.resolve(self.model)  # raises SettingError
+            self.model.check_call(variant.arguments)
         self.starts = self._starts()
         with processes.in_turn():
             self.clip = ClipScore() if experiment.clip_score else None
@@ -66,45 +68,48 @@ class Bench:
             raise SettingError("start_from", folder, remedy) from None
 
     def planned(self, variant, folder):
-        """Return the settings of an `asked.Variant`, resolved for the model, with planned blocks for -cs auto.
+        """Return an `asked.Variant` resolved for the model, with planned blocks for -cs auto.
 
         The plan is read from the folder, or made and stored there.
         """
         settings, expected = variant.settings, self.command.experiment.expected_refinements
+        arguments = Arguments(self.model.usual | variant.arguments)
         if not variant.auto:
-            return settings.resolve(self.model)
-        about = {**asdict(settings), "seed": None, "expected": expected, **self.weights, "dtype": self.dtype,
-                 "device": str(self.device), "processes": self.processes.sharing}  # fmt: skip
+            return Variant(settings.resolve(self.model), arguments, False)
+        about = {**asdict(settings), **key.recorded(arguments), "seed": None, "expected": expected, **self.weights,
+                 "dtype": self.dtype, "device": str(self.device), "processes": self.processes.sharing}  # fmt: skip
         name = f"plan-{key.key(about)}.json"
         plan = self.processes.broadcast(read_json(folder.path, name, PLAN))
         if not plan:
-            sampler = self.sampler(settings)
+            sampler = self.sampler(settings, arguments)
             plan = self._first_call(lambda: make_plan(sampler, settings, expected))
             plan = self.processes.broadcast({"made_by": about, **plan})
             if self.processes.first:
                 folder.write(name, pack(plan))
         print(describe_plan(plan))
-        return replace(settings, coarse_steps=plan["blocks"], schedule=plan["schedule"]).resolve(self.model)
+        settings = replace(settings, coarse_steps=plan["blocks"], schedule=plan["schedule"])
+        return Variant(settings.resolve(self.model), arguments, False)
 
-    def tasks(self, settings):
-        """Return the command's `study.key.Task`s, in its order: each of these settings for each prompt and seed."""
-        command, prompted, seed = self.command, self.model.prompted, settings[0].seed
+    def tasks(self, variants):
+        """Return the command's `study.key.Task`s, in its order: each `asked.Variant` for each prompt and seed."""
+        command, prompted, seed = self.command, self.model.prompted, variants[0].settings.seed
         # Without prompts, samples differ only by their noise.
         seeds = lambda i: command.seeds or [seed if prompted else (seed + i) % 2**64]
         pairs = [(text, each) for i, text in enumerate(command.texts or [""]) for each in seeds(i)]
-        tasks = [self._task(text, each, own) for text, each in pairs for own in settings]
+        tasks = [self._task(text, each, *own) for text, each in pairs for *own, _ in variants]
         names = key.key([task.folder for task in tasks])
         if self.processes.broadcast(names) != names:
             raise Failure(f"process {self.processes.rank} has other prompts, settings or weights; start all alike", 2)
         return tasks
 
-    def _task(self, text, seed, settings):
+    def _task(self, text, seed, settings, arguments):
         starts = self.starts
         start = starts.get((text, seed)) if len(starts) != 1 else next(iter(starts.values()))  # one is for all samples
         if starts and not start:
             remedy = f"has no sample of {in_one_line(text, 40)!r} with seed {seed}; give a run that has it"
             raise SettingError("start_from", self.command.experiment.start_from, remedy)
-        return Task(text, seed, settings, start, made_by(self, text, seed, settings, start))
+        how = settings, arguments, start
+        return Task(text, seed, *how, made_by(self, text, seed, *how))
 
     @functools.cached_property
     def pipeline(self):
@@ -118,21 +123,22 @@ class Bench:
         return pipeline
 
     @functools.cache  # noqa: B019
-    def sampler(self, settings):
-        """Return a `sampler.Sampler` with these settings."""
-        return Sampler(self.pipeline, settings, processes=self.processes if self.processes.sharing > 1 else None)
+    def sampler(self, settings, arguments):
+        """Return a `sampler.Sampler` with these settings and arguments of the pipeline's call."""
+        processes = self.processes if self.processes.sharing > 1 else None
+        return Sampler(self.pipeline, settings, arguments, processes=processes)
 
     @functools.cache  # noqa: B019
-    def warm(self, settings):
+    def warm(self, settings, arguments):
         """Return the sampler with these settings, warmed up. Raises Failure if the model cannot be run with them."""
-        sampler = self.sampler(settings)
-        warn_if_cut(settings.negative_prompt, sampler.ignored(settings.negative_prompt))
+        sampler, negative = self.sampler(settings, arguments), arguments.get("negative_prompt", "")
+        warn_if_cut(negative, sampler.ignored(negative))
         self._first_call(sampler.warm_up)
         return sampler
 
     def sample(self, task):
         """Make a sample, see `study.sampling.sample`."""
-        sampler = self.warm(task.settings)
+        sampler = self.warm(task.settings, task.arguments)
         if task.start:
             task.start.check(sampler.shape, sampler.model.name)
         if not self.prompt or self.prompt.text != task.text:
@@ -144,7 +150,7 @@ class Bench:
         known = {task.folder: task for task in tasks}
         while folder := self.processes.broadcast():
             task = known[folder]
-            for _ in self.sampler(task.settings).iterates(task.text, task.seed, start=task.start):
+            for _ in self.sampler(task.settings, task.arguments).iterates(task.text, task.seed, start=task.start):
                 pass
 
     def dismiss(self):

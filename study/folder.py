@@ -21,7 +21,7 @@ from settings import Failure, SettingError, Settings
 from study.key import folder_name
 
 PICTURES = (r"srds_(initialized|iteration_[0-9]+|final|filmstrip|ddim_gt|ddim_course)\.png"
-            r"|trajectory_errors_plot\.png|trajectory_errors_table\.csv")  # fmt: skip
+            r"|srds_final\.webp|trajectory_errors_plot\.png|trajectory_errors_table\.csv")  # fmt: skip
 IN_A_SAMPLE = re.compile(rf"{PICTURES}|trajectory\.safetensors|result\.json")
 AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json")
 PART = ".part-"  # the names of unfinished files and folders begin with this
@@ -37,11 +37,13 @@ REFINEMENT = {
 }  # fmt: skip
 RESULT = {
     **dict.fromkeys("model device sampled ignored stop_reason".split(), str),
-    "size": [int], "sequential_seconds": MAYBE, "refinements": [REFINEMENT], "errors": ([[NUMBER]], NoneType),
+    "size": [int], "steps": int, "sequential_seconds": MAYBE, "refinements": [REFINEMENT],
+    "errors": ([[NUMBER]], NoneType),
 }  # fmt: skip
-MADE_BY = {"prompt": str, "ground_truth": bool, "dtype": str, str: object}
+PLAIN = {str: (str, *MAYBE)}
+MADE_BY = {"prompt": str, "ground_truth": bool, "dtype": str, "coarse_steps": int, "arguments": PLAIN, str: object}
 SAMPLE = {"made_by": MADE_BY, "result": RESULT, "files": {str: int}}
-ASKED = {"prompt": str, "seed": int, "folder": str, "settings": {str: (str, *MAYBE)}, "error": (str, NoneType)}
+ASKED = {"prompt": str, "seed": int, "folder": str, "settings": PLAIN, "error": (str, NoneType)}
 RUN = {
     **dict.fromkeys("begun command reproduce edited_defaults".split(), str),
     "settings": {str: str}, "environment": {str: str}, "samples": [ASKED],
@@ -107,12 +109,13 @@ def is_consistent(record):
     """Return whether a record has k = 0, 1, ..., an image of each, and differences and errors for all or for none."""
     refinements, errors = record["result"]["refinements"], record["result"]["errors"]
     count, compared = len(refinements), errors is not None
+    blocks = min(record["made_by"]["coarse_steps"], record["result"]["steps"])
     images = {"srds_initialized", "srds_final", *(f"srds_iteration_{k}" for k in range(1, count))}
     images |= {"srds_ddim_gt", "srds_ddim_course"} if compared else set()
     return (
         [entry["k"] for entry in refinements] == [*range(count)] != []
         and all((entry["difference"] is not None) == compared for entry in refinements)
-        and (not compared or [len(row) for row in errors] == [record["made_by"]["coarse_steps"]] * count)
+        and (not compared or [len(row) for row in errors] == [blocks] * count)
         and {f"{image}.png" for image in images} <= record["files"].keys()
     )
 

@@ -11,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
+from asked import Arguments
 from refinement import Trajectory
 from settings import Failure, Settings, in_one_line
 
@@ -25,13 +28,14 @@ MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 class Task(NamedTuple):
     """A sample that a command asks for.
 
-    settings: resolved for the model. start: a `refinement.Trajectory` to start from, or None. made_by: everything that
-    the result depends on, as `made_by` returns it.
+    settings: resolved for the model. arguments: those of the pipeline's call. start: a `refinement.Trajectory` to start
+    from, or None. made_by: everything that the result depends on, as `made_by` returns it.
     """
 
     text: str
     seed: int
     settings: Settings
+    arguments: Arguments
     start: Trajectory | None
     made_by: dict
 
@@ -41,20 +45,33 @@ class Task(NamedTuple):
         return folder_name(self.made_by)
 
 
-def made_by(bench, text, seed, settings, start):
-    """Return everything that a sample's result depends on: one flat dictionary that JSON can hold.
+def made_by(bench, text, seed, settings, arguments, start):
+    """Return everything that a sample's result depends on: one dictionary that JSON can hold.
 
-    bench: a `study.bench.Bench`. settings: resolved. start: a `refinement.Trajectory` or None.
+    bench: a `study.bench.Bench`; the others are as in a `Task`.
     """
     experiment, loading = bench.command.experiment, bench.command.loading
     return {
-        "prompt": text, **asdict(settings), "seed": seed, "pipeline": bench.model.kind.__name__, **bench.weights,
-        "variant": loading.variant, "vae_tiling": loading.vae_tiling, "compile": loading.compile,
+        "prompt": text, **asdict(settings), "seed": seed, "arguments": recorded(arguments),
+        "pipeline": bench.model.kind.__name__, **bench.weights, "variant": loading.variant,
+        "vae_tiling": loading.vae_tiling, "compile": loading.compile,
         "device": bench.device.type, "dtype": bench.dtype, "start": start and start.digest,
         "sharing": bench.processes.sharing if settings.fixed_batch else 1,  # it sets the size of a call
         "ground_truth": not experiment.no_ground_truth, "clip_score": experiment.clip_score,
         "keep_trajectories": experiment.keep_trajectories, **VERSIONS, "code": code_digest(),
     }  # fmt: skip
+
+
+def recorded(arguments):
+    """Return what is recorded of arguments: for an image, its file's name and a digest; for a list, a text."""
+
+    def plain(value):
+        if isinstance(value, Image.Image):
+            return f"{value.filename} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    scalar = lambda value: json.dumps(value) if isinstance(value, (list, dict)) else value
+    return {name: scalar(plain(value)) for name, value in sorted(arguments.items())}
 
 
 def key(made_by):
@@ -76,6 +93,7 @@ def stem(text, seed):
 
 def first_difference(now, before):
     """Return the first difference in what made two samples, for people: its name and both values."""
+    now, before = ({**made, **made["arguments"], "arguments": None} for made in (now, before))
     name = next(name for name in {**now, **before} if before.get(name) != now.get(name))
     digests = {"model": "weights", "lora": "lora", "textual_inversion": "textual inversion",
                "start": "trajectories to start from", "code": "code of this program"}  # fmt: skip

@@ -19,7 +19,7 @@ import utils
 from models.loading import MIRRORS
 from settings import Failure, edited_defaults, flag_of, in_one_line
 from study.folder import WriteError, load_samples, pack, read_file
-from study.key import VERSIONS, first_difference, folder_name, stem
+from study.key import VERSIONS, first_difference, folder_name, recorded, stem
 from study.report import page
 from study.results import results_table, summary
 
@@ -45,7 +45,7 @@ class Overview:
         left = [distinct[name] for name in self.processes.broadcast(left)]
         self._introduce(len(distinct) - len(left), [] if again else left)
         if left:
-            self.bench.warm(left[0].settings)
+            self.bench.warm(left[0].settings, left[0].arguments)
         if here:
             self.folder.write("run.json", pack(self._record()))
         names = utils.names_of([task.made_by for task in self.tasks], 60)
@@ -88,8 +88,9 @@ class Overview:
     def _record(self):
         """Return the content of `run.json`."""
         command, bench = self.command, self.bench
-        used = [asdict(task.settings) | {"seed": task.seed} for task in self.tasks]
-        settings = {name: ", ".join(dict.fromkeys(str(each[name]) for each in used)) for name in used[0]}
+        used = [asdict(task.settings) | {"seed": task.seed} | recorded(task.arguments) for task in self.tasks]
+        values = lambda name: ", ".join(dict.fromkeys(str(each.get(name)) for each in used))
+        settings = {name: values(name) for name in dict.fromkeys(itertools.chain(*used))}
         settings |= asdict(command.loading) | asdict(command.experiment)
         return {
             "begun": self.begun, "edited_defaults": edited_defaults(),
@@ -97,9 +98,8 @@ class Overview:
             "settings": {name: in_one_line(value, 1000) for name, value in settings.items()},
             "environment": {"model": bench.model.title, "device": str(bench.device), "dtype": bench.dtype,
                             "processes": str(bench.processes.size), "python": sys.version.split()[0], **VERSIONS},
-            "samples": [{"prompt": task.text, "seed": task.seed, "folder": task.folder,
-                         "settings": asdict(task.settings), "error": self.errors.get(task.folder)}
-                        for task in self.tasks],
+            "samples": [{"prompt": task.text, "seed": task.seed, "folder": task.folder, "settings": each,
+                         "error": self.errors.get(task.folder)} for task, each in zip(self.tasks, used)],
         }  # fmt: skip
 
     def _reproduce(self):
@@ -107,7 +107,7 @@ class Overview:
         given, shipped = dict(self.command.given), json.loads(table.SHIPPED_DEFAULTS.read_text())
         swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
         for name in ("coarse_steps", "schedule", "guidance_scale"):  # as planned, or as the model's usual value
-            used = {getattr(task.settings, name) for task in self.tasks}
+            used = {getattr(task.settings, name, task.arguments.get(name)) for task in self.tasks}
             given |= {name: used.pop()} if len(used) == 1 else {}
         words = ["python", "main.py"]
         for each in itertools.chain(*map(fields, table.TABLES)):
@@ -127,7 +127,9 @@ class Overview:
     @staticmethod
     def files(record, images, trajectory):
         """Return the files of a sample's folder, bytes by name, for what `study.sampling.sample` returns."""
-        files = utils.pictures([record], lambda record, name: images[name])
+        files = utils.pictures([record], lambda record, name: utils.mosaic(utils.frames(images[name])))
+        if len(utils.frames(images["srds_final"])) > 1:
+            files["srds_final.webp"] = utils.animation(images["srds_final"])
         if trajectory:
             files["trajectory.safetensors"] = trajectory.packed()
         return files | {"result.json": pack({**record, "files": {name: len(data) for name, data in files.items()}})}
@@ -168,6 +170,9 @@ class Overview:
 
         settings = {str({**record["made_by"], "prompt": None, "seed": None, "start": None}) for record in records}
         files = utils.pictures(records, image_of, alike=len(settings) == 1) if records else {}
+        if len(records) == 1 and "srds_final.webp" in records[0]["files"]:
+            place = f"samples/{folder_name(records[0]['made_by'])}/srds_final.webp"
+            files["srds_final.webp"] = read_file(self.folder.path, place)
         files["results.csv"] = results_table(samples).encode(errors="backslashreplace")
         if not self.command.experiment.no_report:
             files["report.html"] = page([(run, samples, "")]).encode(errors="backslashreplace")

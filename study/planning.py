@@ -20,7 +20,7 @@ def make_plan(sampler, settings, expected):
     Returns a dict with "blocks", "schedule", the "refinements" planned for, the predicted seconds for a sample by
     "srds" and by "sequential" sampling, and the measured "calls": seconds by number of lanes.
     """
-    N, bound = settings.fine_steps, settings.max_iterations
+    N, bound = sampler.boundaries[-1], settings.max_iterations  # strength may leave fewer than the fine steps
     # Fewer blocks than these converge badly; more only widen the ticks.
     candidates = {min(N, max(1, round(factor * math.sqrt(N)))) for factor in (0.7, 1, 1.4, 2)}
     calls, decoding = measure_calls(sampler, max(candidates))

@@ -7,7 +7,7 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from study.results import SETTINGS, last_rows, settings_of
+from study.results import last_rows, settings_of
 from utils import padded
 
 # Lines can be distinguished without colours.
@@ -21,7 +21,7 @@ def plots(rows, names):
     with three numbers or more, one has the last refinements against it.
     """
     known = rows[rows["difference"].notna()]
-    numbers = known[[name for name in names if name in SETTINGS]].apply(pd.to_numeric, errors="coerce")
+    numbers = known[[name for name in names if name != "run"]].apply(pd.to_numeric, errors="coerce")
     swept = [values for _, values in numbers.items() if values.nunique() > 2]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "axes.prop_cycle": LOOKS}):
         first = [against_cost(known, names)] if len(known) else []

@@ -31,19 +31,21 @@ PAIRED = {"difference": "difference", "ssim": "SSIM", "clip_difference": "CLIP -
 def results_rows(samples):
     """Return a row for each refinement of each sample, or one for a sample that failed or was not made: a DataFrame.
 
-    The last refinement of a sample is "final". Every setting has a column of its own. Columns have Python's
-    objects, as pandas would turn whole numbers into floats beside a missing one.
+    The last refinement of a sample is "final". Every setting, and every argument of the pipeline's call, has a column
+    of its own. Columns have Python's objects, as pandas would turn whole numbers into floats beside a missing one.
     """
-    rows = []
+    rows, settings = [], dict.fromkeys(SETTINGS)
     for said, record in samples:
+        settings |= dict.fromkeys(record["made_by"]["arguments"] if record else said["settings"])
         if record:
-            known = record["made_by"] | record["result"] | said
+            known = record["made_by"]["arguments"] | record["made_by"] | record["result"] | said
             entries = [dict(entry) for entry in record["result"]["refinements"]]
         else:
             known = said["settings"] | said
             entries = [{"verdict": "failed"} if said["error"] else {"verdict": "not made", "error": "not made"}]
         rows += [known | entry | {"final": entry is entries[-1]} for entry in entries]
-    return pd.DataFrame(rows, columns=[*MEASURED, *SETTINGS, *MADE_ON, "stop_reason"], dtype=object)
+    columns = dict.fromkeys([*MEASURED, *settings, *MADE_ON, "stop_reason"])
+    return pd.DataFrame(rows, columns=[*columns], dtype=object)
 
 
 def results_table(samples):
@@ -60,7 +62,8 @@ def last_rows(rows):
 
 def varied(rows):
     """Return the names of the settings (with model, device and dtype) in which rows differ."""
-    return [name for name in [*SETTINGS, *MADE_ON] if rows[name].nunique(dropna=name in MADE_ON) > 1]
+    names = [name for name in rows if name not in {*MEASURED, "stop_reason", "run"}]
+    return [name for name in names if rows[name].nunique(dropna=name in MADE_ON) > 1]
 
 
 def settings_of(rows, names):

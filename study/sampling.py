@@ -4,6 +4,7 @@ import contextlib
 import sys
 from datetime import UTC, datetime
 
+import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
@@ -23,7 +24,7 @@ class Shared:
         """Return a sampler's `refinement.Sequential`."""
         name = sampler.truth_depends_on
         if name not in self.made:
-            N = sampler.settings.fine_steps
+            N = sampler.boundaries[-1]
             with ticking("ground truth", N) as on_tick:  # every state, as samplers differ in their boundaries
                 truth = sampler.sequential(self.prompt, self.seed, on_tick=on_tick, kept=range(N + 1))
             self.made[name] = truth._replace(states=truth.states.cpu())
@@ -42,7 +43,7 @@ def sample(sampler, task, shared, clip=None):
 
     task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. clip: a `models.clip.ClipScore`, or None.
     """
-    settings, seed, prompt, truth = sampler.settings, task.seed, shared.prompt, None
+    settings, seed, prompt, N, truth = sampler.settings, task.seed, shared.prompt, sampler.boundaries[-1], None
     warn_if_cut(task.text, prompt.ignored)
     if task.start and task.start.seed != seed:
         tqdm.write(f"  note: the start has seed {task.start.seed}, not {seed}; other noise costs more than it saves")
@@ -54,7 +55,7 @@ def sample(sampler, task, shared, clip=None):
     if sampler.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(sampler.device)
     with (
-        ticking(settings.method, None if settings.schedule == "sweep" else settings.fine_steps) as on_tick,
+        ticking(settings.method, None if settings.schedule == "sweep" else N) as on_tick,
         contextlib.closing(sampler.refine(prompt, seed, on_tick, task.start)) as refinements,
     ):
         for refinement in refinements:
@@ -65,7 +66,6 @@ def sample(sampler, task, shared, clip=None):
                 errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
             tqdm.write(utils.line_of(entries[-1]))
     if not refinement.settled:
-        N = settings.fine_steps
         tqdm.write(f"  note: not settled within {N} serial evaluations; sequential sampling is better here")
     device = sampler.device
     result = {
@@ -73,25 +73,32 @@ def sample(sampler, task, shared, clip=None):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "sampled": datetime.now(UTC).isoformat(timespec="seconds"), "ignored": prompt.ignored,
         "stop_reason": refinement.stop_reason, "sequential_seconds": truth.seconds if truth else None,
-        "refinements": entries, "errors": errors, "size": [*refinement.image.shape[1::-1]],
+        "refinements": entries, "errors": errors, "steps": N,
+        "size": [*utils.mosaic(utils.frames(refinement.image)).shape[1::-1]],
     }  # fmt: skip
     kept = sampler.trajectory(refinement.states, seed) if task.made_by["keep_trajectories"] else None
     return {"made_by": task.made_by, "result": result}, images, kept
 
 
 def entry_of(refinement, truth, text, clip=None):
-    """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given."""
+    """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given.
+
+    SSIM and CLIP score of a video are means over its frames.
+    """
     image, device = refinement.image, refinement.states.device
+    pairs = [*zip(utils.frames(image), utils.frames(truth.image if truth else image))]
     unstored = ("image", "states", "exact", "all_nodes")
     entry = {name: value for name, value in refinement._asdict().items() if name not in unstored}
     entry["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     entry["difference"] = difference(image, truth.image) if truth else None
     # The PSNR of equal images is infinite.
     entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image)) if entry["difference"] else None
-    compared = truth and min(image.shape[:2]) >= 7  # the width of its window
-    entry["ssim"] = float(structural_similarity(truth.image, image, channel_axis=2)) if compared else None
-    entry["clip_score"] = clip(image, text) if clip else None
-    entry["clip_difference"] = entry["clip_score"] - clip(truth.image, text) if clip and truth else None
+    compared = truth and min(image.shape[-3:-1]) >= 7  # the width of its window
+    similarity = lambda frame, true: structural_similarity(true, frame, channel_axis=2)
+    entry["ssim"] = float(np.mean([similarity(*pair) for pair in pairs])) if compared else None
+    scores = np.mean([[clip(each, text) for each in pair] for pair in pairs], 0).tolist() if clip else [None, None]
+    entry["clip_score"] = scores[0]
+    entry["clip_difference"] = scores[0] - scores[1] if clip and truth else None
     return entry
 
 

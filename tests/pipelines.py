@@ -129,6 +129,24 @@ def pixels():
     return diffusers.DDPMPipeline(network, diffusers.DDPMScheduler())
 
 
+def ltx():
+    """A pipeline of videos."""
+    torch.manual_seed(0)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32,
+        num_layers=1, caption_channels=WIDTH,
+    )  # fmt: skip
+    no, yes = (False,) * 4, (True, True, False, False)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=yes,
+        decoder_spatio_temporal_scaling=yes, decoder_inject_noise=(*no, False), upsample_residual=no,
+        upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1, patch_size_t=1,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.LTXPipeline(scheduler, vae, *t5(), transformer)
+
+
 FAMILIES = {
     "StableDiffusion": stable_diffusion,
     "StableDiffusionXL": stable_diffusion_xl,

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow  # test_loop has each kind of pipeline in a second
 LORA = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux-dev", "Flux-schnell")
 
 
-def make(family, pipeline=None, **settings):
+def make(family, pipeline=None, **changes):
     size = {} if family == "Unconditional" else {"height": 64, "width": 96}
-    return Sampler(pipeline or FAMILIES[family](), Settings(fine_steps=8, coarse_steps=3, **size, **settings))
+    return Sampler(pipeline or FAMILIES[family](), Settings(fine_steps=8, coarse_steps=3), size).vary(**changes)
 
 
 def red_sun(family, sampler):

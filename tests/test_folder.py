@@ -429,7 +429,7 @@ def edited(path, edit):
         lambda path: edited(path, lambda record, result, refinement: result.update(errors=[])),
         lambda path: edited(path, lambda record, result, refinement: result["errors"][0].append(1.0)),
         lambda path: edited(path, lambda record, result, refinement: result.update(refinements=[], errors=[])),
-        lambda path: edited(path, lambda record, result, refinement: record["made_by"].update(width=-1)),
+        lambda path: edited(path, lambda record, result, refinement: record["made_by"].update(fine_steps=-1)),
         lambda path: edited(path, lambda record, result, refinement: record["made_by"].pop("ground_truth")),
         lambda path: edited(path, lambda record, result, refinement: record["files"].pop("srds_ddim_gt.png")),
         lambda path: edited(path, lambda record, result, refinement: record["files"].update({"a\0": 1})),

@@ -11,7 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("", "models", "study", "benchmarks", "tests")
 PATHS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
          for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))}  # fmt: skip
-OF_THE_COMMAND = {"test_command", "test_sequences", "test_folder", "test_sweep", "test_report", "test_processes"}
+OF_THE_COMMAND = {
+    "test_call",
+    "test_command",
+    "test_sequences",
+    "test_folder",
+    "test_sweep",
+    "test_report",
+    "test_processes",
+}
 
 
 def imported(room):

@@ -193,7 +193,7 @@ def test_a_model_in_memory_is_what_it_is_once_saved(tmp_path):
     }.items():
         pipeline.save_pretrained(tmp_path / name)
         saved, memory = find_model(str(tmp_path / name)), known(pipeline)
-        assert (memory.kind, memory.side) == (saved.kind, saved.side)
+        assert (memory.kind, memory.usual) == (saved.kind, saved.usual)
         configs = [{k: v for k, v in model.scheduler.config.items() if k[0] != "_"} for model in (saved, memory)]
         assert configs[0] == configs[1]
 
@@ -223,8 +223,8 @@ def test_an_offloaded_model_keeps_its_autoencoder_on_the_device(tiny, monkeypatc
 def test_the_usual_guidance_of_the_demo_model_is_its_own_however_it_is_named(monkeypatch):
     monkeypatch.chdir(loading.DEMO.parent)
     for name in ("demo", "./demo", str(loading.DEMO)):
-        assert find_model(name).guidance_scale == 2
-    assert known(StableDiffusionPipeline.from_pretrained(loading.DEMO)).guidance_scale == 2
+        assert find_model(name).usual == {"guidance_scale": 2}
+    assert known(StableDiffusionPipeline.from_pretrained(loading.DEMO)).usual == {"guidance_scale": 2}
 
 
 def test_half_precision_is_the_familys_on_a_gpu(tiny):

@@ -127,7 +127,7 @@ def test_a_pipeline_is_unchanged_and_no_thread_is_left_however_sampling_ends(mak
     use = lambda: pipeline("a moon", num_inference_steps=2, height=64, width=64, output_type="np",
                            generator=torch.Generator().manual_seed(1)).images.tobytes()  # fmt: skip
     image, before = use(), state()
-    sampler = Sampler(pipeline, Settings(fine_steps=6, coarse_steps=3, height=64, width=64))
+    sampler = Sampler(pipeline, Settings(fine_steps=6, coarse_steps=3), {"height": 64, "width": 64})
     end(sampler.refine("a red sun"))
     del sampler
     gc.collect()
@@ -155,7 +155,7 @@ def at_step(number, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda pipeline, values: vars(pipeline).update(_guidance_scale=3.0) or {}, "guides otherwise at step 3"),
+        (lambda pipeline, values: vars(pipeline).update(_guidance_scale=3.0) or {}, "guides differently at step 3"),
         (lambda pipeline, values: {"latents": values["latents"] + 1}, "has changed the states at step 3"),
         (lambda pipeline, values: vars(pipeline).update(_interrupt=True) or {}, "ends before the last"),
         (lambda pipeline, values: vars(pipeline).update(_cross_attention_kwargs={"scale": 2}) or {}, "calls unet"),
@@ -175,6 +175,6 @@ def test_what_the_pipelines_own_checks_refuse_is_one_line_of_theirs():
 def test_a_whole_pipeline_runs_where_no_value_can_be_read():
     """On torch's meta device, which has shapes only: sampling then never waits for the device."""
     pipeline = stable_diffusion().to("meta")
-    sampler = Sampler(pipeline, Settings(fine_steps=9, coarse_steps=3, height=64, width=64))
+    sampler = Sampler(pipeline, Settings(fine_steps=9, coarse_steps=3), {"height": 64, "width": 64})
     *_, last = sampler.iterates("a red sun")
     assert last.exact and last.ticks == 9 and last.states.is_meta and last.states.shape == (4, 4, 8, 8)

@@ -1,5 +1,7 @@
 """The plan of blocks and schedule."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ from study import planning
 )
 def test_the_plan_is_the_cheapest_sum_over_ticks(seconds_of_lanes, settings, expected, monkeypatch):
     monkeypatch.setattr(planning, "measure_calls", lambda sampler, widest: (seconds_of_lanes(widest), 0.0))
-    plan = planning.make_plan(None, Settings(fine_steps=100, **settings), expected=3)
+    plan = planning.make_plan(Mock(boundaries=[0, 100]), Settings(fine_steps=100, **settings), expected=3)
     if expected:
         assert [plan[key] for key in ("blocks", "schedule", "refinements", "srds", "sequential")] == expected
         assert "faster" not in planning.describe_plan(plan)

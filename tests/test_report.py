@@ -77,7 +77,7 @@ def test_closing_tables_fit_into_a_terminal(made):
     run = run_record(made / "sweep")
     samples = copy.deepcopy(load_samples(made / "sweep", run))
     for i, (said, record) in enumerate(samples):
-        record["made_by"]["negative_prompt"] = "clouds " * 30 + str(i % 2)
+        record["made_by"]["arguments"]["negative_prompt"] = "clouds " * 30 + str(i % 2)
         said["prompt"] = "a red sun over purple mountains at dusk" * (i + 1)
     for some in (samples, samples[:1] * 2):
         printed = summary(some)

@@ -18,13 +18,13 @@ from refinement import Trajectory, difference, judge, trajectory_change
 from sampler import Sampler
 from settings import SettingError, Settings
 
-SMALL = Settings(fine_steps=9, coarse_steps=3, guidance_scale=2.0, negative_prompt="rain")
+SMALL, GUIDED = Settings(fine_steps=9, coarse_steps=3), {"guidance_scale": 2.0, "negative_prompt": "rain"}
 V, ZERO = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}
 
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(stable_diffusion(), SMALL)
+    return Sampler(stable_diffusion(), SMALL, GUIDED)
 
 
 # Samples
@@ -51,7 +51,7 @@ def test_sequential_equals_diffusers_pipeline(shipped, expected, guidance_scale)
     theirs = StableDiffusionPipeline(**{**pipeline.components, "scheduler": other}, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     for steps, coarse in ((4, False), (10, False), (25, True)):
-        sampler = Sampler(pipeline, Settings(fine_steps=steps, coarse_steps=min(5, steps), **asked))
+        sampler = Sampler(pipeline, Settings(fine_steps=steps, coarse_steps=min(5, steps)), asked)
         how = {"latents": sampler.noise(), "height": 64, "width": 64, "output_type": "latent", **asked}
         truth = theirs("a red sun", num_inference_steps=5 if coarse else steps, **how).images
         ours = sampler.sequential("a red sun", coarse=coarse).states[-1:]
@@ -219,8 +219,11 @@ def test_torchs_defaults_change_no_sample(settings, dtype, device, sampler):
         torch.set_default_device(None)
 
 
+SMALLEST = {"height": 64, "width": 64}
+
+
 def test_given_sigmas_are_those_of_one_prompt_alone():
-    sampler, sigmas = Sampler(flux(), Settings(fine_steps=4, coarse_steps=2, height=64, width=64)), [1.0, 0.9, 0.5, 0.2]
+    sampler, sigmas = Sampler(flux(), Settings(fine_steps=4, coarse_steps=2), SMALLEST), [1.0, 0.9, 0.5, 0.2]
     sampler.sequential("a")
     made = [each.sequential(each.encode("a", sigmas=sigmas)) for each in (sampler.vary(), sampler)]
     assert made[0].states.equal(made[1].states)

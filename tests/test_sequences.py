@@ -17,19 +17,19 @@ from settings import SettingError, Settings
 from study import folder
 from study.key import Task
 
-SETTINGS = Settings(fine_steps=9, coarse_steps=3, height=8, width=8, guidance_scale=1.0, solver="ddim")
+SETTINGS = Settings(fine_steps=9, coarse_steps=3, solver="ddim")
 NUMBERS = dict.fromkeys(folder.REFINEMENT) | dict.fromkeys("serial_evaluations total_evaluations".split(), 3)
 REFINEMENT = NUMBERS | {"k": 0, "network_calls": 3, "widest_tick": 3, "seconds": 0.5, "damping": 0.0}
 REFINEMENT |= {"verdict": "continuing", "settled": True, "difference": 1.0}
 RESULT = dict.fromkeys("model device sampled ignored stop_reason".split(), "")
-RESULT |= {"size": [8, 8], "sequential_seconds": 1.0, "errors": [[1.0] * 3], "refinements": [REFINEMENT]}
+RESULT |= {"size": [8, 8], "steps": 9, "sequential_seconds": 1.0, "errors": [[1.0] * 3], "refinements": [REFINEMENT]}
 RUN = dict.fromkeys("begun command reproduce edited_defaults".split(), "")
 RUN |= {"settings": {}, "environment": {}, "samples": []}
 
 
 def make_task(text="a moon", seed=0):
     made = {"prompt": text, **asdict(SETTINGS), "seed": seed, "ground_truth": True, "dtype": "float32"}
-    return Task(text, seed, SETTINGS, None, made)
+    return Task(text, seed, SETTINGS, {}, None, made | {"arguments": {}})
 
 
 def make_files(task, content=b"image"):

@@ -15,7 +15,8 @@ from hypothesis import strategies
 import pipelines
 import settings as table
 from models.loading import known
-from settings import Experiment, Loading, SettingError, Settings, split_scale
+from sampler import Sampler
+from settings import Call, Experiment, Loading, SettingError, Settings, split_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 NAN, INF = float("nan"), float("inf")
@@ -57,7 +58,9 @@ VALUES = strategies.recursive(
     ],
 )  # fmt: skip
 def test_what_no_model_could_be_sampled_with_is_refused(setting, values, words):
-    kind = next(kind for kind in (Settings, Loading, Experiment) if setting in {each.name for each in fields(kind)})
+    kind = next(
+        kind for kind in (Settings, Call, Loading, Experiment) if setting in {each.name for each in fields(kind)}
+    )
     given = {"output_dir": "out"} if kind is Experiment else {}
     for value in values:
         with pytest.raises(SettingError) as raised:
@@ -100,15 +103,31 @@ def test_a_loras_scale_is_after_its_last_colon():
         ("stable_diffusion", {"solver": "ddpm", "eta": 0.5}, "eta: 0.5 is for ddim"),
         ("stable_diffusion", {"fine_steps": 1001}, "fine_steps: 1001 exceeds the model's 1000 training timesteps"),
         ("stable_diffusion_3", {"fine_steps": 100000}, "fine_steps: 100000 exceeds the limit for flow matching"),
-        ("pixels", {"guidance_scale": 3}, "guidance_scale: 3.0 cannot be given to DDPMPipeline"),
-        ("pixels", {"negative_prompt": "rain"}, "negative_prompt: 'rain' cannot be given to"),
-        ("flux", {"width": 512}, "width: 512 is one of two sides; give both"),
-        ("pixels", {"height": 16}, "height: 16 cannot be given to"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(family, settings, words):
     with pytest.raises(SettingError, match=words):
         Settings(**settings).resolve(known(getattr(pipelines, family)()))
+
+
+@pytest.mark.parametrize(
+    "family, arguments, words",
+    [
+        ("pixels", {"guidance_scale": 3}, "guidance_scale: 3 cannot be given to DDPMPipeline, a DDPMPipeline; leave"),
+        ("stable_diffusion", {"negatve_prompt": "a"}, "negatve_prompt: 'a' cannot .*; did you mean negative_prompt?"),
+        ("stable_diffusion", {"output_type": "pt"}, "output_type: 'pt' cannot be given to"),
+        ("flux", {"num_inference_steps": 5}, "num_inference_steps: 5 cannot be given to"),
+    ],
+)
+def test_what_a_pipelines_call_does_not_have_is_refused(family, arguments, words):
+    """However it is given."""
+    pipeline = getattr(pipelines, family)()
+    plain = Sampler(pipeline)
+    for give in (lambda: Sampler(pipeline, None, arguments), lambda: plain.vary(**arguments),
+                 lambda: plain("a", **arguments), lambda: next(plain.refine("a", **arguments)),
+                 lambda: plain.sequential("a", **arguments)):  # fmt: skip
+        with pytest.raises(SettingError, match=words):
+            give()
 
 
 def test_what_is_left_open_is_what_the_family_usually_takes():
@@ -119,7 +138,8 @@ def test_what_is_left_open_is_what_the_family_usually_takes():
     for family, values in expected.items():
         asked = Settings()
         found = asked.resolve(known(getattr(pipelines, family)()))
-        assert (found.guidance_scale, found.solver) == values and found.height is found.width is None
+        usual = known(getattr(pipelines, family)()).usual
+        assert (usual.pop("guidance_scale", None), found.solver) == values and not usual
         assert (found.schedule, found.correction) == ("pipelined", "damped") and asked == Settings()
         other = Settings(method="collocation").resolve(known(getattr(pipelines, family)()))
         assert other.schedule is other.correction is other.nodes is other.window is None
