@@ -14,7 +14,6 @@ from PIL import Image, ImageOps
 from settings import COARSE_STEPS, TABLES, Call, SettingError, Settings, number, text
 
 MOST_SEEDS = 10_000  # in a range
-UNASKED, MOST_SAMPLES = 1000, 10**6  # most samples without and with --yes
 
 
 class Arguments(dict):
@@ -130,14 +129,6 @@ def combinations(axes):
     return [dict(itertools.chain(*(part.items() for part in parts))) for parts in itertools.product(*axes)]
 
 
-def check_count(count, yes):
-    """Raise SettingError for more samples than a command makes, or makes without --yes."""
-    if count > MOST_SAMPLES:
-        raise SettingError("yes", True, f"allows {MOST_SAMPLES} samples at most, but {count} are asked for; give fewer")
-    if count > UNASKED and not yes:
-        raise SettingError("yes", False, f"is needed for {count} samples, as they are more than {UNASKED}; add it")
-
-
 def read_seeds(words):
     """Return the seeds in words such as "7", "42-61" or "1,5,9", each once. Raises SettingError."""
     parts = [re.fullmatch(r"\s*([0-9]{1,20})(?:-([0-9]{1,20}))?\s*", part) for part in words.split(",")]
@@ -152,6 +143,12 @@ def read_seeds(words):
 def check_prompt(prompt, setting="prompt"):
     """Return a prompt without surrounding white space. Raises SettingError if it is blank or has a NUL."""
     return text()(setting, prompt.strip())
+
+
+def syntax_notes(texts):
+    """Return notes, a dict whose keys are lines to print, for weights and LoRAs in prompts, as web UIs read them."""
+    known = [re.search(r"\([^()]+:[0-9.]+\)|<lora:[^<>]*>", text) for text in texts]
+    return {f"note: {found[0]} in a prompt is read as plain text": True for found in known if found}
 
 
 def read_prompts(path):

@@ -8,7 +8,6 @@ The defaults are in `settings.py`, to be edited for experiments.
 import argparse
 import contextlib
 import errno
-import math
 import os
 import sys
 from dataclasses import dataclass, fields
@@ -96,8 +95,7 @@ def parse(argv):
             raise SettingError(name, (given | call)[name], f"cannot be given together with --{other}; give one of them")
     texts = [asked.check_prompt(text) for text in experiment.prompt or ()]
     texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
-    asked.check_count(max(1, len(texts)) * len(seeds or [0]) * math.prod(map(len, axes)), experiment.yes)
-    notes = {}
+    notes = asked.syntax_notes(texts)
     combined = [own(Settings) | own(Call) | call | values for values in asked.combinations(axes)]
     variants = [asked.make_variant(values, notes, loading.compile) for values in combined]
     return Command(given, loading, experiment, texts, seeds, axes, variants, [*notes], argv)

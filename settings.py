@@ -6,14 +6,12 @@ and `Experiment`.
 """
 
 import difflib
-import json
 import math
 import numbers
 import operator
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 # Sampling
 METHOD = "srds"
@@ -54,7 +52,6 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 PARALLELS = ("lanes", "samples")
 GROUPS = ("model", "sampling", "collocation", "experiment", "output")
 MOST_FLOW_STEPS = 4000  # flow matching sets no limit; the solver's tables have steps x steps entries
-SHIPPED_DEFAULTS = Path(__file__).resolve().parent / "study" / "defaults.json"
 
 
 class Failure(Exception):
@@ -341,7 +338,6 @@ class Experiment(Checked):
     parallel: str | None = row(PARALLEL, choice(*PARALLELS, optional=True), "what several processes share: the lanes "
                                "of each tick, or the samples", group="experiment",
                                usual="samples, if there are more of them than processes")
-    yes: bool = row(False, flag, "allow more than 1000 samples", group="experiment")
     output_dir: str = row(None, path(), "directory for images and analysis (required)", "DIR", "output", "-o")
     again: bool = row(False, flag, "make samples again that are there already", group="output")
     keep_trajectories: bool = row(False, flag, "keep trajectories, for --start-from", group="output")
@@ -355,10 +351,3 @@ TABLES = (Loading, Settings, Call, Experiment)
 def flag_of(each):
     """Return the long flag of a row."""
     return f"--{each.name.replace('_', '-')}"
-
-
-def edited_defaults():
-    """Return the constants above that differ from the shipped ones, in one line: "TOLERANCE 1.0 (0.1)"; "" for none."""
-    shipped = json.loads(SHIPPED_DEFAULTS.read_text())
-    edited = {name: globals()[name] for name, value in shipped.items() if globals()[name] != value}
-    return ", ".join(f"{name} {in_one_line(value)} ({shipped[name]})" for name, value in edited.items())

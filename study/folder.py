@@ -45,7 +45,7 @@ MADE_BY = {"prompt": str, "ground_truth": bool, "dtype": str, "coarse_steps": in
 SAMPLE = {"made_by": MADE_BY, "result": RESULT, "files": {str: int}}
 ASKED = {"prompt": str, "seed": int, "folder": str, "settings": PLAIN, "error": (str, NoneType)}
 RUN = {
-    **dict.fromkeys("begun command reproduce edited_defaults".split(), str),
+    **dict.fromkeys("begun command reproduce".split(), str),
     "settings": {str: str}, "environment": {str: str}, "samples": [ASKED],
 }  # fmt: skip
 

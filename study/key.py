@@ -20,7 +20,7 @@ from settings import Failure, Settings, in_one_line
 ROOT = Path(__file__).resolve().parent.parent
 # The code that makes results. The effect of `settings.py` shows in the resolved settings.
 CODE = ["srds.py", "collocation.py", "diffusion.py", "refinement.py", "sampler.py", "study/sampling.py"]
-CODE += ["study/processes.py", *(f"models/{name}.py" for name in ("adapters", "checks", "clip", "loading", "loop"))]
+CODE += ["study/processes.py", *(f"models/{name}.py" for name in ("adapters", "clip", "loading", "loop"))]
 VERSIONS = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image")}
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 

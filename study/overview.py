@@ -3,7 +3,6 @@
 import functools
 import io
 import itertools
-import json
 import shlex
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ from tqdm import tqdm
 import settings as table
 import utils
 from models.loading import MIRRORS
-from settings import Failure, edited_defaults, flag_of, in_one_line
+from settings import Failure, flag_of, in_one_line
 from study.folder import WriteError, load_samples, pack, read_file
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
 from study.report import page
@@ -57,10 +56,10 @@ class Overview:
     def _introduce(self, there, made_anew):
         """Print what will run; `there` counts the samples that are reused, `made_anew` has the other tasks."""
         command, bench, made, count = self.command, self.bench, self.tasks[0].made_by, len(self.tasks)
-        if edited := edited_defaults():
-            print(f"edited defaults: {edited}")
         if bench.model.name == MIRRORS.get(command.loading.model):
             print(f"{command.loading.model} was withdrawn from the hub; using its mirror {bench.model.name}")
+        if bench.model.unused:
+            print(f"note: its scheduler's {bench.model.unused} is not used; timesteps have trailing spacing")
         for note in command.notes:
             print(note)
         srds = [f"B = {made['coarse_steps']}", made["correction"], made["schedule"]] * (made["method"] == "srds")
@@ -93,8 +92,8 @@ class Overview:
         settings = {name: values(name) for name in dict.fromkeys(itertools.chain(*used))}
         settings |= asdict(command.loading) | asdict(command.experiment)
         return {
-            "begun": self.begun, "edited_defaults": edited_defaults(),
-            "command": shlex.join(["python", "main.py", *command.argv]), "reproduce": self._reproduce(),
+            "begun": self.begun, "command": shlex.join(["python", "main.py", *command.argv]),
+            "reproduce": self._reproduce(),
             "settings": {name: in_one_line(value, 1000) for name, value in settings.items()},
             "environment": {"model": bench.model.title, "device": str(bench.device), "dtype": bench.dtype,
                             "processes": str(bench.processes.size), "python": sys.version.split()[0], **VERSIONS},
@@ -103,16 +102,16 @@ class Overview:
         }  # fmt: skip
 
     def _reproduce(self):
-        """Return a command line that makes the same samples with the shipped defaults: all other values are flags."""
-        given, shipped = dict(self.command.given), json.loads(table.SHIPPED_DEFAULTS.read_text())
+        """Return a command line that makes the same samples whatever the defaults are: all values are flags."""
+        given = dict(self.command.given)
         swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
         for name in ("coarse_steps", "schedule", "guidance_scale"):  # as planned, or as the model's usual value
             used = {getattr(task.settings, name, task.arguments.get(name)) for task in self.tasks}
-            given |= {name: used.pop()} if len(used) == 1 else {}
+            given[name] = used.pop() if len(used) == 1 else None
         words = ["python", "main.py"]
         for each in itertools.chain(*map(fields, table.TABLES)):
             value = given.get(each.name, each.default)
-            if each.name not in swept and value != shipped.get(each.name.upper(), each.default):
+            if each.name not in swept and not any(value is one for one in (None, False, "")):
                 values = value if isinstance(value, tuple) else [value]
                 words += [flag_of(each) if one is True else f"{flag_of(each)}={one}" for one in values]
         return shlex.join(words)

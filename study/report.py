@@ -18,8 +18,6 @@ from study.folder import load_samples, read_file, read_run, read_sample, replace
 from study.plots import plots
 from study.results import MADE_ON, MEASURED, by_setting, last_rows, results_rows, settings_of, varied
 
-MARK = b"<!-- made by srds -->"
-
 
 def page(runs):
     """Return the HTML of runs: for each, its `run.json`, its samples, see `study.results`, and the path of its folder.
@@ -79,24 +77,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         html = page([(*read_study(folder, args.all), folder) for folder in args.folders])
-        write_page(Path(args.output), MARK + b"\n" + html.encode(errors="backslashreplace"))
+        replace_file(Path(args.output), html.encode(errors="backslashreplace"))
     except (Failure, OSError, OverflowError, ValueError) as error:
         print(f"study.report: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-def write_page(path, html):
-    """Write a page as a whole; it may replace only a page of this program. Raises Failure and OSError."""
-    if path.suffix != ".html":
-        raise Failure(f"argument --output: {path} does not end in .html; give a name that does")
-    try:
-        usable = not os.path.lexists(path) or read_file(path.parent, path.name, 2**34).startswith(MARK)
-    except (OSError, ValueError):
-        usable = False
-    if not usable:
-        raise Failure(f"argument --output: {path} exists and is not a page of this program; give another name")
-    replace_file(path, html)
 
 
 if __name__ == "__main__":

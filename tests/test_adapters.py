@@ -1,7 +1,5 @@
 """LoRA weights and textual inversion embeddings from files."""
 
-import os
-
 import pytest
 import safetensors.torch
 import torch
@@ -27,8 +25,8 @@ def files(tmp_path_factory):
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     lora = {f"{layer}.lora_A.weight": torch.randn(2, 16), f"{layer}.lora_B.weight": torch.randn(16, 2)}
     other_block = {key.replace("down_blocks.0", "down_blocks.7"): value.clone() for key, value in lora.items()}
-    for folder in ("folder", "piped"):
-        (root / folder).mkdir()
+    (root / "folder").mkdir()
+    named = lambda name: {key.replace(".weight", f".{name}.weight"): value for key, value in lora.items()}
     for name, tensors in {
         "lora": lora,
         "folder/pytorch_lora_weights": lora,
@@ -38,14 +36,16 @@ def files(tmp_path_factory):
         "partly": {**lora, **other_block},
         "dit": {key.replace("unet", "transformer"): value for key, value in lora.items()},
         "none": {"weight": torch.zeros(3)},
+        "default": named("default"),
+        "default_0": named("default_0"),
+        "dora": lora | {f"{layer}.dora_scale": torch.ones(16, 1)},
+        **{name: {f"{layer}.{name}": torch.zeros(2, 2)} for name in ("lokr_w1", "hada_w1_a", "oft_blocks")},
         "half": {key: value for key, value in lora.items() if "lora_B" in key},
         "embedding": {"red": torch.randn(pipelines.WIDTH)},
         "long": {"red": torch.randn(pipelines.WIDTH + 1)},
         "red": {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 32)},
     }.items():
         safetensors.torch.save_file(tensors, root / f"{name}.safetensors")
-    for name in ("pipe", "piped/pytorch_lora_weights"):
-        os.mkfifo(root / f"{name}.safetensors")
     (root / "broken.safetensors").write_bytes(b"not weights")
     return root
 
@@ -92,14 +92,16 @@ UNFIT, NO_FILE, UNREADABLE = "does not fit the model", "is neither a file nor a 
     "setting, names, words",
     [
         ("lora", "elsewhere partly dit none half", UNFIT), ("lora", "wide", f"{UNFIT} .*size mismatch"),
-        ("lora", "pipe piped missing", NO_FILE), ("lora", "broken", UNREADABLE),
+        ("lora", "default default_0", f"{UNFIT}, which has room for 0 of its 2 tensors"), ("lora", "dora", "is DoRA, "),
+        ("lora", "lokr_w1", "is LoKr, "), ("lora", "hada_w1_a", "is LoHa, "), ("lora", "oft_blocks", "is OFT, "),
+        ("lora", "missing", NO_FILE), ("lora", "broken", UNREADABLE),
         ("textual_inversion", "long", UNFIT), ("textual_inversion", "red", "for 2 text encoders, but the model has 1"),
-        ("textual_inversion", "pipe missing", NO_FILE), ("textual_inversion", "broken", UNREADABLE),
+        ("textual_inversion", "missing", NO_FILE), ("textual_inversion", "broken", UNREADABLE),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_in_one_line(setting, names, words, tiny, files, capfd):
     for name in names.split():
-        path = str(files / (name if name == "piped" else f"{name}.safetensors"))
+        path = str(files / f"{name}.safetensors")
         with pytest.raises(SettingError, match=words) as raised:
             Sampler.from_pretrained(tiny, SMALL, device="cpu", **{setting: path})
         assert raised.value.setting == setting and "\n" not in str(raised.value) and path in str(raised.value)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import json
 import os
 import shlex
 import signal
@@ -20,7 +19,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, strategies
-from PIL import Image
 from test_sequences import RUN
 
 import main
@@ -97,12 +95,6 @@ def test_a_result_has_what_made_it_and_what_each_refinement_took(exact_run):
     assert entries[-1]["seconds"] > 0 and result["sequential_seconds"] > 0
 
 
-def test_images_say_what_they_were_made_by(exact_run):
-    text, (record,) = Image.open(exact_run / "srds_final.png").text, sample_records(exact_run)
-    assert text["prompt"] == "A red sun, 夜" and text["seed"] == "42"
-    assert json.loads(text["settings"]).items() <= record["made_by"].items()
-
-
 def test_the_error_table_is_zero_where_a_boundary_is_exact(exact_run):
     table = pd.read_csv(exact_run / "trajectory_errors_table.csv", index_col=0)
     assert list(table.index) == ["Iteration_1", "Iteration_2", "Iteration_3"]
@@ -136,7 +128,7 @@ def test_a_run_records_its_settings_and_a_command_that_makes_the_same_samples(ru
     assert record["settings"].keys() >= {each.name for kind in TABLES for each in fields(kind) if kind is not Call}
     assert record["settings"]["coarse_steps"] == "3" and record["settings"]["seed"] == "7, 8"
     assert record["environment"]["device"] == "cpu" and record["environment"]["torch"] in torch.__version__
-    assert shlex.split(record["command"])[2:4] == ["-o", str(out)] and record["edited_defaults"] == ""
+    assert shlex.split(record["command"])[2:4] == ["-o", str(out)]
     monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
     assert main.main(shlex.split(record["reproduce"])[2:]) == 0
     assert "8 of 8 samples are there already" in capsys.readouterr().out
@@ -259,7 +251,7 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, tiny, capsys):
     assert main.main(arguments(tmp_path / "\x1b[2J", tiny, *more, prompts=prompts)) == 0
     assert main.main(arguments(tmp_path / "out", "\x1b[2J", *more)) == 1
     out, err = capsys.readouterr()
-    assert not {"\x1b", "\x07"} & {*(out + err)} and r"a\x1b[2Jsun" in out and r"\x1b[2J is neither" in err
+    assert not {"\x1b", "\x07"} & {*(out + err)} and r"a\x1b[2Jsun" in out and r"\x1b[2J is not a folder" in err
 
 
 def test_a_long_prompt_is_cut_with_a_warning_and_not_repeated_in_every_image(tmp_path, tiny, capsys):
@@ -339,7 +331,7 @@ def test_ctrl_c_leaves_what_is_known_of_every_sample(run, monkeypatch, capsys):
 
 # Bad input
 
-A, MANY = ["--prompt", "a"], ["-p", "many.txt", "--seeds"]
+A = ["--prompt", "a"]
 NOT_USABLE = {
     "--coarse-steps/-cs": ["few", 0], "--tolerance/-tol": [-1, "nan"], "--guidance-scale/-gs": ["inf", "1e308"],
     "--seed/-s": [-1, 2**64], "--seeds": ["few"], "--parallel": ["both"], "--lora": [""], "--model": [""],
@@ -365,7 +357,7 @@ BAD = [
     *((["-p", name], f"argument --prompts/-p: {name!r} {words}") for name, words in FILES.items()),
     *(([*A, *(f"--sweep={each}" for each in axes.split())], words) for axes, words in SWEEPS.items()),
     *(([*A, "-o", name], f"--output-dir/-o: {name!r} cannot be used (") for name in ("good.txt", "good.txt/out")),
-    *(([*A, "--device", name], f"--device: {name!r} is not available on this") for name in ("tpu", "cpu:3", "x:y")),
+    *(([*A, "--device", name], f"--device: {name!r} is not available on this") for name in ("tpu", "cuda:77", "x:y")),
     ([*A, "--device", "tpu", "--model", "nowhere/at-all"], "--device: 'tpu' is not available"),
     ([*A, "-o", "x" * 300], "cannot be used (File name too long)"),
     ([*A, "-cs", "auto", "--compile"], "--coarse-steps/-cs: 'auto' plans calls of all sizes"),
@@ -381,8 +373,6 @@ BAD = [
     ([*A, "--seeds", f"1,{2**64}"], f"--seeds: '1,{2**64}' is not usable"),
     ([*A, "--seeds", "1", "--seed", "42"], "--seed/-s: 42 cannot be given together with --seeds"),
     ([*A, "-gs", "2", "--sweep", "guidance_scale=1,2"], "cannot be given together with --sweep; give one of them"),
-    ([*A, "--seeds", "1-1001"], "--yes: is needed for 1001 samples, as they are more than 1000"),
-    ([*MANY, "1-400", "--sweep", "eta=0,1"], "--yes: is needed for 2400 samples, as they are more than 1000"),
     ([*A, "--start-from", "nowhere"], "--start-from: 'nowhere' is not the directory of a run"),
     ([*A, "--two\nlines"], "argument --two lines is not known; --help lists all"),
     ([*A, "stray"], "argument stray is not known"),

@@ -221,15 +221,6 @@ def test_a_model_is_known_by_what_is_in_it_not_by_where_it_lies(run, tiny, tmp_p
     assert "1 of 1 samples are there already" in run(model="copy")[1]
 
 
-def test_weights_that_change_while_they_are_loaded_are_one_line(run, tiny, tmp_path, monkeypatch):
-    shutil.copytree(tiny, tmp_path / "model")
-    load = bench.load_pipeline
-    monkeypatch.setattr(bench, "load_pipeline", lambda *how: (load(*how), edit_weights(tmp_path / "model"))[0])
-    status, _, error = run(model=tmp_path / "model")
-    assert status == 1 and error.count("\n") == 1 and "changed while they were loaded; run it again" in error
-    assert names(tmp_path / "out") == []
-
-
 # Two commands at once
 
 

@@ -23,7 +23,7 @@ REFINEMENT = NUMBERS | {"k": 0, "network_calls": 3, "widest_tick": 3, "seconds":
 REFINEMENT |= {"verdict": "continuing", "settled": True, "difference": 1.0}
 RESULT = dict.fromkeys("model device sampled ignored stop_reason".split(), "")
 RESULT |= {"size": [8, 8], "steps": 9, "sequential_seconds": 1.0, "errors": [[1.0] * 3], "refinements": [REFINEMENT]}
-RUN = dict.fromkeys("begun command reproduce edited_defaults".split(), "")
+RUN = dict.fromkeys("begun command reproduce".split(), "")
 RUN |= {"settings": {}, "environment": {}, "samples": []}
 
 
