@@ -14,18 +14,7 @@ from dataclasses import dataclass, fields
 
 import asked
 import settings as table
-from settings import (
-    Call,
-    Experiment,
-    Failure,
-    Loading,
-    SettingError,
-    Settings,
-    did_you_mean,
-    flag_of,
-    in_one_line,
-    number,
-)
+from settings import Failure, SettingError, did_you_mean, flag_of, in_one_line, number
 from study.console import prepare_terminal, quiet_libraries
 
 
@@ -38,8 +27,8 @@ class Command:
     """
 
     given: dict
-    loading: Loading
-    experiment: Experiment
+    loading: table.Loading
+    experiment: table.Experiment
     texts: list
     seeds: list | None
     axes: list
@@ -86,7 +75,7 @@ def parse(argv):
     if "output_dir" not in given:
         raise Failure("argument --output-dir/-o is required; give a directory, existing or new", status=2)
     own = lambda kind: {each.name: given[each.name] for each in fields(kind) if each.name in given}
-    experiment, loading = Experiment(**own(Experiment)), Loading(**own(Loading))
+    experiment, loading = table.Experiment(**own(table.Experiment)), table.Loading(**own(table.Loading))
     axes, call = asked.read_sweep(experiment.sweep), asked.read_call(given.get("call", ()))
     seeds = None if experiment.seeds is None else asked.read_seeds(experiment.seeds)
     several = {"seed": "seeds"} if seeds else {}
@@ -96,7 +85,7 @@ def parse(argv):
     texts = [asked.check_prompt(text) for text in experiment.prompt or ()]
     texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
     notes = asked.syntax_notes(texts)
-    combined = [own(Settings) | own(Call) | call | values for values in asked.combinations(axes)]
+    combined = [own(table.Settings) | own(table.Call) | call | values for values in asked.combinations(axes)]
     variants = [asked.make_variant(values, notes, loading.compile) for values in combined]
     return Command(given, loading, experiment, texts, seeds, axes, variants, [*notes], argv)
 

@@ -333,8 +333,6 @@ class Experiment(Checked):
     no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared to", group="experiment")
     start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
                                  "a run with --keep-trajectories", "DIR", "experiment")
-    expected_refinements: int = row(EXPECTED_REFINEMENTS, whole(0), "refinements that -cs auto plans for", "K",
-                                    "experiment")
     parallel: str | None = row(PARALLEL, choice(*PARALLELS, optional=True), "what several processes share: the lanes "
                                "of each tick, or the samples", group="experiment",
                                usual="samples, if there are more of them than processes")

@@ -1,6 +1,6 @@
 """Which of diffusers' pipelines can be sampled in parallel, each tried with tiny networks of random weights.
 
-    python benchmarks/pipelines.py                # about 5 minutes; writes results/pipelines.csv and docs/pipelines.md
+    python benchmarks/pipelines.py                # 5 minutes; writes results/pipelines.csv, and two tables
     python benchmarks/pipelines.py Flux Wan       # those alone whose names have one of these words; writes nothing
     python benchmarks/pipelines.py --device cuda --dtype bfloat16      # writes results/pipelines-cuda-bfloat16.csv
 
@@ -601,7 +601,9 @@ def IFPipeline():
 def WanPipeline(experts=1, **more):
     networks = [net("WanTransformer3DModel", **WAN) for _ in range(experts)]
     parts = dict(zip(("transformer", "transformer_2"), networks)) | {"boundary_ratio": 0.6 if experts > 1 else None}
-    return build("WanPipeline", vae=wan_vae(), **parts), embeds(32) | CLIP | more
+    shipped = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = diffusers.UniPCMultistepScheduler(**shipped)
+    return build("WanPipeline", scheduler=scheduler, vae=wan_vae(), **parts), embeds(32) | CLIP | more
 
 
 @case(VIDEO, "WanPipeline, two experts")
@@ -878,6 +880,13 @@ def page(table):
     return "\n".join(lines) + "\n"
 
 
+def counted(table):
+    """README's table: how many pipelines of each kind have each verdict."""
+    counts = pd.crosstab(table.kind, table.verdict).reindex(table.kind.unique())[["verified", "refused", "failed"]]
+    lines = ["|kind|" + "|".join(counts) + "|", "|" + "---|" * (1 + counts.shape[1])]
+    return "\n".join(lines + [f"|{kind}|{'|'.join(map(str, row))}|" for kind, row in zip(counts.index, counts.values)])
+
+
 def steps(name):
     """Whether a class of diffusers is a pipeline that samples in steps."""
     kind = getattr(diffusers, name)
@@ -905,3 +914,7 @@ if __name__ == "__main__":
         common.save(table, "pipelines" if usual else f"pipelines-{args.device}-{args.dtype}")
     if not words and usual:
         (common.ROOT / "docs" / "pipelines.md").write_text(page(table), encoding="utf-8")
+        readme = common.ROOT / "README.md"
+        before, _, rest = readme.read_text(encoding="utf-8").partition("|kind|")
+        after = rest[rest.index("\n\n") :]
+        readme.write_text(before + counted(table) + after, encoding="utf-8")

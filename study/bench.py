@@ -10,7 +10,7 @@ from models.clip import ClipScore
 from models.loading import ModelError, choose_device, choose_dtype, find_model, load_pipeline
 from refinement import Trajectory
 from sampler import Sampler
-from settings import Failure, SettingError, in_one_line, out_of_memory
+from settings import EXPECTED_REFINEMENTS, Failure, SettingError, in_one_line, out_of_memory
 from study import key
 from study.folder import NUMBER, pack, read_file, read_json, read_run
 from study.key import Task, made_by
@@ -72,7 +72,7 @@ class Bench:
 
         The plan is read from the folder, or made and stored there.
         """
-        settings, expected = variant.settings, self.command.experiment.expected_refinements
+        settings, expected = variant.settings, EXPECTED_REFINEMENTS
         arguments = Arguments(self.model.usual | variant.arguments)
         if not variant.auto:
             return Variant(settings.resolve(self.model), arguments, False)

@@ -156,7 +156,7 @@ class Folder:
 
     def __init__(self, path):
         self.given, self.path = path, Path(os.path.realpath(path))
-        self.samples, self.identities = self.path / "samples", None
+        self.samples = self.path / "samples"
 
     def open(self):
         """Make the directory, and finish or remove what a killed command has left.
@@ -168,8 +168,7 @@ class Folder:
             if ours and not read_run(self.path):
                 raise OSError(f"it holds {ours[0]}, but no run.json of this program")
             self.samples.mkdir(parents=True, exist_ok=True)
-            self.identities = [os.lstat(place) for place in (self.path, self.samples)]
-            if not stat.S_ISDIR(self.identities[1].st_mode):
+            if self.samples.is_symlink():
                 raise OSError("its `samples` is a link")
             if not all(os.access(place, os.W_OK | os.X_OK) for place in (self.path, self.samples)):
                 raise OSError("it is not writable")
@@ -180,20 +179,13 @@ class Folder:
         for part in [*self.samples.glob(unfinished), *self.path.glob(unfinished)]:
             self._tidy(part)
 
-    def _tidy(self, part, place=None, stale=STALE):
-        """Put a complete folder in its place, if that is free; else remove it if it is `stale` seconds old.
-
-        Files of others in it are moved to `place`, if that is given or known.
-        """
+    def _tidy(self, part):
+        """Put a complete folder in its place, if that is free; else remove it if it is stale."""
         found = read_sample(part.parent, part.name) if part.is_dir() else None
-        place = self.samples / folder_name(found["made_by"]) if found else place
         with contextlib.suppress(OSError):
-            if found and not os.path.lexists(place):
-                os.rename(part, place)
-            elif time.time() - os.lstat(part).st_mtime >= stale:
-                for file in os.listdir(part) if place and place.is_dir() else ():
-                    if not IN_A_SAMPLE.fullmatch(file) and not os.path.lexists(place / file):
-                        os.rename(part / file, place / file)
+            if found and not os.path.lexists(self.samples / folder_name(found["made_by"])):
+                os.rename(part, self.samples / folder_name(found["made_by"]))
+            elif time.time() - os.lstat(part).st_mtime >= STALE:
                 discard(part)
 
     def read(self, name):
@@ -206,23 +198,19 @@ class Folder:
         return {before: [*some] for before, some in itertools.groupby(sorted(names, key=stem), stem)}
 
     def has(self, task):
-        """Return whether a `study.key.Task`'s sample is there. Raises WriteError if another one is in its place."""
+        """Return whether a `study.key.Task`'s sample is there. Raises WriteError if something else has its name."""
         found, place = self.read(task.folder), self.samples / task.folder
-        if os.path.islink(place) or (place.exists() and not place.is_dir()):
-            raise WriteError(f"{place} is not a folder; move it elsewhere")
-        if found and found["made_by"] != task.made_by:
+        if os.path.islink(place) or place.is_file() or (found and found["made_by"] != task.made_by):
             raise WriteError(f"{place} does not hold the sample of that name; move it elsewhere")
         return bool(found)
 
     def add(self, name, files, again=False):
         """Put a complete sample's folder in its place; files: bytes by name. Raises WriteError.
 
-        If a complete one is there, it stays and the new one is dropped; with `again`, the new one replaces it. Other
-        files in a folder that is replaced are kept.
+        If a complete one is there, it stays and the new one is dropped; with `again`, the new one replaces it.
         """
         part, replaced = self.samples / f"{PART}{secrets.token_hex(8)}", []
         with reporting(self.samples / name):
-            self._check_place()
             os.mkdir(part)
             try:
                 for file, data in files.items():
@@ -240,16 +228,13 @@ class Folder:
                         with contextlib.suppress(FileNotFoundError):  # another command may replace it too
                             os.rename(self.samples / name, replaced[-1])
                 sync(self.samples)
-                self._check_place()
             finally:
-                discard(part)
-                for old in replaced:
-                    self._tidy(old, self.samples / name, stale=0)
+                for old in [part, *replaced]:
+                    discard(old)
 
     def write(self, name, data):
         """Write a file at the top level, replacing an earlier one as a whole. Raises WriteError."""
         with reporting(self.path / name):
-            self._check_place()
             replace_file(self.path / name, data)
 
     def show(self, files):
@@ -260,12 +245,6 @@ class Folder:
             if AT_THE_TOP.fullmatch(path.name) and path.name not in {*files, "run.json"}:
                 with reporting(path):
                     path.unlink(missing_ok=True)
-
-    def _check_place(self):
-        """Raise OSError if the directory has been replaced."""
-        for place, was in zip((self.path, self.samples), self.identities):
-            if not os.path.samestat(os.lstat(place), was):
-                raise OSError(f"{place} has been replaced while the command ran")
 
 
 def replace_file(path, data):
