@@ -239,7 +239,7 @@ def _diffusion_scheduler(name, config, latent):
     """Return a DDIM scheduler with trailing spacing for the config of any scheduler that shares its noise schedule."""
     kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
     if kind not in DDIMScheduler._compatibles or "beta_schedule" not in config:
-        raise ModelError(f"{name} has a {kind}, whose noise schedule DDIM cannot use")
+        raise ModelError(f"{name} has {kind}, whose noise schedule DDIM cannot use")
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(f"{name} predicts {prediction!r}; epsilon, v_prediction and sample are supported")
     if config.get("thresholding"):
@@ -263,7 +263,7 @@ def _flow_scheduler(name, config):
         scheduler.of_unipc = "UniPC" in str(kind)
         return scheduler
     if kind != "FlowMatchEulerDiscreteScheduler":
-        raise ModelError(f"{name} has a {kind}; flow matching needs FlowMatchEulerDiscreteScheduler")
+        raise ModelError(f"{name} has {kind}; flow matching needs FlowMatchEulerDiscreteScheduler")
     for key in ("invert_sigmas", "stochastic_sampling"):
         if config.get(key):
             raise ModelError(f"{name} has a scheduler with {key}, which is not supported")

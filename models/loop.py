@@ -104,7 +104,8 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
             vars(twin)[name] = own = copy.copy(part)
             vars(own)["_compiled_call_impl"] = functools.partial(call, name, part)  # which a module's call prefers
     # Perturbed-attention guidance sets processors of its own in the parts that all calls share.
-    attention = {part: part.attn_processors for part in twin.components.values() if hasattr(part, "attn_processors")}
+    shared = pipeline.components.values() if hasattr(pipeline, "set_pag_applied_layers") else ()
+    attention = {part: part.attn_processors for part in shared if hasattr(part, "attn_processors")}
     vars(twin).update(scheduler=scheduler, progress_bar=progress_bar, maybe_free_model_hooks=lambda: None)
     vars(scheduler).update(step=step, set_timesteps=set_timesteps)
     thread = threading.Thread(target=run, daemon=True)
