@@ -311,9 +311,9 @@ class Sampler:
         if not limits or not self.model.prompted:
             return ""
         name = max(limits, key=limits.get)
-        if hasattr(self.pipeline, "maybe_convert_prompt"):  # an embedding of several vectors has as many tokens
-            words = self.pipeline.maybe_convert_prompt(words, known[name])
         with BEGINNING:
+            if hasattr(self.pipeline, "maybe_convert_prompt"):  # an embedding of several vectors has as many tokens
+                words = self.pipeline.maybe_convert_prompt(words, known[name])
             return known[name].decode(known[name](words).input_ids[limits[name] - 1 : -1])
 
     @property

@@ -179,13 +179,20 @@ class Folder:
         for part in [*self.samples.glob(unfinished), *self.path.glob(unfinished)]:
             self._tidy(part)
 
-    def _tidy(self, part):
-        """Put a complete folder in its place, if that is free; else remove it if it is stale."""
+    def _tidy(self, part, place=None, stale=STALE):
+        """Put a complete folder in its place, if that is free; else remove it if it is `stale` seconds old.
+
+        Files of others in it are moved to `place`, if that is given or known.
+        """
         found = read_sample(part.parent, part.name) if part.is_dir() else None
+        place = self.samples / folder_name(found["made_by"]) if found else place
         with contextlib.suppress(OSError):
-            if found and not os.path.lexists(self.samples / folder_name(found["made_by"])):
-                os.rename(part, self.samples / folder_name(found["made_by"]))
-            elif time.time() - os.lstat(part).st_mtime >= STALE:
+            if found and not os.path.lexists(place):
+                os.rename(part, place)
+            elif time.time() - os.lstat(part).st_mtime >= stale:
+                for file in os.listdir(part) if place and place.is_dir() else ():
+                    if not IN_A_SAMPLE.fullmatch(file) and not os.path.lexists(place / file):
+                        os.rename(part / file, place / file)
                 discard(part)
 
     def read(self, name):
@@ -207,7 +214,8 @@ class Folder:
     def add(self, name, files, again=False):
         """Put a complete sample's folder in its place; files: bytes by name. Raises WriteError.
 
-        If a complete one is there, it stays and the new one is dropped; with `again`, the new one replaces it.
+        If a complete one is there, it stays and the new one is dropped; with `again`, the new one replaces it. Other
+        files in a folder that is replaced are kept.
         """
         part, replaced = self.samples / f"{PART}{secrets.token_hex(8)}", []
         with reporting(self.samples / name):
@@ -229,8 +237,9 @@ class Folder:
                             os.rename(self.samples / name, replaced[-1])
                 sync(self.samples)
             finally:
-                for old in [part, *replaced]:
-                    discard(old)
+                discard(part)
+                for old in replaced:
+                    self._tidy(old, self.samples / name, stale=0)
 
     def write(self, name, data):
         """Write a file at the top level, replacing an earlier one as a whole. Raises WriteError."""

@@ -90,7 +90,7 @@ def test_a_plan_is_a_number_from_then_on_and_one_that_fails_is_one_line(tiny, tm
     assert "2 of 2 samples are there already" in capsys.readouterr().out
 
     monkeypatch.setattr(bench, "make_plan", Mock(side_effect=MemoryError))
-    assert run(tmp_path, tiny, *argv, "-cs", "auto") == 1
+    assert run(tmp_path, tiny, "-fs", "7", "--no-ground-truth", "-cs", "auto") == 1
     error = capsys.readouterr().err
     assert "out of memory; try a smaller --max-batch" in error and error.count("\n") == 1
 
