@@ -1,11 +1,12 @@
 """Read what a command line asks for: prompts, seeds, the values of a sweep."""
 
+import ast
 import itertools
 import json
 import math
 import os
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ from PIL import Image, ImageOps
 from settings import COARSE_STEPS, TABLES, Call, SettingError, Settings, number, text
 
 MOST_SEEDS = 10_000  # in a range
+
+
+ROWS = {each.name: each for kind in (Settings, Call) for each in fields(kind)}
+SETTINGS = {each.name for each in fields(Settings)}
 
 
 class Arguments(dict):
@@ -40,12 +45,10 @@ def make_variant(values, notes, compiled=False):
     notes: a dict whose keys are lines to print; one is added if the default number of blocks is reduced. compiled:
     whether the network is compiled, for calls of one size.
     """
-    own, flags = ({each.name for each in fields(kind)} for kind in (Settings, Call))
-    settings = Settings(**{name: value for name, value in values.items() if name in own} | {"coarse_steps": 1})
-    call = Call(**{name: value for name, value in values.items() if name in flags})
-    arguments = {name: getattr(call, name) for name in sorted(flags - {"call"})}
-    arguments = {name: value for name, value in arguments.items() if value not in (None, "")}
-    arguments |= {name: value for name, value in values.items() if name not in own | flags}
+    settings = Settings(**{name: value for name, value in values.items() if name in SETTINGS} | {"coarse_steps": 1})
+    call = Call(**{name: value for name, value in values.items() if name in ROWS.keys() - SETTINGS})
+    arguments = {name: value for name, value in asdict(call).items() if value not in (None, "", call.call)}
+    arguments |= {name: value for name, value in values.items() if name not in ROWS}
     blocks, steps = values.get("coarse_steps", COARSE_STEPS), settings.fine_steps
     root = round(math.sqrt(steps))
     if "coarse_steps" not in values and isinstance(blocks, int) and blocks > steps:
@@ -61,37 +64,54 @@ def make_variant(values, notes, compiled=False):
 
 def read_call(words):
     """Return the arguments in texts such as "strength=0.6", by name. Raises SettingError."""
-    parts = [word.partition("=") for word in words]
-    for word, (name, equals, _) in zip(words, parts):
-        if not equals or not name.strip().replace("-", "_").isidentifier():
-            raise SettingError("call", word, "is not an argument and its value; give one, as in strength=0.6")
-    return {name.strip().replace("-", "_"): read_value(name, value) for name, _, value in parts}
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier() or name in (SETTINGS | {"call"}) or name in found:
+            remedy = "is not an argument of the pipeline's call and its value, given once; give one, as in strength=0.6"
+            raise SettingError("call", word, remedy)
+        found[name] = read_value(name, value)
+    return found
 
 
 def read_value(name, word):
-    """Return the value of an argument: the image of that file, in RGB, else what JSON reads, else the text.
+    """Return the value of a setting or argument: of an argument an image, what JSON or Python reads in it, or text.
 
     Files of images in a list are opened, too. Raises SettingError.
     """
-    if isinstance(word, list):
-        return [read_value(name, each) for each in word]
-    named = isinstance(word, str) and Path(word).suffix.lower() in Image.registered_extensions()
-    if named or (isinstance(word, str) and os.path.isfile(word)):
+    if name in ROWS:
+        return word if "str" in str(ROWS[name].type) else number(word)
+    if picture := open_image(name, word):
+        return picture
+    for read in (json.loads, ast.literal_eval):
         try:
-            with Image.open(word) as image:
-                picture = ImageOps.exif_transpose(image).convert("RGB")
-            picture.filename = Path(word).name
-            return picture
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if named:
-                why = getattr(error, "strerror", None) or "it is no image"
-                raise SettingError(name, word, f"cannot be read ({why}); give an image file") from None
+            value = read(word)
+            json.dumps(value, allow_nan=False)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return [open_image(name, each) or each for each in value] if isinstance(value, list) else value
+    return text(empty=True)(name, word)
+
+
+def open_image(name, word):
+    """Return the image of a file, in RGB, or None if the word names none. Raises SettingError if it cannot be used."""
+    named = isinstance(word, str) and Path(word).suffix.lower() in Image.registered_extensions()
+    if not isinstance(word, str) or not (named or os.path.isfile(word)):
+        return None
     try:
-        value = json.loads(word) if isinstance(word, str) else word
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        return text(empty=True)(name, word)
-    return read_value(name, value) if isinstance(value, list) else value
+        if not os.path.isfile(word):  # a pipe would be waited for
+            raise OSError("there is no such file")
+        with Image.open(word) as image:
+            if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
+                raise OSError(f"it has {getattr(image, 'n_frames', 1)} frames, and pixels of kind {image.mode}")
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+        picture.filename = Path(word).name
+        return picture
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if not named:
+            return None
+        raise SettingError(name, word, f"cannot be read ({error}); give one image of 8 bits a channel") from None
 
 
 def read_sweep(sweeps):
@@ -100,27 +120,20 @@ def read_sweep(sweeps):
     Returns a list with, for each text, the list of its combinations, each a dict of values by setting, or by argument
     of the pipeline's call. `Settings`, `Call` and the pipeline are to check them. Raises SettingError.
     """
-    rows = {each.name: each for kind in (Settings, Call) for each in fields(kind)}
-    others = {each.name for kind in TABLES for each in fields(kind)} - rows.keys() | {"seed", "fixed_batch", "call"}
-
-    def read(name, word):
-        if name not in rows:
-            return read_value(name, word)
-        return word if "str" in str(rows[name].type) else number(word)
-
-    short = {each.metadata["short"].lstrip("-"): name for name, each in rows.items() if each.metadata["short"]}
-    axes = []
+    others = {each.name for kind in TABLES for each in fields(kind)} - ROWS.keys() | {"seed", "fixed_batch", "call"}
+    short = {each.metadata["short"].lstrip("-"): name for name, each in ROWS.items() if each.metadata["short"]}
+    axes, swept = [], set()
     for sweep in sweeps:
         given, _, values = sweep.partition("=")
         names = [word.strip().lstrip("-").replace("-", "_") for word in given.split(":")]
         names = [short.get(name, name) for name in names]
-        unknown = [name for name in names if name in others or not name.isidentifier()]
+        unknown = [name for name in names if name in others | swept or not name.isidentifier()]
         points = [value.split(":", len(names) - 1) for value in values.split(",")]
         if unknown or not values or any(len(point) < len(names) for point in points):
-            remedy = "give a setting and its values, as in coarse-steps=5,10, or several, as in fs:cs=25:5,100:10"
+            remedy = "give a setting and its values, once, as in coarse-steps=5,10, or several: fs:cs=25:5,100:10"
             raise SettingError("sweep", sweep, f"is not usable; {remedy}")
-        axis = [{name: read(name, word.strip()) for name, word in zip(names, point)} for point in points]
-        axes.append(axis)
+        swept |= {*names}
+        axes.append([{name: read_value(name, word.strip()) for name, word in zip(names, point)} for point in points])
     return axes
 
 

@@ -78,10 +78,10 @@ def parse(argv):
     experiment, loading = table.Experiment(**own(table.Experiment)), table.Loading(**own(table.Loading))
     axes, call = asked.read_sweep(experiment.sweep), asked.read_call(given.get("call", ()))
     seeds = None if experiment.seeds is None else asked.read_seeds(experiment.seeds)
-    several = {"seed": "seeds"} if seeds else {}
+    several = ({"seed": "seeds"} if seeds else {}) | dict.fromkeys(call.keys() & given.keys(), "call")
     for name, other in (several | {name: "sweep" for axis in axes for name in axis[0]}).items():
         if name in given | call:
-            raise SettingError(name, (given | call)[name], f"cannot be given together with --{other}; give one of them")
+            raise SettingError(name, (call | given)[name], f"cannot be given together with --{other}; give one of them")
     texts = [asked.check_prompt(text) for text in experiment.prompt or ()]
     texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
     notes = asked.syntax_notes(texts)

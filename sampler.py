@@ -76,7 +76,7 @@ class Sampler:
     """
 
     def __init__(self, pipeline, settings=None, arguments=None, *, processes=None):
-        self.asked, self.arguments = settings or Settings(), arguments or {}
+        self.asked, self.arguments = settings or Settings(), dict(arguments or {})
         self.pipeline, self.processes = pipeline, processes or ALONE
         with torch.device("cpu"):  # for schedulers and tables, whatever torch's default device is
             self.model = known(pipeline)
@@ -224,11 +224,9 @@ class Sampler:
         """Sample step by step and return the ground truth; with `coarse`, sample by the B coarse steps alone.
 
         prompt, seed, on_tick, arguments: as in `refine`, which raises the same. kept: the grid points whose states are
-        returned, in rising order, 0 to N; None for the boundaries. Raises SettingError if they do not rise.
+        returned, in rising order, 0 to N; None for the boundaries.
         """
         loop = self.loop(self.encode(prompt, **arguments), seed)
-        if kept is not None and not (kept and [*kept] == sorted({*kept}) and 0 <= kept[0] <= kept[-1] <= loop.N):
-            raise SettingError("kept", kept, f"is not a rising list of grid points from 0 to {loop.N}; give one")
         n, solver = self._steps(loop, seed)
         points, denoise = n if coarse else range(loop.N + 1), self._counted(loop.denoise, on_tick)
         with contextlib.closing(loop):
@@ -245,15 +243,12 @@ class Sampler:
         restarts = self.boundaries if settings.solver == "dpmsolver++" and settings.method == "srds" else ()
         return *steps, *self._given, *restarts
 
-    def trajectory(self, states, seed=None) -> Trajectory:
-        """Return what `refine` can start from, for the states and the seed of a sample or a ground truth.
+    def trajectory(self, states, seed=None, prompt=None) -> Trajectory:
+        """Return what `refine` can start from, for the states, (B + 1, ...), and seed of a sample or ground truth.
 
-        Raises SettingError unless the states have the shape of this sampler's, (B + 1, ...).
+        prompt: theirs, if it has arguments that change the steps, such as strength; None for the last one sampled.
         """
-        n, solver = self._steps(self._looked, seed)
-        given, wanted = tuple(getattr(states, "shape", ())), (len(n), *self.shape)
-        if given != wanted:
-            raise SettingError("states", given, f"is not the shape of this sampler's, {wanted}; give `Sample.states`")
+        n, solver = self._steps(self._looked if prompt is None else self.loop(prompt, seed), seed)
         return Trajectory(solver.held(states, n), n, self.model.name, self._seed(seed))
 
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
@@ -295,7 +290,7 @@ class Sampler:
             if prompt.pipeline is self.pipeline:
                 return replace(prompt, arguments=prompt.arguments | arguments, loops={}) if arguments else prompt
             prompt, arguments = prompt.text, prompt.arguments | arguments
-        if prompt is None and "prompt_embeds" in self.arguments | arguments:
+        if not prompt and "prompt_embeds" in self.arguments | arguments:
             prompt, arguments = "", arguments | {"prompt": None}
         prompt = text(empty=True)("prompt", prompt)
         return Prompt(prompt, arguments, self.ignored(prompt), self.pipeline)
@@ -304,9 +299,10 @@ class Sampler:
         """Return the part of a text beyond the tokenizer's limit, or "": that of the tokenizer that reads most."""
         known = {name: part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")}
         longest = self.model.parameters.get("max_sequence_length")
+        longest = self.arguments.get("max_sequence_length", longest and longest.default)
         limits = {name: part.model_max_length for name, part in known.items() if part is not None}
-        if longest and isinstance(longest.default, int):  # for all but CLIP
-            limits = {name: limit if "CLIP" in type(known[name]).__name__ else min(limit, longest.default)
+        if isinstance(longest, int):  # for all but CLIP
+            limits = {name: limit if "CLIP" in type(known[name]).__name__ else min(limit, longest)
                       for name, limit in limits.items()}  # fmt: skip
         if not limits or not self.model.prompted:
             return ""

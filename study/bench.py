@@ -8,6 +8,7 @@ from asked import Arguments, Variant
 from models.adapters import find_adapters
 from models.clip import ClipScore
 from models.loading import ModelError, choose_device, choose_dtype, find_model, load_pipeline
+from models.loop import Refused
 from refinement import Trajectory
 from sampler import Sampler
 from settings import EXPECTED_REFINEMENTS, Failure, SettingError, in_one_line, out_of_memory
@@ -45,6 +46,9 @@ class Bench:
         for variant in command.variants:
             variant.settings.resolve(self.model)  # raises SettingError
             self.model.check_call(variant.arguments)
+            sides = {"height", "width"} & (self.model.usual | variant.arguments).keys()
+            if len(sides) == 1:  # many pipelines then use their default for both
+                raise SettingError(*sides, variant.arguments[min(sides)], "is one of two sides; give both")
         self.starts = self._starts()
         with processes.in_turn():
             self.clip = ClipScore() if experiment.clip_score else None
@@ -172,7 +176,8 @@ class Bench:
         failure = failure_of(error)
         # Processes that share lanes are still in step if a sample is not finite, but not after another error.
         in_step = self.processes.sharing == 1 or isinstance(error, FloatingPointError)
-        if type(failure) is not Failure or not in_step:
+        of_sample = type(failure) is Failure or (isinstance(failure, Refused) and len(self.command.variants) > 1)
+        if not of_sample or not in_step:
             raise failure or error
         return in_one_line(failure, 1000)
 

@@ -67,8 +67,9 @@ def recorded(arguments):
 
     def plain(value):
         if isinstance(value, Image.Image):
-            return f"{value.filename} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
-        return [plain(each) for each in value] if isinstance(value, list) else value
+            digest = hashlib.sha256(f"{value.size}".encode() + value.tobytes()).hexdigest()[:16]
+            return f"{value.filename} {digest}"
+        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
     scalar = lambda value: json.dumps(value) if isinstance(value, (list, dict)) else value
     return {name: scalar(plain(value)) for name, value in sorted(arguments.items())}
@@ -94,7 +95,7 @@ def stem(text, seed):
 def first_difference(now, before):
     """Return the first difference in what made two samples, for people: its name and both values."""
     now, before = ({**made, **made["arguments"], "arguments": None} for made in (now, before))
-    name = next(name for name in {**now, **before} if before.get(name) != now.get(name))
+    name = next(name for name in {**now, **before} if before.get(name, "") != now.get(name, ""))
     digests = {"model": "weights", "lora": "lora", "textual_inversion": "textual inversion",
                "start": "trajectories to start from", "code": "code of this program"}  # fmt: skip
     if name in digests:

@@ -107,7 +107,7 @@ class Overview:
         swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
         for name in ("coarse_steps", "schedule", "guidance_scale"):  # as planned, or as the model's usual value
             used = {getattr(task.settings, name, task.arguments.get(name)) for task in self.tasks}
-            given[name] = used.pop() if len(used) == 1 else None
+            given[name] = used.pop() if len(used) == 1 else given.get(name)
         words = ["python", "main.py"]
         for each in itertools.chain(*map(fields, table.TABLES)):
             value = given.get(each.name, each.default)
@@ -121,12 +121,12 @@ class Overview:
     def announce(self, task):
         """Print which sample is next."""
         tqdm.write(self.titles[task.folder])
-        self.bar.update(self.processes.count("begun") - 1 - self.bar.n)  # other processes begin samples as well
+        self.bar.update(self.processes.store.add("begun", 1) - 1 - self.bar.n)  # other processes begin samples as well
 
     @staticmethod
     def files(record, images, trajectory):
         """Return the files of a sample's folder, bytes by name, for what `study.sampling.sample` returns."""
-        files = utils.pictures([record], lambda record, name: utils.mosaic(utils.frames(images[name])))
+        files = utils.pictures([record], lambda record, name: utils.sheet(images[name]))
         if len(utils.frames(images["srds_final"])) > 1:
             files["srds_final.webp"] = utils.animation(images["srds_final"])
         if trajectory:
@@ -136,7 +136,7 @@ class Overview:
     def failed(self, task, message):
         """Print and record why a sample failed."""
         tqdm.write(f"  failed: {message}")
-        self.processes.say(f"failed/{task.folder}", message)
+        self.processes.store.set(f"failed/{task.folder}", message)
 
     # After sampling
 

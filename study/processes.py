@@ -82,18 +82,10 @@ class Processes:
             self.store.set(name, json.dumps(value))
         return json.loads(self.store.get(name))
 
-    def count(self, name):
-        """Add one to a counter that all processes share, and return its value."""
-        return self.store.add(name, 1)
-
     def deal(self, items):
         """Yield the items of a list, each in one process: the next goes to the first that asks. Once in a run."""
-        while (i := self.count("dealt") - 1) < len(items):
+        while (i := self.store.add("dealt", 1) - 1) < len(items):
             yield items[i]
-
-    def say(self, name, value):
-        """Store a text under a name, for all processes."""
-        self.store.set(name, value)
 
     def heard(self, name):
         """Return the text that was stored under a name, or None."""

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pandas as pd
 
-from settings import Settings, in_one_line
+from settings import Call, Settings, in_one_line
 from utils import names_of
 
 MEASURED = [
@@ -16,7 +16,7 @@ MEASURED = [
     "widest_tick", "seconds", "sequential_seconds", "peak_memory_mib", "difference", "psnr", "ssim", "image_change",
     "trajectory_change", "predicted_change", "damping", "error", "clip_score", "clip_difference",
 ]  # fmt: skip
-SETTINGS = [each.name for each in fields(Settings) if each.name != "seed"]
+SETTINGS = [each.name for kind in (Settings, Call) for each in fields(kind) if each.name not in ("seed", "call")]
 MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
 WIDTH = 100  # columns of a terminal
 # Columns of the closing tables, with their headings and formats.

@@ -74,7 +74,7 @@ def sample(sampler, task, shared, clip=None):
         "sampled": datetime.now(UTC).isoformat(timespec="seconds"), "ignored": prompt.ignored,
         "stop_reason": refinement.stop_reason, "sequential_seconds": truth.seconds if truth else None,
         "refinements": entries, "errors": errors, "steps": N,
-        "size": [*utils.mosaic(utils.frames(refinement.image)).shape[1::-1]],
+        "size": [*utils.sheet(refinement.image).shape[1::-1]],
     }  # fmt: skip
     kept = sampler.trajectory(refinement.states, seed) if task.made_by["keep_trajectories"] else None
     return {"made_by": task.made_by, "result": result}, images, kept

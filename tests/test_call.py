@@ -1,14 +1,17 @@
 """Arguments of the pipeline's own call: from the command, from Python, swept and recorded; images and videos."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from peft import LoraConfig
 from PIL import Image
 
 import main
+import utils
 from asked import read_call
 from conftest import arguments, pixels, sample_records
 from pipelines import ltx, stable_diffusion
@@ -66,16 +69,21 @@ def test_an_image_is_known_by_its_content_and_arguments_are_swept(run, tmp_path,
     assert "must be made again: those in the directory have image 'photo.png " in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "samples").iterdir())) == 4
     columns = (tmp_path / "out" / "results.csv").read_text().splitlines()[0]
-    assert '"guidance_scale","image","strength"' in columns
+    assert '"guidance_scale","negative_prompt","height","width","image","strength"' in columns
 
 
 REFUSED = {
-    "height": "--call: 'height' is not an argument and its value",
-    "image=nowhere.png": "image: 'nowhere.png' cannot be read (No such file or directory); give an image file",
-    "image=text.png": "image: 'text.png' cannot be read (it is no image); give an image file",
-    "strenght=0.5": "strenght: 0.5 cannot be given to", "prompt=b": "--prompt: 'b' cannot be given to",
-    "output_type=pt": "output_type: 'pt' cannot be given to",
-    "guidance_scale=-1": "--guidance-scale/-gs: -1 is not usable; give a number from 0 to 1000",
+    "height": "--call: 'height' is not an argument of the pipeline's call and its value, given once; give one",
+    "call=3": "--call: 'call=3' is not an argument of", "fine_steps=3": "--call: 'fine_steps=3' is not an argument of",
+    "image=nowhere.png": "image: 'nowhere.png' cannot be read (there is no such file); give one image",
+    "image=pipe.png": "(there is no such file)", "image=text.png": "cannot be read (cannot identify image file",
+    "image=deep.png": "cannot be read (it has 1 frames, and pixels of kind I;16); give one image of 8 bits a channel",
+    "strenght=0.5": "strenght: 0.5 cannot be given to", "output_type=pt": "output_type: 'pt' cannot be given to",
+    "self=3": "self: 3 cannot be given to", "kwargs=3": "kwargs: 3 cannot be given to",
+    "num_images_per_prompt=2": "num_images_per_prompt: 2 cannot be given to",
+    "prompt=b": "--prompt: ('a moon',) cannot be given together with --call; give one of them",
+    "guidance_scale=3": "--guidance-scale/-gs: 2 cannot be given together with --call; give one of them",
+    "height=-1": "--height: -1 is not usable; give a whole number from 1",
 }  # fmt: skip
 
 
@@ -86,6 +94,8 @@ def test_an_argument_that_cannot_be_used_is_one_line_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
     (tmp_path / "text.png").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
     assert run(*IMAGE_TO_IMAGE, "--call", given)[0] == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
@@ -101,10 +111,23 @@ def test_values_are_images_json_or_text(tmp_path, monkeypatch):
     picture = photo("a.png")
     (tmp_path / "notes").write_text("of text")
     words = ["i=a.png", 'many=["a.png", 2]', "x=0.5", "y=null", "z={}", "t=a cat", "nan=NaN", "inf=1e999", "f=notes"]
+    words += [
+        "b=False",
+        "none=None",
+        "half=.5",
+        "size=(64, 64)",
+        "quoted='1984'",
+        "negative-prompt=1984",
+        "text=None of",
+    ]
     found = read_call([*words, "clip-skip=1", "e=", "long=" + "x" * 10_000])
     assert found.pop("i") == picture and found.pop("many") == [picture, 2] and len(found.pop("long")) == 10_000
     expected = {"x": 0.5, "y": None, "z": {}, "t": "a cat", "nan": "NaN", "inf": "1e999", "f": "notes", "clip_skip": 1}
-    assert found == expected | {"e": ""}
+    expected |= {"e": "", "b": False, "none": None, "half": 0.5, "size": (64, 64), "quoted": "1984", "text": "None a"}
+    assert found == expected | {"negative_prompt": "1984"}
+    for refused, why in ((["x=1", "x=2"], "given once"), (['x=["b.png"]'], "there is no such file")):
+        with pytest.raises(SettingError, match=why):
+            read_call(refused)
     with pytest.raises(SettingError, match="give some text"):
         read_call(["t=a\0b"])
 
@@ -122,6 +145,22 @@ def test_a_video_is_a_sheet_of_frames_and_an_animation(run, tmp_path):
     assert first.image.shape == truth.shape == (9, 64, 96, 3)
     assert record["result"]["refinements"][0]["difference"] == pytest.approx(difference(first.image, truth), abs=0.01)
     assert (pixels(out / "srds_ddim_gt.png")[68:132, 100:196] - truth[4].astype(int)).max() <= 1, "the middle frame"
+
+
+def test_a_long_videos_sheet_has_at_most_25_frames():
+    video = np.arange(81, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
+    cells = utils.sheet(video)[::5, ::5, 0].flatten()
+    assert len(cells) == 25 and (cells[0], cells[-1]) == (0, 80) and (np.diff(cells) > 0).all()
+
+
+def test_a_text_is_encoded_again_at_another_scale_of_a_lora():
+    sampler = Sampler(stable_diffusion(), Settings(fine_steps=4, coarse_steps=2))
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    sampler.pipeline.text_encoder.add_adapter(config)
+    prompt, scaled = sampler.encode("a moon"), {"cross_attention_kwargs": {"scale": 3.0}}
+    plain = sampler.sequential(prompt, cross_attention_kwargs={"scale": 0.0}).states
+    found = sampler.sequential(prompt, **scaled).states
+    assert found.equal(sampler.sequential("a moon", **scaled).states) and not found.equal(plain)
 
 
 def test_prompts_with_other_arguments_share_what_is_encoded():

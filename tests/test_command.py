@@ -350,7 +350,7 @@ SWEEPS = {
     "method=srds,collocation nodes=4,5": "--nodes: 4 is for collocation, not srds",
     "cs=2,auto method=srds,collocation": "'auto' plans calls of all sizes for srds; give a number",
     "fine-steps:coarse-steps=25:5,100": "'fine-steps:coarse-steps=25:5,100' is not usable",
-    "tolerence=1,2": "did you mean tolerance?",
+    "tolerence=1,2": "did you mean tolerance?", "cs=2,3 coarse-steps=4": "--sweep: 'coarse-steps=4' is not usable",
 }  # fmt: skip
 BAD = [
     *(([*A, f"{flag.split('/')[0]}={value}"], f"{flag}: ") for flag, some in NOT_USABLE.items() for value in some),
@@ -373,6 +373,7 @@ BAD = [
     ([*A, "--seeds", f"1,{2**64}"], f"--seeds: '1,{2**64}' is not usable"),
     ([*A, "--seeds", "1", "--seed", "42"], "--seed/-s: 42 cannot be given together with --seeds"),
     ([*A, "-gs", "2", "--sweep", "guidance_scale=1,2"], "cannot be given together with --sweep; give one of them"),
+    ([*A, "--height", "64"], "--height: 64 is one of two sides; give both"),
     ([*A, "--start-from", "nowhere"], "--start-from: 'nowhere' is not the directory of a run"),
     ([*A, "--two\nlines"], "argument --two lines is not known; --help lists all"),
     ([*A, "stray"], "argument stray is not known"),
