@@ -1,4 +1,4 @@
-"""Read what a command line asks for: prompts, seeds, the values of a sweep."""
+"""Read what a command line asks for: prompts, seeds, arguments of the pipeline's call, the values of a sweep."""
 
 import ast
 import itertools
@@ -22,14 +22,14 @@ SETTINGS = {each.name for each in fields(Settings)}
 
 
 class Arguments(dict):
-    """Arguments of a pipeline's call by name: what JSON can hold, and images."""
+    """Arguments of a pipeline's call, by name: images, and what JSON can hold."""
 
     def __hash__(self):
         return hash(frozenset(self))
 
 
 class Variant(NamedTuple):
-    """One combination of settings, and arguments of the pipeline's call.
+    """One combination of settings and arguments of the pipeline's call.
 
     auto: whether the blocks are still to be planned; until then there is one block.
     """
@@ -69,16 +69,16 @@ def read_call(words):
         name, equals, value = word.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name.isidentifier() or name in (SETTINGS | {"call"}) or name in found:
-            remedy = "is not an argument of the pipeline's call and its value, given once; give one, as in strength=0.6"
+            remedy = "is not a new argument of the pipeline's call with a value; give each once, as in strength=0.6"
             raise SettingError("call", word, remedy)
         found[name] = read_value(name, value)
     return found
 
 
 def read_value(name, word):
-    """Return the value of a setting or argument: of an argument an image, what JSON or Python reads in it, or text.
+    """Return the value of a setting or argument; for an argument, an image, a JSON or Python value, or text.
 
-    Files of images in a list are opened, too. Raises SettingError.
+    Image files named in a list are opened, too. Raises SettingError.
     """
     if name in ROWS:
         return word if "str" in str(ROWS[name].type) else number(word)
@@ -95,16 +95,16 @@ def read_value(name, word):
 
 
 def open_image(name, word):
-    """Return the image of a file, in RGB, or None if the word names none. Raises SettingError if it cannot be used."""
+    """Return the image in a file, as RGB, or None if the word names no image. Raises SettingError if it is unusable."""
     named = isinstance(word, str) and Path(word).suffix.lower() in Image.registered_extensions()
     if not isinstance(word, str) or not (named or os.path.isfile(word)):
         return None
     try:
-        if not os.path.isfile(word):  # a pipe would be waited for
+        if not os.path.isfile(word):  # opening a pipe would block
             raise OSError("there is no such file")
         with Image.open(word) as image:
             if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
-                raise OSError(f"it has {getattr(image, 'n_frames', 1)} frames, and pixels of kind {image.mode}")
+                raise OSError(f"frames: {getattr(image, 'n_frames', 1)}, pixel mode: {image.mode}")
             picture = ImageOps.exif_transpose(image).convert("RGB")
         picture.filename = Path(word).name
         return picture
@@ -118,7 +118,7 @@ def read_sweep(sweeps):
     """Read the axes of a sweep from texts such as "coarse-steps=5,10" or "fine-steps:coarse-steps=25:5,100:10".
 
     Returns a list with, for each text, the list of its combinations, each a dict of values by setting, or by argument
-    of the pipeline's call. `Settings`, `Call` and the pipeline are to check them. Raises SettingError.
+    of the pipeline's call. Checking them is left to `Settings`, `Call` and the pipeline. Raises SettingError.
     """
     others = {each.name for kind in TABLES for each in fields(kind)} - ROWS.keys() | {"seed", "fixed_batch", "call"}
     short = {each.metadata["short"].lstrip("-"): name for name, each in ROWS.items() if each.metadata["short"]}
@@ -130,7 +130,7 @@ def read_sweep(sweeps):
         unknown = [name for name in names if name in others | swept or not name.isidentifier()]
         points = [value.split(":", len(names) - 1) for value in values.split(",")]
         if unknown or not values or any(len(point) < len(names) for point in points):
-            remedy = "give a setting and its values, once, as in coarse-steps=5,10, or several: fs:cs=25:5,100:10"
+            remedy = "give a setting and its values, each once, as coarse-steps=5,10 or, for several, fs:cs=25:5,100:10"
             raise SettingError("sweep", sweep, f"is not usable; {remedy}")
         swept |= {*names}
         axes.append([{name: read_value(name, word.strip()) for name, word in zip(names, point)} for point in points])
@@ -159,7 +159,7 @@ def check_prompt(prompt, setting="prompt"):
 
 
 def syntax_notes(texts):
-    """Return notes, a dict whose keys are lines to print, for weights and LoRAs in prompts, as web UIs read them."""
+    """Return notes, a dict whose keys are lines to print, for web UIs' syntax of weights and LoRAs in prompts."""
     known = [re.search(r"\([^()]+:[0-9.]+\)|<lora:[^<>]*>", text) for text in texts]
     return {f"note: {found[0]} in a prompt is read as plain text": True for found in known if found}
 

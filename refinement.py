@@ -17,7 +17,7 @@ from settings import SettingError
 class Refinement(NamedTuple):
     """The sample after k refinements, its cost so far, and what the stop rules watch.
 
-    image: uint8, (height, width, 3), or a video, (frames, height, width, 3).
+    image: uint8, (height, width, 3), or (frames, height, width, 3) for a video.
     states: U_0 ... U_B, float32, (B + 1, ...), on the model's device.
     serial_evaluations: batched model evaluations, one after the other (ticks). total_evaluations: evaluations of single
         states; a guided one counts once (lane-steps). network_calls: calls of the network by this process; with

@@ -120,7 +120,7 @@ class Sampler:
 
     @property
     def boundaries(self):
-        """The grid points between blocks, 0 to N, a list; N is less than the settings' fine steps by strength."""
+        """The grid points between blocks, 0 to N, a list; N is below `fine_steps` if a strength leaves out steps."""
         return self._steps(self._looked)[0]
 
     @property
@@ -155,7 +155,7 @@ class Sampler:
     def from_pretrained(cls, model, settings=None, arguments=None, **loading):
         """Load a model, as the command does: `model` is a hub id, a local folder or "demo".
 
-        arguments: those of the pipeline's call; they come on top of the command's usual ones, see `Model.usual`.
+        arguments: those of the pipeline's call, which replace or add to the command's usual ones, see `Model.usual`.
         loading: pipeline, device, dtype, variant, lora, textual_inversion, offload, vae_tiling and compile, see
         `Loading`.
 
@@ -168,7 +168,7 @@ class Sampler:
         return cls(load_pipeline(found, loading), settings, found.usual | arguments)
 
     def vary(self, **changes):
-        """Return a sampler with the same pipeline and other settings, or other arguments of its call; None for none."""
+        """Return a sampler with the same pipeline and other settings or arguments of its call; None removes one."""
         own = {each.name for each in fields(Settings)}
         settings = {name: value for name, value in changes.items() if name in own}
         arguments = self.arguments | {name: value for name, value in changes.items() if name not in own}
@@ -178,7 +178,7 @@ class Sampler:
     def __call__(self, prompt, seed=None, start=None, **arguments):
         """Sample a prompt and return the `Sample`: all refinements until the stop rule is met.
 
-        arguments: further ones of the pipeline's call, as in `encode`.
+        arguments: those of the pipeline's call, as in `encode`.
         """
         prompt = self.encode(prompt, **arguments)
         refinements = tuple(self.refine(prompt, seed, start=start))
@@ -246,7 +246,7 @@ class Sampler:
     def trajectory(self, states, seed=None, prompt=None) -> Trajectory:
         """Return what `refine` can start from, for the states, (B + 1, ...), and seed of a sample or ground truth.
 
-        prompt: theirs, if it has arguments that change the steps, such as strength; None for the last one sampled.
+        prompt: that of the states, if its arguments, such as strength, change the steps; None for the last one sampled.
         """
         n, solver = self._steps(self._looked if prompt is None else self.loop(prompt, seed), seed)
         return Trajectory(solver.held(states, n), n, self.model.name, self._seed(seed))
@@ -347,7 +347,7 @@ class Sampler:
     def _decoded(loop, states):
         image = loop.decode(states[-1:])[0]
         if image.ndim not in (3, 4):
-            raise Failure(f"the {type(loop.pipeline).__name__} gives neither images nor videos")
+            raise Failure(f"the {type(loop.pipeline).__name__} returns neither images nor videos")
         expect(states[-1].isfinite().all() and np.isfinite(image).all(), "the state or the image", loop.dtype)
         return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:-1], 3))
 

@@ -281,7 +281,8 @@ class Call(Checked):
                              usual="the pipeline's own; for Stable Diffusion at most 512")
     width: int | None = row(WIDTH, whole(1, 2**16, optional=True), "width, with a default as for height", "PX")
     call: tuple[str, ...] = row((), anything, "any other argument of the pipeline's call, such as image=photo.png or "
-                                "strength=0.6: an image file, JSON or text; may be repeated", "NAME=VALUE")
+                                "strength=0.6: an image file, a JSON or Python value, or text; may be repeated",
+                                "NAME=VALUE")
     # fmt: on
 
 
@@ -295,7 +296,7 @@ class Loading(Checked):
     device: str = row(DEVICE, text("auto, cpu, cuda or another device"), "auto, cpu, cuda, cuda:1, mps, ...", "DEVICE",
                       "model")
     dtype: str = row(DTYPE, choice(*DTYPES), "auto: float16 or bfloat16 on cuda, float32 elsewhere", group="model")
-    pipeline: str | None = row(None, text(optional=True), "class of diffusers to load the model as, such as "
+    pipeline: str | None = row(None, text(optional=True), "diffusers class to load the model as, such as "
                                "StableDiffusionImg2ImgPipeline", "CLASS", "model", usual="the model's own")
     variant: str | None = row(VARIANT, text(optional=True), "variant of the weights, such as fp16", "NAME", "model")
     lora: tuple[str, ...] = row((), adapters, "LoRA weights: a file, folder or hub id, and a scale; may be repeated",
@@ -330,7 +331,8 @@ class Experiment(Checked):
                                  "for all combinations", "NAME=V1,V2", "experiment")
     clip_score: bool = row(False, flag, "measure how well images show their prompts, by the CLIP score",
                            group="experiment")
-    no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared to", group="experiment")
+    no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared with",
+                                group="experiment")
     start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
                                  "a run with --keep-trajectories", "DIR", "experiment")
     parallel: str | None = row(PARALLEL, choice(*PARALLELS, optional=True), "what several processes share: the lanes "

@@ -57,12 +57,12 @@ def png(image):
 
 
 def frames(image):
-    """Return an image's, or a video's, images: uint8 (frames, height, width, 3)."""
+    """Return the frames of a video, or an image as a single frame: uint8 (frames, height, width, 3)."""
     return image.reshape(-1, *image.shape[-3:])
 
 
 def animation(video):
-    """Return the bytes of an animated WebP, 8 frames a second, of a video, uint8 (frames, height, width, 3)."""
+    """Return a video, uint8 (frames, height, width, 3), as the bytes of an animated WebP with 8 frames a second."""
     first, *rest = map(Image.fromarray, video)
     file = io.BytesIO()
     first.save(file, "webp", save_all=True, append_images=rest, duration=125, loop=0, quality=90)
@@ -70,7 +70,7 @@ def animation(video):
 
 
 def sheet(image):
-    """Return an image unchanged, and of a video a mosaic of at most 25 frames, the first and the last among them."""
+    """Return an image unchanged, or for a video a mosaic of at most 25 frames, including the first and the last."""
     images = frames(image)
     return mosaic(images[np.linspace(0, len(images) - 1, min(25, len(images))).round().astype(int)])
 

@@ -1,6 +1,6 @@
 """Which of diffusers' pipelines can be sampled in parallel, each tried with tiny networks of random weights.
 
-    python benchmarks/pipelines.py                # 5 minutes; writes results/pipelines.csv, and two tables
+    python benchmarks/pipelines.py                # 5 minutes; writes results/pipelines.csv and tables in docs, README
     python benchmarks/pipelines.py Flux Wan       # those alone whose names have one of these words; writes nothing
     python benchmarks/pipelines.py --device cuda --dtype bfloat16      # writes results/pipelines-cuda-bfloat16.csv
 
@@ -36,7 +36,7 @@ import pipelines as tiny
 
 N, SEED = 8, 3
 LIMITS = {"sequential": 5e-3, "srds": 5e-3, "collocation": 1e-2}  # collocation stops at its own threshold
-ROUNDED = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 40}  # as pipelines round the state at each step
+ROUNDED = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 40}  # times LIMITS, as pipelines round each state
 CASES = {}
 INTRODUCTION = """
 Made by `python benchmarks/pipelines.py` with diffusers {version}: tiny networks of random weights, 8 steps, on the CPU

@@ -19,7 +19,7 @@ ENCODERS = {
 }
 
 
-OTHERS = {"DoRA": "dora_scale", "LoKr": "lokr_", "LoHa": "hada_", "OFT": "oft_"}  # by what their keys have
+OTHERS = {"DoRA": "dora_scale", "LoKr": "lokr_", "LoHa": "hada_", "OFT": "oft_"}  # by a part of their keys
 
 
 class Adapter(NamedTuple):

@@ -22,7 +22,7 @@ from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, Settings, did_y
 DEMO = Path(__file__).resolve().parent / "demo"
 SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
 NETWORKS = ("unet", "transformer", "transformer_2")  # names of the parts that pipelines call at their steps
-# Arguments of pipelines that are not to be given: those that would change the steps, the noise or the output.
+# Arguments of pipelines that users cannot give: the prompt, and what would change the steps, the noise or the output.
 OURS = {"prompt", "num_inference_steps", "generator", "eta", "output_type", "return_dict", "callback",
         "callback_on_step_end", "num_images_per_prompt", "num_videos_per_prompt", "batch_size"}  # fmt: skip
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")  # of schedulers
@@ -68,8 +68,8 @@ class Model:
 
     name: what from_pretrained takes, a hub id or a folder; for a pipeline made in memory, its class. kind: the class.
     scheduler: one of our own, `TrailingDDIM` or flow matching's Euler, with the noise schedule of the pipeline's.
-    side: height and width of its images, if they are not to be the pipeline's own default. unused: what is not used of
-    its scheduler's config. folder: that of its configs; None in memory.
+    side: height and width of its images, if they are not to be the pipeline's own default. unused: names in its
+    scheduler's config that are not used. folder: that of its configs; None in memory.
     """
 
     name: str
@@ -191,7 +191,7 @@ def _model(name, kind, config, unet, latent):
     taken, given = ((unet or {}).get(name) or 0 for name in ("in_channels", "out_channels"))
     if taken > given > 0 and "image" not in inspect.signature(kind.__call__).parameters:
         what = f"a network of {taken} channels for states of {given}, as for inpainting"
-        raise ModelError(f"{name} has {what}; load it with its own class, as with --pipeline")
+        raise ModelError(f"{name} has {what}; load it as its own class, for instance by --pipeline")
     flow = "FlowMatch" in str(config.get("_class_name")) or config.get("use_flow_sigmas")
     scheduler = _flow_scheduler(name, config) if flow else _diffusion_scheduler(name, config, latent)
     # The first version of this program, and its users, have images of 512 pixels of Stable Diffusion 2.
@@ -201,7 +201,7 @@ def _model(name, kind, config, unet, latent):
 
 
 def _pipeline_class(name):
-    """Return the pipeline class of diffusers with a name, or None."""
+    """Return the pipeline class with this name in diffusers, or None."""
     kind = getattr(diffusers, str(name), None)
     return kind if isinstance(kind, type) and issubclass(kind, DiffusionPipeline) else None
 

@@ -52,7 +52,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     beginning, most = contextlib.ExitStack(), torch.get_num_threads()
-    # By these, pipelines set the scale of a LoRA in their text encoders.
+    # Pipelines read from these the scale of a LoRA in their text encoders.
     scales = repr({name: value for name, value in arguments.items() if name.endswith("attention_kwargs")})
 
     def ask(*event):

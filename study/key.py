@@ -63,7 +63,7 @@ def made_by(bench, text, seed, settings, arguments, start):
 
 
 def recorded(arguments):
-    """Return what is recorded of arguments: for an image, its file's name and a digest; for a list, a text."""
+    """Return the record of arguments, by name: for an image, its file's name and a digest; for a list or dict, JSON."""
 
     def plain(value):
         if isinstance(value, Image.Image):

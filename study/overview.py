@@ -59,7 +59,7 @@ class Overview:
         if bench.model.name == MIRRORS.get(command.loading.model):
             print(f"{command.loading.model} was withdrawn from the hub; using its mirror {bench.model.name}")
         if bench.model.unused:
-            print(f"note: its scheduler's {bench.model.unused} is not used; timesteps have trailing spacing")
+            print(f"note: the scheduler's {bench.model.unused} will not be used; timesteps have trailing spacing")
         for note in command.notes:
             print(note)
         srds = [f"B = {made['coarse_steps']}", made["correction"], made["schedule"]] * (made["method"] == "srds")

@@ -83,7 +83,7 @@ def sample(sampler, task, shared, clip=None):
 def entry_of(refinement, truth, text, clip=None):
     """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given.
 
-    SSIM and CLIP score of a video are means over its frames.
+    For a video, SSIM and CLIP score are means over its frames.
     """
     image, device = refinement.image, refinement.states.device
     pairs = [*zip(utils.frames(image), utils.frames(truth.image if truth else image))]

@@ -24,7 +24,7 @@ IMAGE_TO_IMAGE = ["--pipeline", "StableDiffusionImg2ImgPipeline", "-gs", "2"]
 
 
 def photo(path, seed=0):
-    """Write an image with an alpha channel, and return it as pipelines get it."""
+    """Write an image with an alpha channel, and return it as pipelines receive it."""
     values = np.random.default_rng(seed).integers(0, 256, (64, 64, 4), np.uint8)
     Image.fromarray(values).save(path)
     return Image.fromarray(values).convert("RGB")
@@ -73,11 +73,11 @@ def test_an_image_is_known_by_its_content_and_arguments_are_swept(run, tmp_path,
 
 
 REFUSED = {
-    "height": "--call: 'height' is not an argument of the pipeline's call and its value, given once; give one",
-    "call=3": "--call: 'call=3' is not an argument of", "fine_steps=3": "--call: 'fine_steps=3' is not an argument of",
+    "height": "--call: 'height' is not a new argument of the pipeline's call with a value; give each",
+    "call=3": "--call: 'call=3' is not a new argument", "fine_steps=3": "--call: 'fine_steps=3' is not a new argument",
     "image=nowhere.png": "image: 'nowhere.png' cannot be read (there is no such file); give one image",
     "image=pipe.png": "(there is no such file)", "image=text.png": "cannot be read (cannot identify image file",
-    "image=deep.png": "cannot be read (it has 1 frames, and pixels of kind I;16); give one image of 8 bits a channel",
+    "image=deep.png": "cannot be read (frames: 1, pixel mode: I;16); give one image of 8 bits a channel",
     "strenght=0.5": "strenght: 0.5 cannot be given to", "output_type=pt": "output_type: 'pt' cannot be given to",
     "self=3": "self: 3 cannot be given to", "kwargs=3": "kwargs: 3 cannot be given to",
     "num_images_per_prompt=2": "num_images_per_prompt: 2 cannot be given to",
@@ -117,7 +117,7 @@ def test_values_are_images_json_or_text(tmp_path, monkeypatch):
     expected = {"x": 0.5, "y": None, "z": {}, "t": "a cat", "nan": "NaN", "inf": "1e999", "f": "notes", "clip_skip": 1}
     expected |= {"e": "", "b": False, "none": None, "half": 0.5, "size": (64, 64), "quoted": "1984"}
     assert found == expected | {"negative_prompt": "1984"}
-    for refused, why in ((["x=1", "x=2"], "given once"), (['x=["b.png"]'], "there is no such file")):
+    for refused, why in ((["x=1", "x=2"], "give each once"), (['x=["b.png"]'], "there is no such file")):
         with pytest.raises(SettingError, match=why):
             read_call(refused)
     with pytest.raises(SettingError, match="give some text"):
