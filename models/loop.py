@@ -271,7 +271,8 @@ class Loop:
 
     def _expect(self, condition, what, step):
         if not condition:
-            raise Refused(f"the {type(self.pipeline).__name__} {what} at step {step}, steps can only be taken in order")
+            kind = type(self.pipeline).__name__
+            raise Refused(f"the {kind} {what} at step {step}; its steps can only be taken in order")
 
     def _compared(self, calls):
         """Return the `Told` of a network, given its calls, one a step: name, leaves and their tree."""
