@@ -92,6 +92,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     def run():
         try:
             with torch.cuda.device(device), beginning:
+                torch.get_num_threads()  # which a thread's first use of it sets to that of all others
                 torch.set_num_threads(threads or most)
                 asked.put("begun")
                 beginning.enter_context(BEGINNING)

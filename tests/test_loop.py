@@ -147,6 +147,22 @@ def test_an_error_in_the_network_is_the_callers_and_the_next_call_works():
     assert threading.active_count() == before and torch.equal(loop.denoise(x, n), truth)
 
 
+def test_the_thread_of_a_running_loop_computes_with_one_thread():
+    """Two teams of threads would compete at each call of a network on the CPU: it then takes up to twice as long."""
+    found, before = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        count = lambda pipeline, i, t, values: found.append(torch.get_num_threads()) or {}
+        loop = make(stable_diffusion(), callback_on_step_end=count)
+        del found[:]
+        for _ in range(3):
+            loop.denoise(loop.x, torch.tensor([0]))
+        loop.close()
+        assert found and {*found} == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def at_step(number, change):
     """A callback of the pipeline's loop that changes something after a step."""
     return lambda pipeline, i, t, values: change(pipeline, values) if i == number else {}
