@@ -227,7 +227,7 @@ class Sampler:
         returned, in rising order, 0 to N; None for the boundaries.
         """
         loop = self.loop(self.encode(prompt, **arguments), seed)
-        n, solver = self._steps(loop, seed)
+        loop.widest, (n, solver) = 1, self._steps(loop, seed)
         points, denoise = n if coarse else range(loop.N + 1), self._counted(loop.denoise, on_tick)
         with contextlib.closing(loop):
             started = time.perf_counter()
@@ -255,6 +255,7 @@ class Sampler:
         """Yield what `srds.srds` or `collocation.collocation` yields: the method alone, no images, no stop rule."""
         settings, loop = self.settings, self.loop(prompt, seed)
         n, solver = self._steps(loop, seed)
+        loop.widest = self.widest
         x, denoise = loop.x, self._counted(self.processes.split(loop.denoise), on_tick)
         held = begun = None
         if start is not None:

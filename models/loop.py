@@ -207,14 +207,15 @@ class Loop:
         """arguments: those of the pipeline's call. encoded: see `events`.
 
         max_batch: most network samples in one call, though at least those of one state; None for no limit. The
-        attribute `sizes` may be set to the sizes that a call may have, rising: each is then filled up with copies.
+        attribute `sizes` may be set to the sizes that a call may have, rising: each is then filled up with copies; and
+        `widest` to the number of states expected at most, as each beginning of a call takes time.
         answers: what the networks said at step 0 of another prompt; without them, each is called once to look.
 
         Raises Refused, naming the step, if more depends on the step than what the networks are told of it.
         """
         self.pipeline, self.template, self.arguments, self.seed = pipeline, scheduler, arguments, seed
         self.encoded, self.max_batch, self.sizes, self.answers = encoded, max_batch, (), [*answers]
-        self.width, self.calls, self.running = 1, 0, None
+        self.width, self.widest, self.calls, self.running = 1, 1, 0, None
         known = inspect.signature(type(pipeline).__call__).parameters
         self.copies = next((name for name in COPIES if name in known), None)
         try:
@@ -299,7 +300,8 @@ class Loop:
             return torch.cat([self.denoise(*lane) for lane in zip(x.split(1), n.split(1))])
         try:
             if len(x) > self.width or not self.running:  # of two copies at least, the rows of each can be told
-                self._start(max(2 ** (len(x) - 1).bit_length(), 2 if self.sizes and self.copies else 1))
+                most = max(len(x), self.widest if self.copies else 1)
+                self._start(max(2 ** (most - 1).bit_length(), 2 if self.sizes and self.copies else 1))
             if len(x) > self.width:  # the pipeline turned out to make one sample a call
                 return self.denoise(x, n)
             states = torch.cat([x, x[-1:].expand(self.width - len(x), *x.shape[1:])]).to(self.dtype)
