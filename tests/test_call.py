@@ -1,5 +1,6 @@
 """Arguments of the pipeline's own call: from the command, from Python, swept and recorded; images and videos."""
 
+import copy
 import io
 import os
 
@@ -143,6 +144,18 @@ def test_a_long_videos_sheet_has_at_most_25_frames():
     video = np.arange(81, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
     cells = utils.sheet(video)[::5, ::5, 0].flatten()
     assert len(cells) == 25 and (cells[0], cells[-1]) == (0, 80) and (np.diff(cells) > 0).all()
+
+
+def test_given_latents_are_sampled_in_a_batch_and_as_by_the_pipeline():
+    sampler = Sampler(stable_diffusion(), Settings(fine_steps=10, coarse_steps=3, tolerance=0))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    last = sampler("a moon", latents=latents).refinements[-1]
+    assert last.network_calls == last.serial_evaluations < last.total_evaluations
+    pipeline = copy.copy(sampler.pipeline)
+    pipeline.scheduler = sampler.model.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    truth = pipeline("a moon", num_inference_steps=10, latents=latents, output_type="latent").images
+    torch.testing.assert_close(last.states[-1:], truth, atol=1e-4 * float(truth.std()), rtol=1e-4)
 
 
 def test_a_text_is_encoded_again_at_another_scale_of_a_lora():

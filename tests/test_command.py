@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, strategies
@@ -243,6 +244,13 @@ def test_a_model_that_reads_no_prompts_needs_none_and_makes_each_line_a_seed(pro
     said = "model reads no prompts: seeds rise from 7, one a line"
     assert (said in capsys.readouterr().out) == (len(prompts) > 1)
     assert [record["made_by"]["seed"] for record in sample_records(tmp_path / "out")] == seeds
+
+
+def test_an_embedding_that_no_prompt_names_is_noted(run, tmp_path):
+    safetensors.torch.save_file({"red": torch.randn(32)}, tmp_path / "red.safetensors")
+    more = ["--textual-inversion", str(tmp_path / "red.safetensors"), "--no-ground-truth", "--max-iterations", "1"]
+    assert "note: no prompt names red" in run("--prompt", "a moon", *more)[2]
+    assert "no prompt names" not in run("--prompt", "a red moon", *more)[2]
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path, tiny, capsys):

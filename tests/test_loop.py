@@ -188,6 +188,14 @@ def test_what_the_pipelines_own_checks_refuse_is_one_line_of_theirs():
     assert error.value.status == 2
 
 
+def test_a_network_that_wants_an_image_says_so_in_one_line():
+    pipeline = stable_diffusion()
+    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    pipeline.unet.encoder_hid_proj = torch.nn.Identity()
+    with pytest.raises(Refused, match="StableDiffusionPipeline cannot be called like this: "):
+        make(pipeline)
+
+
 def test_a_whole_pipeline_runs_where_no_value_can_be_read():
     """On torch's meta device, which has shapes only: sampling then never waits for the device."""
     pipeline = stable_diffusion().to("meta")
