@@ -12,13 +12,10 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from settings import COARSE_STEPS, TABLES, Call, SettingError, Settings, number, text
+from settings import COARSE_STEPS, SETTINGS, TABLES, Call, SettingError, Settings, number, text
 
 MOST_SEEDS = 10_000  # in a range
-
-
 ROWS = {each.name: each for kind in (Settings, Call) for each in fields(kind)}
-SETTINGS = {each.name for each in fields(Settings)}
 
 
 class Arguments(dict):

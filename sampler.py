@@ -9,7 +9,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +21,7 @@ from collocation import collocation, usual_window
 from models.loading import find_model, is_compiled, known, load_pipeline, networks
 from models.loop import BEGINNING, Loop
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
-from settings import Failure, Loading, SettingError, Settings, text, whole
+from settings import SETTINGS, Failure, Loading, SettingError, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
 
 CHECK_SEED = whole(0, 2**64 - 1)
@@ -169,9 +169,8 @@ class Sampler:
 
     def vary(self, **changes):
         """Return a sampler with the same pipeline and other settings or arguments of its call; None removes one."""
-        own = {each.name for each in fields(Settings)}
-        settings = {name: value for name, value in changes.items() if name in own}
-        arguments = self.arguments | {name: value for name, value in changes.items() if name not in own}
+        settings = {name: value for name, value in changes.items() if name in SETTINGS}
+        arguments = self.arguments | {name: value for name, value in changes.items() if name not in SETTINGS}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         return Sampler(self.pipeline, replace(self.asked, **settings), arguments, processes=self.processes)
 

@@ -268,6 +268,9 @@ class Settings(Checked):
         return replace(self, **usual)
 
 
+SETTINGS = {each.name for each in fields(Settings)}
+
+
 @dataclass(frozen=True)
 class Call(Checked):
     """Arguments of the pipeline's own call, as flags give them; None and "" stand for the usual ones."""

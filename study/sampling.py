@@ -86,7 +86,6 @@ def entry_of(refinement, truth, text, clip=None):
     For a video, SSIM and CLIP score are means over its frames.
     """
     image, device = refinement.image, refinement.states.device
-    pairs = [*zip(utils.frames(image), utils.frames(truth.image if truth else image))]
     unstored = ("image", "states", "exact", "all_nodes")
     entry = {name: value for name, value in refinement._asdict().items() if name not in unstored}
     entry["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
@@ -94,11 +93,12 @@ def entry_of(refinement, truth, text, clip=None):
     # The PSNR of equal images is infinite.
     entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image)) if entry["difference"] else None
     compared = truth and min(image.shape[-3:-1]) >= 7  # the width of its window
-    similarity = lambda frame, true: structural_similarity(true, frame, channel_axis=2)
-    entry["ssim"] = float(np.mean([similarity(*pair) for pair in pairs])) if compared else None
-    scores = np.mean([[clip(each, text) for each in pair] for pair in pairs], 0).tolist() if clip else [None, None]
-    entry["clip_score"] = scores[0]
-    entry["clip_difference"] = scores[0] - scores[1] if clip and truth else None
+    similarity = lambda pair: structural_similarity(*pair, channel_axis=2)
+    pairs = zip(utils.frames(truth.image), utils.frames(image)) if compared else ()
+    entry["ssim"] = float(np.mean([*map(similarity, pairs)])) if compared else None
+    score = lambda image: float(np.mean([clip(frame, text) for frame in utils.frames(image)]))
+    entry["clip_score"] = score(image) if clip else None
+    entry["clip_difference"] = entry["clip_score"] - score(truth.image) if clip and truth else None
     return entry
 
 
