@@ -111,7 +111,7 @@ class Model:
         """The arguments of the pipeline's call that the command gives if the user does not, by name."""
         scale = self.parameters["guidance_scale"].default if "guidance_scale" in self.parameters else None
         scale = DEMO_GUIDANCE_SCALE or scale if Path(self.name).resolve() == DEMO else scale
-        scale = float(scale) if isinstance(scale, int) else scale  # as the flag's
+        scale = float(scale) if isinstance(scale, int) else scale  # the flag gives a float
         known = {"guidance_scale": scale, "height": self.side, "width": self.side}
         return {name: value for name, value in known.items() if value is not None}
 

@@ -92,7 +92,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     def run():
         try:
             with torch.cuda.device(device), beginning:
-                torch.get_num_threads()  # which a thread's first use of it sets to that of all others
+                torch.get_num_threads()  # a thread's first query resets its number to the shared one, so before setting
                 torch.set_num_threads(threads or most)
                 asked.put("begun")
                 beginning.enter_context(BEGINNING)
@@ -207,8 +207,8 @@ class Loop:
         """arguments: those of the pipeline's call. encoded: see `events`.
 
         max_batch: most network samples in one call, though at least those of one state; None for no limit. The
-        attribute `sizes` may be set to the sizes that a call may have, rising: each is then filled up with copies; and
-        `widest` to the number of states expected at most, as each beginning of a call takes time.
+        attribute `sizes` may be set to the sizes that a call may have, rising: each is then filled up with copies.
+        `widest` may be set to the most states expected, so that the pipeline's call need not begin again for more.
         answers: what the networks said at step 0 of another prompt; without them, each is called once to look.
 
         Raises Refused, naming the step, if more depends on the step than what the networks are told of it.

@@ -134,7 +134,7 @@ class Bench:
 
     @functools.cache  # noqa: B019
     def warm(self, settings, arguments):
-        """Return the warmed-up sampler with these settings and arguments. Raises Failure if the model cannot run so."""
+        """Return the warmed-up sampler with these settings and arguments. Raises Failure if the model cannot run."""
         sampler, negative = self.sampler(settings, arguments), arguments.get("negative_prompt", "")
         warn_if_cut(negative, sampler.ignored(negative))
         self._first_call(sampler.warm_up)
