@@ -89,7 +89,7 @@ def build(kind, components=None, scheduler=None, **parts):
 class Silent(diffusers.ModelMixin, diffusers.ConfigMixin):
     """In place of text encoders, as texts are given as embeddings, and of a guardrail that is a package of its own."""
 
-    config_name, dtype = "config.json", torch.float32
+    config_name = "config.json"
 
     def __init__(self):
         super().__init__()
@@ -901,6 +901,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     args = parser.parse_args()
     words, usual = args.words, (args.device, args.dtype) == ("cpu", "float32")
+    torch.backends.cudnn.allow_tf32 = False  # as otherwise float32 on CUDA has the precision of float16
     warnings.simplefilter("ignore")
     diffusers.logging.set_verbosity_error()
     chosen = [name for name in CASES if not words or any(word in name for word in words)]

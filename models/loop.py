@@ -253,7 +253,8 @@ class Loop:
                         self._expect(len(calls) <= len(self.answers), "calls other networks", len(seen))
                         answer = copy.copy(self.answers[len(calls) - 1])
                     else:
-                        (output, answer, time), seen, calls = event, [*seen, calls], []
+                        (output, state, time), seen, calls = event, [*seen, calls], []
+                        answer = state.to(torch.promote_types(state.dtype, output.dtype))  # as schedulers do
                         times.append(torch.as_tensor(time, device=answer.device))
                         if len(seen) == 1:
                             guided, first = output, answer.clone()
