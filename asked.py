@@ -4,18 +4,16 @@ import ast
 import itertools
 import json
 import math
-import os
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from settings import COARSE_STEPS, SETTINGS, TABLES, Call, SettingError, Settings, number, text
+from settings import COARSE_STEPS, ROWS, SETTINGS, Call, SettingError, Settings, number, text
 
 MOST_SEEDS = 10_000  # in a range
-ROWS = {each.name: each for kind in (Settings, Call) for each in fields(kind)}
+SAMPLED = SETTINGS | {each.name for each in fields(Call)}  # settings, and arguments that have flags
 
 
 class Arguments(dict):
@@ -25,38 +23,21 @@ class Arguments(dict):
         return hash(frozenset(self))
 
 
-class Variant(NamedTuple):
-    """One combination of settings and arguments of the pipeline's call.
+def make_variant(values, notes):
+    """Return the `Settings` and the `Arguments` for values by name; "sqrt" blocks are replaced by their number.
 
-    auto: whether the blocks are still to be planned; until then there is one block.
-    """
-
-    settings: Settings
-    arguments: Arguments
-    auto: bool
-
-
-def make_variant(values, notes, compiled=False):
-    """Return the `Variant` for settings and arguments by name; "sqrt" blocks are replaced by their number.
-
-    notes: a dict whose keys are lines to print; one is added if the default number of blocks is reduced. compiled:
-    whether the network is compiled, for calls of one size.
+    notes: a dict whose keys are lines to print; one is added if the default number of blocks is reduced.
     """
     settings = Settings(**{name: value for name, value in values.items() if name in SETTINGS} | {"coarse_steps": 1})
-    call = Call(**{name: value for name, value in values.items() if name in ROWS.keys() - SETTINGS})
+    call = Call(**{name: value for name, value in values.items() if name in SAMPLED - SETTINGS})
     arguments = {name: value for name, value in asdict(call).items() if value not in (None, "", call.call)}
-    arguments |= {name: value for name, value in values.items() if name not in ROWS}
+    arguments |= {name: value for name, value in values.items() if name not in SAMPLED}
     blocks, steps = values.get("coarse_steps", COARSE_STEPS), settings.fine_steps
     root = round(math.sqrt(steps))
     if "coarse_steps" not in values and isinstance(blocks, int) and blocks > steps:
         notes[f"note: {root} blocks instead of the default {blocks}, as there are {steps} fine steps"] = True
         blocks = root
-    if blocks == "auto" and (settings.method != "srds" or settings.fixed_batch or compiled):
-        remedy = "plans calls of all sizes for srds; give a number for collocation, a fixed batch or a compiled network"
-        raise SettingError("coarse_steps", "auto", remedy)
-    number_of = {"auto": 1, "sqrt": root}
-    settings = replace(settings, coarse_steps=number_of.get(blocks, blocks))
-    return Variant(settings, Arguments(arguments), blocks == "auto")
+    return replace(settings, coarse_steps=root if blocks == "sqrt" else blocks), Arguments(arguments)
 
 
 def read_call(words):
@@ -77,7 +58,7 @@ def read_value(name, word):
 
     Image files named in a list are opened, too. Raises SettingError.
     """
-    if name in ROWS:
+    if name in SAMPLED:
         return word if "str" in str(ROWS[name].type) else number(word)
     if picture := open_image(name, word):
         return picture
@@ -93,22 +74,19 @@ def read_value(name, word):
 
 def open_image(name, word):
     """Return the image in a file, as RGB, or None if the word names no image. Raises SettingError if it is unusable."""
-    named = isinstance(word, str) and Path(word).suffix.lower() in Image.registered_extensions()
-    if not isinstance(word, str) or not (named or os.path.isfile(word)):
+    if not isinstance(word, str) or Path(word).suffix.lower() not in Image.registered_extensions():
         return None
     try:
-        if not os.path.isfile(word):  # opening a pipe would block
+        if not Path(word).is_file():  # opening a pipe would block
             raise OSError("there is no such file")
         with Image.open(word) as image:
             if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
                 raise OSError(f"frames: {getattr(image, 'n_frames', 1)}, pixel mode: {image.mode}")
             picture = ImageOps.exif_transpose(image).convert("RGB")
-        picture.filename = Path(word).name
-        return picture
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if not named:
-            return None
         raise SettingError(name, word, f"cannot be read ({error}); give one image of 8 bits a channel") from None
+    picture.filename = Path(word).name
+    return picture
 
 
 def read_sweep(sweeps):
@@ -117,8 +95,8 @@ def read_sweep(sweeps):
     Returns a list with, for each text, the list of its combinations, each a dict of values by setting, or by argument
     of the pipeline's call. Checking them is left to `Settings`, `Call` and the pipeline. Raises SettingError.
     """
-    others = {each.name for kind in TABLES for each in fields(kind)} - ROWS.keys() | {"seed", "fixed_batch", "call"}
-    short = {each.metadata["short"].lstrip("-"): name for name, each in ROWS.items() if each.metadata["short"]}
+    others = ROWS.keys() - SAMPLED | {"seed", "fixed_batch", "call"}
+    short = {ROWS[name].metadata["short"].lstrip("-"): name for name in SAMPLED if ROWS[name].metadata["short"]}
     axes, swept = [], set()
     for sweep in sweeps:
         given, _, values = sweep.partition("=")
@@ -150,11 +128,6 @@ def read_seeds(words):
     return [*dict.fromkeys(itertools.chain(*ranges))]
 
 
-def check_prompt(prompt, setting="prompt"):
-    """Return a prompt without surrounding white space. Raises SettingError if it is blank or has a NUL."""
-    return text()(setting, prompt.strip())
-
-
 def syntax_notes(texts):
     """Return notes, a dict whose keys are lines to print, for web UIs' syntax of weights and LoRAs in prompts."""
     known = [re.search(r"\([^()]+:[0-9.]+\)|<lora:[^<>]*>", text) for text in texts]
@@ -174,4 +147,4 @@ def read_prompts(path):
     prompts = [re.sub(r"^\\#", "#", line) for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise refuse("holds no prompt")
-    return [check_prompt(prompt, "prompts") for prompt in prompts]
+    return [text()("prompts", prompt) for prompt in prompts]

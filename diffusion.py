@@ -264,14 +264,6 @@ def fixed_batch(widest, max_batch=None):
     return size if max_batch is None or size <= max_batch else max_batch // 4 * 4 or max_batch
 
 
-def compiled_batches(smallest, widest):
-    """Return the few batch sizes to compile for calls of `smallest` to `widest` samples: doubling, the widest last."""
-    sizes = [smallest]
-    while 2 * sizes[-1] < widest:
-        sizes.append(2 * sizes[-1])
-    return sizes if sizes[-1] >= widest else [*sizes, widest]
-
-
 # Sampling
 
 

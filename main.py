@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import asked
 import settings as table
-from settings import Failure, SettingError, did_you_mean, flag_of, in_one_line, number
+from settings import ROWS, Failure, SettingError, did_you_mean, flag_of, in_one_line, number
 from study.console import prepare_terminal, quiet_libraries
 
 
@@ -37,29 +37,23 @@ class Command:
     argv: list
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message):
-        raise Failure(message, status=2)
-
-
-def rows():
-    return {each.name: each for kind in table.TABLES for each in fields(kind)}
+def refuse(message):
+    raise Failure(message, status=2)
 
 
 def make_parser():
-    parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False, usage="main.py [options]",
-                    argument_default=argparse.SUPPRESS)  # fmt: skip
+    how = {"allow_abbrev": False, "usage": "main.py [options]", "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__.splitlines()[0], **how)
+    parser.error = refuse
     groups = {name: parser.add_argument_group(name) for name in table.GROUPS}
-    for each in rows().values():
+    for name, each in ROWS.items():
         about, kind = each.metadata, str(each.type)
         default = about["usual"] if each.default in (None, ()) else each.default
         words = about["meaning"] + (f" (default: {default})" if default not in (None, False, "", ()) else "")
         names = f"{{{','.join(getattr(about['check'], 'names', ()))}}}"
         how = {"action": "store_true"} if "bool" in kind else {"metavar": about["metavar"] or names}
         how |= {"action": "append"} if "tuple" in kind else {} if "str" in kind or "bool" in kind else {"type": number}
-        flags = [flag_of(each), *filter(None, [about["short"]])]
+        flags = [flag_of(name), *filter(None, [about["short"]])]
         groups[about["group"]].add_argument(*flags, help=words.replace("%", "%%"), **how)
     return parser
 
@@ -70,10 +64,9 @@ def parse(argv):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        near = did_you_mean(word, [flag_of(each) for each in rows().values()])
-        raise Failure(f"argument {word} is not known{near}; --help lists all", status=2)
+        refuse(f"argument {word} is not known{did_you_mean(word, map(flag_of, ROWS))}; --help lists all")
     if "output_dir" not in given:
-        raise Failure("argument --output-dir/-o is required; give a directory, existing or new", status=2)
+        refuse("argument --output-dir/-o is required; give a directory, existing or new")
     own = lambda kind: {each.name: given[each.name] for each in fields(kind) if each.name in given}
     experiment, loading = table.Experiment(**own(table.Experiment)), table.Loading(**own(table.Loading))
     axes, call = asked.read_sweep(experiment.sweep), asked.read_call(given.get("call", ()))
@@ -82,11 +75,11 @@ def parse(argv):
     for name, other in (several | {name: "sweep" for axis in axes for name in axis[0]}).items():
         if name in given | call:
             raise SettingError(name, (call | given)[name], f"cannot be given together with --{other}; give one of them")
-    texts = [asked.check_prompt(text) for text in experiment.prompt or ()]
+    texts = [table.text()("prompt", text.strip()) for text in experiment.prompt or ()]
     texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
     notes = asked.syntax_notes(texts)
     combined = [own(table.Settings) | own(table.Call) | call | values for values in asked.combinations(axes)]
-    variants = [asked.make_variant(values, notes, loading.compile) for values in combined]
+    variants = [asked.make_variant(values, notes) for values in combined]
     return Command(given, loading, experiment, texts, seeds, axes, variants, [*notes], argv)
 
 
@@ -97,12 +90,9 @@ def run(command, processes):
     from study.overview import Overview
 
     bench, folder = Bench(command, processes), Folder(command.experiment.output_dir)
-    if processes.first:
+    with processes.in_turn():
         folder.open()
-    processes.wait()
-    if not processes.first:
-        folder.open()
-    tasks = bench.tasks([bench.planned(variant, folder) for variant in command.variants])
+    tasks = bench.tasks()
     overview = Overview(command, bench, folder, tasks)
     left = overview.begin()
     try:
@@ -161,8 +151,8 @@ def one_line(failure):
     """Return a failure's message, after the flags of the argument that it is about."""
     if not isinstance(failure, SettingError):
         return str(failure)
-    each, value = rows().get(failure.setting), "" if isinstance(failure.value, bool) else f"{failure.value!r} "
-    flags = [flag_of(each), each.metadata["short"]] if each else [failure.setting]
+    name, value = failure.setting, "" if isinstance(failure.value, bool) else f"{failure.value!r} "
+    flags = [flag_of(name), ROWS[name].metadata["short"]] if name in ROWS else [name]
     return f"argument {'/'.join(filter(None, flags))}: {value}{failure.remedy}"
 
 

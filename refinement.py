@@ -81,10 +81,9 @@ class Trajectory(NamedTuple):
             tensors = safetensors.torch.load(data)
             clean, n, seed = tensors["clean"], tensors["boundaries"], int(about["seed"])
             rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all() and n[-1] <= 2**20
-            if (clean.dtype, n.dtype) != (torch.float32, torch.int64) or not (clean.ndim > 1 and len(clean) and rising):
+            usable = len(clean) and rising and clean.ndim > 1 and clean.isfinite().all() and 0 <= seed < 2**64
+            if (clean.dtype, n.dtype) != (torch.float32, torch.int64) or not usable:
                 raise ValueError("other tensors")
-            if not clean.isfinite().all() or not 0 <= seed < 2**64:
-                raise ValueError("other numbers")
             return cls(clean, n.tolist(), str(about["model"]), seed)
         except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"it holds no trajectory: {error}") from error

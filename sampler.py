@@ -19,9 +19,9 @@ from diffusers import DiffusionPipeline
 import diffusion
 from collocation import collocation, usual_window
 from models.loading import find_model, is_compiled, known, load_pipeline, networks
-from models.loop import BEGINNING, Loop
+from models.loop import Loop
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
-from settings import SETTINGS, Failure, Loading, SettingError, Settings, text, whole
+from settings import SETTINGS, Failure, Loading, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
 
 CHECK_SEED = whole(0, 2**64 - 1)
@@ -31,13 +31,12 @@ CHECK_SEED = whole(0, 2**64 - 1)
 class Prompt:
     """A prompt for a pipeline, with what has been made of it so far.
 
-    arguments: further ones of the pipeline's call. ignored: the part of the text beyond the tokenizer's limit, or "".
-    encoded: what the text encoders have said. loops: each `models.loop.Loop` of the last seed, by what it depends on.
+    arguments: further ones of the pipeline's call. encoded: what the text encoders have said. loops: each
+    `models.loop.Loop` of the last seed, by what it depends on.
     """
 
     text: str
     arguments: dict
-    ignored: str
     pipeline: DiffusionPipeline
     encoded: dict = field(default_factory=dict)
     loops: dict = field(default_factory=dict)
@@ -91,8 +90,7 @@ class Sampler:
         sizes = settings.max_batch, settings.fixed_batch and self.widest, self.compiled
         depends_on = seed, settings.fine_steps, *sizes, *self._given
         if depends_on not in prompt.loops:
-            for other in [other for other in prompt.loops if other[0] != seed]:
-                del prompt.loops[other]
+            prompt.loops = {key: loop for key, loop in prompt.loops.items() if key[0] == seed}
             arguments = {"prompt": prompt.text} if self.model.prompted else {}
             arguments |= self.arguments | {"num_inference_steps": settings.fine_steps} | prompt.arguments
             how = prompt.encoded, settings.max_batch, () if prompt.arguments else self._answers
@@ -156,7 +154,7 @@ class Sampler:
         """Load a model, as the command does: `model` is a hub id, a local folder or "demo".
 
         arguments: those of the pipeline's call, which replace or add to the command's usual ones, see `Model.usual`.
-        loading: pipeline, device, dtype, variant, lora, textual_inversion, offload, vae_tiling and compile, see
+        loading: pipeline, device, dtype, variant, lora, textual_inversion, offload and compile, see
         `Loading`.
 
         Raises SettingError, if possible before weights are loaded, and ModelError if the model cannot be loaded.
@@ -195,21 +193,14 @@ class Sampler:
         not fit.
         """
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
-        prompt, earlier, seconds, widest = self.encode(prompt, **arguments), None, 0.0, 0
+        prompt, earlier, seconds, widths = self.encode(prompt, **arguments), None, 0.0, []
         loop = self.loop(prompt, seed)
-        before = loop.calls
-
-        def ticked(lanes):
-            nonlocal widest
-            widest = max(widest, lanes)
-            if on_tick:
-                on_tick(lanes)
-
+        before, ticked = loop.calls, lambda lanes: widths.append(lanes) or (on_tick and on_tick(lanes))
         with contextlib.closing(loop), contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates:
             started = time.perf_counter()
             for iterate in iterates:
                 image = self._decoded(loop, iterate.states)
-                refinement = measured(iterate, image, loop.calls - before, widest, earlier)
+                refinement = measured(iterate, image, loop.calls - before, max(widths), earlier)
                 complete = iterate.exact or iterate.all_nodes
                 verdict = "converged" if complete else judge(refinement, earlier, rule, tolerance)
                 seconds += time.perf_counter() - started
@@ -258,8 +249,6 @@ class Sampler:
         x, denoise = loop.x, self._counted(self.processes.split(loop.denoise), on_tick)
         held = begun = None
         if start is not None:
-            if not isinstance(start, Trajectory):
-                raise SettingError("start", type(start).__name__, "is not a trajectory; give what `trajectory` returns")
             start.check(x.shape[1:], self.model.name)
             held = start.clean.to(x).flatten(1), start.weights(loop.N)
         if settings.method == "srds":
@@ -292,25 +281,7 @@ class Sampler:
             prompt, arguments = prompt.text, prompt.arguments | arguments
         if not prompt and "prompt_embeds" in self.arguments | arguments:
             prompt, arguments = "", arguments | {"prompt": None}
-        prompt = text(empty=True)("prompt", prompt)
-        return Prompt(prompt, arguments, self.ignored(prompt), self.pipeline)
-
-    def ignored(self, words):
-        """Return the part of a text beyond the tokenizer's limit, or "": that of the tokenizer that reads most."""
-        known = {name: part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")}
-        longest = self.model.parameters.get("max_sequence_length")
-        longest = self.arguments.get("max_sequence_length", longest and longest.default)
-        limits = {name: part.model_max_length for name, part in known.items() if part is not None}
-        if isinstance(longest, int):  # for all but CLIP
-            limits = {name: limit if "CLIP" in type(known[name]).__name__ else min(limit, longest)
-                      for name, limit in limits.items()}  # fmt: skip
-        if not limits or not self.model.prompted:
-            return ""
-        name = max(limits, key=limits.get)
-        with BEGINNING:
-            if hasattr(self.pipeline, "maybe_convert_prompt"):  # an embedding of several vectors has as many tokens
-                words = self.pipeline.maybe_convert_prompt(words, known[name])
-            return known[name].decode(known[name](words).input_ids[limits[name] - 1 : -1])
+        return Prompt(text(empty=True)("prompt", prompt), arguments, self.pipeline)
 
     @property
     def compiled(self):
@@ -322,9 +293,9 @@ class Sampler:
         most, max_batch = rows * self.widest, self.settings.max_batch
         if self.settings.fixed_batch:
             return [diffusion.fixed_batch(most, max_batch)]
-        if self.compiled:
+        if self.compiled:  # few, as each is compiled: doubling, then the largest
             most = min(most, max_batch or most)
-            return diffusion.compiled_batches(min(rows, most), most)
+            return [*(rows << i for i in range(20) if rows << i < most), most]
         return []
 
     @property

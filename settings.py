@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 # Sampling
 METHOD = "srds"
 FINE_STEPS = 100
-COARSE_STEPS = 10  # blocks; "auto" and "sqrt" are possible too
+COARSE_STEPS = 10  # blocks; "sqrt" is possible too
 SOLVER = None
 ETA = 0.0
 TOLERANCE = 0.1  # grey levels of 255
@@ -41,7 +41,6 @@ DTYPE = "auto"
 MAX_BATCH = None
 # The experiment
 PARALLEL = None
-EXPECTED_REFINEMENTS = 3  # what most runs of benchmarks/stopping.py use
 
 METHODS = ("srds", "collocation")
 SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
@@ -180,6 +179,7 @@ def adapters(setting, value):
 
 
 anything = lambda setting, value: value
+of_torch = lambda check: lambda setting, value: check(setting, str(value).removeprefix("torch."))
 
 
 def row(default, check, meaning, metavar=None, group="sampling", short="", usual=None):
@@ -207,8 +207,8 @@ class Settings(Checked):
     # fmt: off
     fine_steps: int = row(FINE_STEPS, whole(), "steps of the sequential sampler to reproduce; at most the model's own",
                           "N", short="-fs")
-    coarse_steps: int = row(COARSE_STEPS, whole(), "blocks, at most N; sqrt: square root of N; auto: the fastest on "
-                            "this device; for collocation, only where differences are reported", "B", short="-cs")
+    coarse_steps: int = row(COARSE_STEPS, whole(), "blocks, at most N; sqrt: square root of N; for collocation, only "
+                            "where differences are reported", "B", short="-cs")
     method: str = row(METHOD, choice(*METHODS), "srds refines blocks of steps; collocation refines points in time")
     solver: str | None = row(SOLVER, choice(*SOLVERS, optional=True), "solver of each step",
                              usual="ddim; euler for flow matching")
@@ -220,7 +220,7 @@ class Settings(Checked):
     max_iterations: int | None = row(MAX_ITERATIONS, whole(optional=True), "most refinements", "K",
                                      usual="as many as make the sample exact")
     schedule: str | None = row(SCHEDULE, choice(*SCHEDULES, optional=True), "for srds: work on the blocks of all "
-                               "refinements at once, or of one at a time", usual="pipelined; with -cs auto, the faster")
+                               "refinements at once, or of one at a time", usual="pipelined")
     correction: str | None = row(CORRECTION, choice(*CORRECTIONS, optional=True), "for srds: the paper's correction, "
                                  "or one that is damped where the coarse step overshoots", usual="damped")
     seed: int = row(SEED, whole(0, 2**64 - 1), "seed of all noise", "SEED", short="-s")
@@ -257,7 +257,7 @@ class Settings(Checked):
             raise SettingError("solver", solver, remedy)
         if self.eta and solver != "ddim":
             raise SettingError("eta", self.eta, f"is for ddim, not {solver}; leave it out")
-        most = MOST_FLOW_STEPS if model.flow else model.training_steps
+        most = MOST_FLOW_STEPS if model.flow else model.scheduler.config.num_train_timesteps
         if self.fine_steps > most:
             why = "the limit for flow matching" if model.flow else f"the model's {most} training timesteps"
             raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
@@ -296,9 +296,10 @@ class Loading(Checked):
     # fmt: off
     model: str = row(MODEL, path("a hub id, a folder, demo or fashion"), "hub id, local folder, demo or fashion",
                      "MODEL", "model")
-    device: str = row(DEVICE, text("auto, cpu, cuda or another device"), "auto, cpu, cuda, cuda:1, mps, ...", "DEVICE",
-                      "model")
-    dtype: str = row(DTYPE, choice(*DTYPES), "auto: float16 or bfloat16 on cuda, float32 elsewhere", group="model")
+    device: str = row(DEVICE, of_torch(text("auto, cpu, cuda or another device")), "auto, cpu, cuda, cuda:1, mps, ...",
+                      "DEVICE", "model")
+    dtype: str = row(DTYPE, of_torch(choice(*DTYPES)), "auto: float16 or bfloat16 on cuda, float32 elsewhere",
+                     f"{{{','.join(DTYPES)}}}", "model")
     pipeline: str | None = row(None, text(optional=True), "diffusers class to load the model as, such as "
                                "StableDiffusionImg2ImgPipeline", "CLASS", "model", usual="the model's own")
     variant: str | None = row(VARIANT, text(optional=True), "variant of the weights, such as fp16", "NAME", "model")
@@ -307,16 +308,9 @@ class Loading(Checked):
     textual_inversion: tuple[str, ...] = row((), adapters, "textual inversion embeddings: a file or hub id; may be "
                                              "repeated", "FILE", "model")
     offload: bool = row(False, flag, "keep only the part of the model that is running on the device", group="model")
-    vae_tiling: bool = row(False, flag, "decode large images in tiles, if memory is short", group="model")
     compile: bool = row(False, flag, "compile the network with torch: takes minutes once, then calls are faster",
                         group="model")
     # fmt: on
-
-    def __post_init__(self):
-        for name in ("device", "dtype"):
-            if type(getattr(self, name)).__module__ == "torch":
-                object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -329,11 +323,9 @@ class Experiment(Checked):
     prompt: tuple[str, ...] | None = row(None, anything, "a prompt; may be repeated", "TEXT", "experiment")
     seeds: str | None = row(None, anything, "several seeds, such as 42-61 or 1,5,9: a sample for each prompt and seed",
                             "SEEDS", "experiment")
-    sweep: tuple[str, ...] = row((), anything, "a sample with each value of a setting, such as coarse-steps=5,10,auto; "
+    sweep: tuple[str, ...] = row((), anything, "a sample with each value of a setting, such as coarse-steps=5,10,20; "
                                  "or of several in step, such as fine-steps:coarse-steps=25:5,100:10; may be repeated, "
                                  "for all combinations", "NAME=V1,V2", "experiment")
-    clip_score: bool = row(False, flag, "measure how well images show their prompts, by the CLIP score",
-                           group="experiment")
     no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared with",
                                 group="experiment")
     start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
@@ -348,9 +340,9 @@ class Experiment(Checked):
     # fmt: on
 
 
-TABLES = (Loading, Settings, Call, Experiment)
+ROWS = {each.name: each for kind in (Loading, Settings, Call, Experiment) for each in fields(kind)}
 
 
-def flag_of(each):
-    """Return the long flag of a row."""
-    return f"--{each.name.replace('_', '-')}"
+def flag_of(name):
+    """Return the long flag of a setting."""
+    return f"--{name.replace('_', '-')}"

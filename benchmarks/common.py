@@ -1,19 +1,23 @@
 """What the benchmarks share: a sampler with the command's defaults, prompts and seeds, places for results."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
+from diffusion import boundaries
 from models import scenes
 from sampler import Sampler
 from settings import SEED
+from srds import srds
 from study.console import quiet_libraries
 from study.sampling import Shared, entry_of
 
@@ -37,7 +41,7 @@ def refinements(sampler, settings, pairs):
         for each, varied in zip(settings, samplers):
             truth = shared.truth(varied)
             for refinement in varied.refine(shared.prompt(varied), seed):
-                rows.append({"prompt": text, "seed": seed, **each, **entry_of(refinement, truth, text)})
+                rows.append({"prompt": text, "seed": seed, **each, **entry_of(refinement, truth)})
     return pd.DataFrame(rows)
 
 
@@ -54,6 +58,30 @@ def pairs(count):
     """Pairs of prompt and seed: those of prompts.txt first."""
     texts = [*TEXTS, *prompts(np.random.default_rng(7), count)[0]][:count]
     return list(zip(texts, range(SEED, SEED + count)))
+
+
+def clock(call, device, *inputs):
+    """The seconds of a call until the device has finished."""
+    wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
+    wait()
+    started = time.perf_counter()
+    call(*inputs)
+    wait()
+    return time.perf_counter() - started
+
+
+def tick_widths(N, B, schedule, refinements, bound=None):
+    """The lanes in each tick of a sample that stops after so many refinements, as the engine has them."""
+    widths = []
+
+    def denoise(x, n):
+        widths.append(len(x))
+        return x
+
+    step = lambda x, m, start, end, past: (x, past)
+    iterates = srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B), schedule, bound)
+    next((iterate for iterate in iterates if iterate.k == refinements), None)  # there is none if k = 0 is exact
+    return widths
 
 
 def save(table, name):

@@ -26,7 +26,6 @@ import diffusion
 from models.loading import compile_network
 from sampler import Sampler
 from settings import Settings
-from study.planning import clock, tick_widths
 
 SD2 = {
     "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
@@ -76,7 +75,7 @@ class Bench:
         return sampler, sampler.encode(None, **self.embeddings)
 
     def seconds(self, call):
-        return clock(call, self.device)
+        return common.clock(call, self.device)
 
     def calls(self, most):
         """c(b) for b = 2, 4, 8, ... up to `most`: the median of five."""
@@ -123,7 +122,7 @@ class Bench:
         rows = [{"N": N, "run": "the pipeline's own call", "ticks": N}]
         rows += [{"N": N, "run": "sequential", "ticks": N}]
         for k in REFINEMENTS:
-            widths = tick_widths(N, B, "pipelined", k, bound=k)
+            widths = common.tick_widths(N, B, "pipelined", k, bound=k)
             rows.append({
                 "N": N, "run": "SRDS", "B": B, "k": k, "ticks": len(widths), "predicted": N * calls[2] / cost(widths),
                 "predicted on 4": N * calls[2] / cost([-(-width // 4) for width in widths]),

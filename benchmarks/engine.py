@@ -1,10 +1,9 @@
-"""What the engine costs beside the network, and how well the plan of --coarse-steps auto predicts a run.
+"""What the engine costs beside the network.
 
     python benchmarks/engine.py           # demo model; writes benchmarks/results/engine.{csv,png}
 
-"engine, %" is the share of a run's seconds that is spent neither in the network nor in decoding. "predicted / real" are
-the plan's seconds for three refinements over those they take, the calls being measured just before. Of collocation, B
-are its nodes.
+"engine, %" is the share of a run's seconds that is spent neither in the network nor in decoding. Of collocation, B are
+its nodes.
 """
 
 import functools
@@ -17,7 +16,6 @@ from matplotlib.figure import Figure
 
 import common
 from settings import SCHEDULES
-from study.planning import measure_calls, predict_seconds
 
 N, BLOCKS, REFINEMENTS, REPEATS = 100, (7, 10, 14, 20), 3, 3
 NODES = ((100, 13), (100, 100), (1000, 1000))  # of so many steps, for collocation
@@ -45,16 +43,15 @@ def measure(sampler):
 
 
 def plot(table, path):
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, column, target in zip(figure.subplots(1, 2), ("engine, %", "predicted / real"), ([3], [0.85, 1.15])):
-        for schedule, part in table[table.schedule.isin(SCHEDULES)].groupby("schedule"):
-            median = part.groupby("B")[column].median()
-            axes.plot(part.B, part[column], ".", color="0.7")
-            axes.plot(median.index, median, marker="o", label=schedule)
-        for level in target:
-            axes.axhline(level, color="0.4", linestyle="--")
-        axes.set(xlabel="B", ylabel=column, xticks=BLOCKS)
-        axes.legend()
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for schedule, part in table[table.schedule.isin(SCHEDULES)].groupby("schedule"):
+        median = part.groupby("B")["engine, %"].median()
+        axes.plot(part.B, part["engine, %"], ".", color="0.7")
+        axes.plot(median.index, median, marker="o", label=schedule)
+    axes.axhline(3, color="0.4", linestyle="--")
+    axes.set(xlabel="B", ylabel="engine, %", xticks=BLOCKS)
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -65,10 +62,9 @@ if __name__ == "__main__":
             varied = sampler.vary(coarse_steps=B, schedule=schedule)
             measure(varied)
             for _ in range(REPEATS):
-                predicted = predict_seconds(*measure_calls(varied, B), N, B, schedule, REFINEMENTS)
                 seconds, inside = measure(varied)
                 rows.append({"N": N, "B": B, "schedule": schedule, "seconds": seconds})
-                rows[-1] |= {"engine, %": 100 * (1 - inside / seconds), "predicted / real": predicted / seconds}
+                rows[-1]["engine, %"] = 100 * (1 - inside / seconds)
     for steps, nodes in NODES:
         varied = sampler.vary(method="collocation", fine_steps=steps, nodes=nodes)
         for _ in range(REPEATS):

@@ -29,8 +29,7 @@ import common
 from models import scenes
 from refinement import difference, judge
 from sampler import Sampler
-from settings import EXPECTED_REFINEMENTS, SCHEDULES, STOP_RULES
-from study.planning import describe_plan, make_plan
+from settings import SCHEDULES, STOP_RULES
 
 STEPS = (25, 100, 200, 1000)
 FEWER = (10, 15, 20, 25)
@@ -201,10 +200,8 @@ if __name__ == "__main__":
     for N in args.steps:
         sqrt = round(N**0.5)
         varied = sampler.vary(fine_steps=N, coarse_steps=sqrt)
-        plan = make_plan(varied, varied.asked, EXPECTED_REFINEMENTS)
         blocks = [(B, schedule) for B in (sqrt, 2 * sqrt) for schedule in SCHEDULES]  # pipelined first
-        blocks += [(plan["blocks"], plan["schedule"])] * ((plan["blocks"], plan["schedule"]) not in blocks)
-        print(f"N = {N}:", describe_plan(plan), flush=True)
+        print(f"N = {N}:", flush=True)
         rows = []
         for i, text in enumerate(texts[: args.prompts // 4 if N > 200 else None]):
             started = time.perf_counter()

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 import common
 from sampler import Sampler
-from study.planning import clock, measure_calls, tick_widths
 from study.processes import Processes
 
 REFINEMENTS, PROMPTS, MEASURED, PREDICTED = 3, 8, (1, 2), (1, 2, 4, 8, 16, 31)
@@ -61,12 +60,15 @@ def measure(processes):
         "prompts": [seconds(sample_prompts)],
     }
     if processes.size == 1:
-        calls, _ = measure_calls(lanes, max(B for _, B in SETTINGS))
-        return found | {f"call {b}": [call] for b, call in calls.items()}
+        loop = lanes.loop(texts[0])
+        for L in (1, 2, 3, 4, 6, 8, 12, 16, 24, 31):
+            inputs = loop.x.expand(L, *loop.x.shape[1:]), torch.zeros(L, dtype=int)
+            found[f"call {L}"] = [common.clock(loop.denoise, "cpu", *inputs) for _ in range(6)][1:]  # the first is slow
+        return found
     exchange, noise = processes.split(lambda x, n: x), lanes.noise()
     for L in (2, 10, 30):
         inputs = noise.expand(L, -1, -1, -1).contiguous(), np.zeros(L)
-        found[f"exchange {L}"] = [clock(exchange, "cpu", *inputs) for _ in range(300)]
+        found[f"exchange {L}"] = [common.clock(exchange, "cpu", *inputs) for _ in range(300)]
     return found | {"lane": [noise.nbytes]}
 
 
@@ -101,7 +103,7 @@ def summarise(found):
     if slope < 0:  # so little is sent that it makes no difference
         slope, start = 0.0, float(np.mean([*sent.values()]))
     for N, B in SETTINGS:
-        widths, predicted = np.array(tick_widths(N, B, "pipelined", REFINEMENTS)), {}
+        widths, predicted = np.array(common.tick_widths(N, B, "pipelined", REFINEMENTS)), {}
         for P in PREDICTED:
             own = np.ceil(widths / P)
             exchanges = (P - 1) * (start + slope * own * lane)

@@ -126,10 +126,6 @@ class Model:
                 raise SettingError(name, value if isinstance(value, (int, float)) else str(value)[:80], remedy)
 
     @property
-    def training_steps(self):
-        return self.scheduler.config.num_train_timesteps
-
-    @property
     def commit(self):
         """The commit of a model that was downloaded from the hub; None for others."""
         downloaded = self.folder is not None and not os.path.isdir(self.name)
@@ -146,9 +142,8 @@ def find_model(name, kind=None):
     """
     if kind and not _pipeline_class(kind):
         known = [each for each in dir(diffusers) if each.endswith("Pipeline")]
-        raise SettingError(
-            "pipeline", kind, f"is not a pipeline of diffusers{did_you_mean(kind, known) or '; give one'}"
-        )
+        near = did_you_mean(kind, known) or "; give one"
+        raise SettingError("pipeline", kind, f"is not a pipeline of diffusers{near}")
     name = str(SHIPPED.get(name, name))
     return _read_configs(name if os.path.isdir(name) else MIRRORS.get(name, name), kind)
 
@@ -169,19 +164,14 @@ def known(pipeline):
             raise ModelError(f"the {name} of the {kind.__name__} is a DataParallel; give the pipeline its .module")
         if getattr(part, "is_cache_enabled", False):
             raise ModelError(f"the {name} of the {kind.__name__} has a cache, which lanes would share; disable_cache()")
-    scheduler = dict(pipeline.scheduler.config)
-    scheduler["_class_name"] = _known_class(pipeline.scheduler, DDIMScheduler._compatibles)
+    scheduler, inherited = dict(pipeline.scheduler.config), [each.__name__ for each in type(pipeline.scheduler).__mro__]
+    known = (each for each in inherited if each in DDIMScheduler._compatibles)
+    scheduler["_class_name"] = next(known, inherited[0])
     # Defaults of the scheduler's class count as much as given values, as they do once it is saved.
     scheduler.pop("_use_default_values", None)
     unet = dict(pipeline.unet.config) if "unet" in pipeline.components else None
     name = str(pipeline.name_or_path or kind.__name__)
     return _model(name, kind, scheduler, unet, "vae" in pipeline.components)
-
-
-def _known_class(instance, known):
-    """Return the name of an object's class, or of a known class that it inherits from."""
-    names = [kind.__name__ for kind in type(instance).__mro__]
-    return next((name for name in names if name in known), names[0])
 
 
 def _model(name, kind, config, unet, latent):
@@ -305,8 +295,6 @@ def load_pipeline(model, loading):
     """
     device = choose_device(loading)
     dtype = choose_dtype(loading, model, device)
-    if loading.vae_tiling and "vae" not in inspect.signature(model.kind.__init__).parameters:
-        raise SettingError("vae_tiling", True, f"has no effect, as {model.name} has no autoencoder; leave it out")
     for setting in ("lora", "textual_inversion"):
         method = {"lora": "load_lora_weights", "textual_inversion": "load_textual_inversion"}[setting]
         if getattr(loading, setting) and not hasattr(model.kind, method):
@@ -319,8 +307,6 @@ def load_pipeline(model, loading):
     for part in filter(None, map(pipeline.components.get, ("unet", "vae"))):
         if not any(weight.ndim == 5 for weight in part.parameters()):  # a video's
             part.to(memory_format=torch.channels_last)  # faster convolutions, by a quarter in the demo's network
-    if loading.vae_tiling:
-        pipeline.vae.enable_tiling()
     if loading.offload:
         # The autoencoder stays on the device; otherwise it would displace the network at every refinement.
         pipeline.model_cpu_offload_seq = pipeline.model_cpu_offload_seq.removesuffix("->vae")

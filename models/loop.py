@@ -125,8 +125,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
         answers.put(Left)
         thread.join()
         for part, processors in attention.items():
-            if part.attn_processors != processors:
-                part.set_attn_processor(processors)
+            part.set_attn_processor(processors)
 
 
 def content(value):

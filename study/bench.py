@@ -2,29 +2,26 @@
 
 import functools
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from asked import Arguments, Variant
+from asked import Arguments
 from models.adapters import find_adapters
-from models.clip import ClipScore
 from models.loading import ModelError, choose_device, choose_dtype, find_model, load_pipeline
 from models.loop import Refused
 from refinement import Trajectory
 from sampler import Sampler
-from settings import EXPECTED_REFINEMENTS, Failure, SettingError, in_one_line, out_of_memory
+from settings import Failure, SettingError, in_one_line, out_of_memory
 from study import key
-from study.folder import NUMBER, pack, read_file, read_json, read_run
+from study.folder import read_file, read_run
 from study.key import Task, made_by
-from study.planning import describe_plan, make_plan
-from study.sampling import Shared, sample, warn_if_cut
-
-PLAN = {"blocks": int, "schedule": str, "refinements": int, "srds": NUMBER, "sequential": NUMBER, str: object}
+from study.sampling import Shared, sample
 
 
 class Bench:
     """The model of a `main.Command`, found but not yet loaded, its device, and the samples that the command asks for.
 
-    device, dtype: those in use; dtype is a text. weights: digests of the model's and the adapters' files.
+    device, dtype: those in use; dtype is a text. weights: digests of the model's and the adapters' files. variants: the
+    settings and arguments of the pipeline's call to sample with, pairs, with the model's usual values.
 
     Raises Failure for what the model or the device cannot do.
     """
@@ -43,15 +40,14 @@ class Bench:
         self.prompt, self.shared = None, functools.lru_cache(maxsize=1)(Shared)  # of the last prompt, and seed
         if self.model.prompted and not command.texts:
             raise Failure("argument --prompts/-p or --prompt: give one of them", status=2)
-        for variant in command.variants:
-            variant.settings.resolve(self.model)  # raises SettingError
-            self.model.check_call(variant.arguments)
-            sides = {"height", "width"} & (self.model.usual | variant.arguments).keys()
-            if len(sides) == 1:  # many pipelines then use their default for both
-                raise SettingError(*sides, variant.arguments[min(sides)], "is one of two sides; give both")
+        self.variants = []
+        for settings, arguments in command.variants:
+            self.model.check_call(arguments)
+            arguments = Arguments(self.model.usual | arguments)
+            if len(sides := {"height", "width"} & arguments.keys()) == 1:  # many pipelines then use neither
+                raise SettingError(*sides, arguments[min(sides)], "is one of two sides; give both")
+            self.variants.append((settings.resolve(self.model), arguments))
         self.starts = self._starts()
-        with processes.in_turn():
-            self.clip = ClipScore() if experiment.clip_score else None
 
     def _starts(self):
         """Return the trajectories of the --start-from run by prompt and seed; {} if the flag is not given."""
@@ -71,36 +67,13 @@ class Bench:
             remedy = f"is not the directory of a run that kept its trajectories ({error}); give one"
             raise SettingError("start_from", folder, remedy) from None
 
-    def planned(self, variant, folder):
-        """Return an `asked.Variant` resolved for the model, with planned blocks for -cs auto.
-
-        The plan is read from the folder, or made and stored there.
-        """
-        settings, expected = variant.settings, EXPECTED_REFINEMENTS
-        arguments = Arguments(self.model.usual | variant.arguments)
-        if not variant.auto:
-            return Variant(settings.resolve(self.model), arguments, False)
-        about = {**asdict(settings), **key.recorded(arguments), "seed": None, "expected": expected, **self.weights,
-                 "dtype": self.dtype, "device": str(self.device), "processes": self.processes.sharing}  # fmt: skip
-        name = f"plan-{key.key(about)}.json"
-        plan = self.processes.broadcast(read_json(folder.path, name, PLAN))
-        if not plan:
-            sampler = self.sampler(settings, arguments)
-            plan = self._first_call(lambda: make_plan(sampler, settings, expected))
-            plan = self.processes.broadcast({"made_by": about, **plan})
-            if self.processes.first:
-                folder.write(name, pack(plan))
-        print(describe_plan(plan))
-        settings = replace(settings, coarse_steps=plan["blocks"], schedule=plan["schedule"])
-        return Variant(settings.resolve(self.model), arguments, False)
-
-    def tasks(self, variants):
-        """Return the command's `study.key.Task`s, in its order: each `asked.Variant` for each prompt and seed."""
-        command, prompted, seed = self.command, self.model.prompted, variants[0].settings.seed
+    def tasks(self):
+        """Return the command's `study.key.Task`s, in its order: each variant for each prompt and seed."""
+        command, prompted, seed = self.command, self.model.prompted, self.variants[0][0].seed
         # Without prompts, samples differ only by their noise.
         seeds = lambda i: command.seeds or [seed if prompted else (seed + i) % 2**64]
         pairs = [(text, each) for i, text in enumerate(command.texts or [""]) for each in seeds(i)]
-        tasks = [self._task(text, each, *own) for text, each in pairs for *own, _ in variants]
+        tasks = [self._task(text, each, *variant) for text, each in pairs for variant in self.variants]
         names = key.key([task.folder for task in tasks])
         if self.processes.broadcast(names) != names:
             raise Failure(f"process {self.processes.rank} has other prompts, settings or weights; start all alike", 2)
@@ -135,9 +108,13 @@ class Bench:
     @functools.cache  # noqa: B019
     def warm(self, settings, arguments):
         """Return the warmed-up sampler with these settings and arguments. Raises Failure if the model cannot run."""
-        sampler, negative = self.sampler(settings, arguments), arguments.get("negative_prompt", "")
-        warn_if_cut(negative, sampler.ignored(negative))
-        self._first_call(sampler.warm_up)
+        sampler = self.sampler(settings, arguments)
+        try:
+            sampler.warm_up()
+        except Exception as error:
+            why = in_one_line(f"{type(error).__name__}: {error}")
+            unknown = ModelError(f"{self.model.name} cannot be run with its configs: {why}")
+            raise failure_of(error) or unknown from error
         return sampler
 
     def sample(self, task):
@@ -147,7 +124,7 @@ class Bench:
             task.start.check(sampler.shape, sampler.model.name)
         if not self.prompt or self.prompt.text != task.text:
             self.prompt = sampler.encode(task.text)
-        return sample(sampler, task, self.shared(self.prompt, task.seed), self.clip)
+        return sample(sampler, task, self.shared(self.prompt, task.seed))
 
     def follow(self, tasks):
         """Share the ticks of each sample that the first process makes, until it dismisses the others."""
@@ -161,15 +138,6 @@ class Bench:
         """Tell the processes that follow this one that there are no more samples."""
         if self.processes.sharing > 1:
             self.processes.broadcast(None)
-
-    def _first_call(self, call):
-        """Return what `call` returns, which is the first to run the network with some settings. Raises Failure."""
-        try:
-            return call()
-        except Exception as error:
-            why = in_one_line(f"{type(error).__name__}: {error}")
-            unknown = ModelError(f"{self.model.name} cannot be run with its configs: {why}")
-            raise failure_of(error) or unknown from error
 
     def explain(self, error):
         """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""

@@ -5,6 +5,10 @@ import signal
 import sys
 import warnings
 
+from settings import in_one_line
+
+said = set()
+
 
 def prepare_terminal():
     """Have output escaped where the terminal cannot show it, and SIGTERM act as Ctrl-C."""
@@ -14,13 +18,24 @@ def prepare_terminal():
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def quiet_libraries():
-    """Import diffusers so that it and the libraries it uses print nothing, unless the environment says otherwise."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "TORCH_CPP_LOG_LEVEL"):
-        os.environ.setdefault(name, "ERROR" if "TORCH" in name else "critical")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        from diffusers.utils.logging import disable_progress_bar
+def is_news(record):
+    """Return whether a log record, cut to a line, says for the first time that a prompt is too long."""
+    record.msg, record.args = in_one_line(record.getMessage(), 400), ()
+    return "truncated" in record.msg and not (record.msg in said or said.add(record.msg))
 
-        disable_progress_bar()
+
+def quiet_libraries():
+    """Import diffusers so that it and the libraries it uses print nothing, unless the environment says otherwise.
+
+    Only what a pipeline says of a prompt that is too long is printed, once.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "TORCH_CPP_LOG_LEVEL"):
+        os.environ.setdefault(name, "ERROR" if "TORCH" in name else "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", str(int(not sys.stderr.isatty())))
+    from diffusers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    for handler in logging.get_logger("diffusers").handlers if "DIFFUSERS_VERBOSITY" not in os.environ else ():
+        handler.addFilter(is_news)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # its warnings about several LoRAs

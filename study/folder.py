@@ -5,8 +5,6 @@ A command that is killed before leaves no half sample. All other files are repla
 """
 
 import contextlib
-import errno
-import itertools
 import json
 import os
 import re
@@ -15,7 +13,8 @@ import stat
 import time
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType
+
+from jsonschema import Draft202012Validator
 
 from settings import Failure, SettingError, Settings
 from study.key import folder_name
@@ -27,44 +26,7 @@ AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json")
 PART = ".part-"  # the names of unfinished files and folders begin with this
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
 
-# The shapes of `result.json` and `run.json`, see `fits`.
-NUMBER, MAYBE = (int, float), (int, float, NoneType)
-REFINEMENT = {
-    **dict.fromkeys("k serial_evaluations total_evaluations network_calls widest_tick".split(), int),
-    **dict.fromkeys("peak_memory_mib difference psnr ssim image_change trajectory_change predicted_change "
-                    "clip_score clip_difference".split(), MAYBE),
-    "verdict": str, "settled": bool, "seconds": NUMBER, "damping": NUMBER,
-}  # fmt: skip
-RESULT = {
-    **dict.fromkeys("model device sampled ignored stop_reason".split(), str),
-    "size": [int], "steps": int, "sequential_seconds": MAYBE, "refinements": [REFINEMENT],
-    "errors": ([[NUMBER]], NoneType),
-}  # fmt: skip
-PLAIN = {str: (str, *MAYBE)}
-MADE_BY = {"prompt": str, "ground_truth": bool, "dtype": str, "coarse_steps": int, "arguments": PLAIN, str: object}
-SAMPLE = {"made_by": MADE_BY, "result": RESULT, "files": {str: int}}
-ASKED = {"prompt": str, "seed": int, "folder": str, "settings": PLAIN, "error": (str, NoneType)}
-RUN = {
-    **dict.fromkeys("begun command reproduce".split(), str),
-    "settings": {str: str}, "environment": {str: str}, "samples": [ASKED],
-}  # fmt: skip
-
-
-def fits(value, shape):
-    """Return whether a JSON value has a shape; numbers must be finite and below 1e100.
-
-    shape: a type; a tuple of shapes, of which one must fit; a list of the one shape that its items have; or a
-    dictionary of shapes by name, in which the key `str` stands for all other names.
-    """
-    if isinstance(shape, tuple):
-        return any(fits(value, each) for each in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
-    if isinstance(shape, dict):
-        if not isinstance(value, dict) or shape.keys() - {str} - value.keys():
-            return False
-        return all(fits(each, shape.get(name, shape.get(str, ()))) for name, each in value.items())
-    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e100)
+RECORDS = json.loads(Path(__file__).with_name("records.schema.json").read_text(encoding="utf-8"))
 
 
 def read_file(root, name, most=2**30):
@@ -80,18 +42,19 @@ def read_file(root, name, most=2**30):
     return path.read_bytes()
 
 
-def read_json(root, name, shape):
-    """Return the content of a JSON file if it has a shape; None for anything else."""
+def read_json(root, name, kind):
+    """Return the content of a JSON file that is a "sample" or a "run" by our schema; None for anything else."""
     try:
-        content = json.loads(read_file(root, name))
-        return content if fits(content, shape) else None
+        content = json.loads(read_file(root, name), parse_constant=int)  # which refuses NaN
+        valid = Draft202012Validator({**RECORDS, "$ref": f"#/$defs/{kind}"}).is_valid(content)
+        return content if valid else None
     except (OSError, ValueError, RecursionError):
         return None
 
 
 def read_sample(root, name):
     """Return the content of `result.json` in a sample's folder; None unless the folder is complete."""
-    record = read_json(root, f"{name}/result.json", SAMPLE)
+    record = read_json(root, f"{name}/result.json", "sample")
     try:
         if not record or not is_consistent(record):
             return None
@@ -106,23 +69,15 @@ def read_sample(root, name):
 
 
 def is_consistent(record):
-    """Return whether a record has k = 0, 1, ..., an image of each, and differences and errors for all or for none."""
-    refinements, errors = record["result"]["refinements"], record["result"]["errors"]
-    count, compared = len(refinements), errors is not None
-    blocks = min(record["made_by"]["coarse_steps"], record["result"]["steps"])
-    images = {"srds_initialized", "srds_final", *(f"srds_iteration_{k}" for k in range(1, count))}
-    images |= {"srds_ddim_gt", "srds_ddim_course"} if compared else set()
-    return (
-        [entry["k"] for entry in refinements] == [*range(count)] != []
-        and all((entry["difference"] is not None) == compared for entry in refinements)
-        and (not compared or [len(row) for row in errors] == [blocks] * count)
-        and {f"{image}.png" for image in images} <= record["files"].keys()
-    )
+    """Return whether a record has k = 0, 1, ..., with differences and errors, a row of one length, for all or none."""
+    refinements, errors = record["result"]["refinements"], record["result"]["errors"] or []
+    numbered = [(entry["k"], entry["difference"] is not None) for entry in refinements]
+    return numbered == [*enumerate([bool(errors)] * len(refinements))] and len({*map(len, errors)}) <= 1
 
 
 def read_run(folder):
     """Return the content of `run.json` in an output directory; None if there is none of ours."""
-    return read_json(folder, "run.json", RUN)
+    return read_json(folder, "run.json", "run")
 
 
 def load_samples(root, run):
@@ -177,39 +132,24 @@ class Folder:
             raise SettingError("output_dir", self.given, remedy) from None
         unfinished = PART + 16 * "[0-9a-f]"
         for part in [*self.samples.glob(unfinished), *self.path.glob(unfinished)]:
-            self._tidy(part)
-
-    def _tidy(self, part, place=None, stale=STALE):
-        """Put a complete folder in its place, if that is free; else remove it if it is `stale` seconds old.
-
-        Files of others in it are moved to `place`, if that is given or known.
-        """
-        found = read_sample(part.parent, part.name) if part.is_dir() else None
-        place = self.samples / folder_name(found["made_by"]) if found else place
-        with contextlib.suppress(OSError):
-            if found and not os.path.lexists(place):
-                os.rename(part, place)
-            elif time.time() - os.lstat(part).st_mtime >= stale:
-                for file in os.listdir(part) if place and place.is_dir() else ():
-                    if not IN_A_SAMPLE.fullmatch(file) and not os.path.lexists(place / file):
-                        os.rename(part / file, place / file)
-                discard(part)
+            found = read_sample(part.parent, part.name)
+            place = found and self.samples / folder_name(found["made_by"])
+            with contextlib.suppress(OSError):
+                if found and not os.path.lexists(place):
+                    os.rename(part, place)
+                elif time.time() - os.lstat(part).st_mtime >= STALE:
+                    discard(part)
 
     def read(self, name):
         """Return the record of the sample in a folder, see `read_sample`; None if it is not complete."""
         return read_sample(self.samples, name)
 
-    def by_stem(self):
-        """Return the names in `samples`, lists by what comes before the key, see `study.key.stem`."""
-        names, stem = os.listdir(self.samples), lambda name: name[:-9]
-        return {before: [*some] for before, some in itertools.groupby(sorted(names, key=stem), stem)}
-
     def has(self, task):
         """Return whether a `study.key.Task`'s sample is there. Raises WriteError if something else has its name."""
-        found, place = self.read(task.folder), self.samples / task.folder
-        if os.path.islink(place) or place.is_file() or (found and found["made_by"] != task.made_by):
+        place = self.samples / task.folder
+        if os.path.islink(place) or place.is_file():
             raise WriteError(f"{place} does not hold the sample of that name; move it elsewhere")
-        return bool(found)
+        return bool(self.read(task.folder))
 
     def add(self, name, files, again=False):
         """Put a complete sample's folder in its place; files: bytes by name. Raises WriteError.
@@ -217,29 +157,29 @@ class Folder:
         If a complete one is there, it stays and the new one is dropped; with `again`, the new one replaces it. Other
         files in a folder that is replaced are kept.
         """
-        part, replaced = self.samples / f"{PART}{secrets.token_hex(8)}", []
-        with reporting(self.samples / name):
+        part, replaced = (self.samples / f"{PART}{secrets.token_hex(8)}" for _ in range(2))
+        place = self.samples / name
+        with reporting(place):
             os.mkdir(part)
             try:
                 for file, data in files.items():
                     create(part / file, data)
                 sync(part)
-                while os.path.lexists(part):  # another command may find it complete, and put it in its place
-                    try:
-                        os.rename(part, self.samples / name)
-                    except OSError as error:
-                        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-                            raise
-                        if self.read(name) and not again:
-                            break
-                        replaced.append(self.samples / f"{PART}{secrets.token_hex(8)}")
-                        with contextlib.suppress(FileNotFoundError):  # another command may replace it too
-                            os.rename(self.samples / name, replaced[-1])
+                if again or not self.read(name):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(place, replaced)
+                try:
+                    os.rename(part, place)
+                except OSError as error:  # another command has found `part`, or put its own in the place
+                    if not (isinstance(error, FileNotFoundError) or self.read(name)):
+                        raise
+                for file in os.listdir(replaced) if replaced.is_dir() else ():
+                    if not (IN_A_SAMPLE.fullmatch(file) or os.path.lexists(place / file)):
+                        os.rename(replaced / file, place / file)
                 sync(self.samples)
             finally:
                 discard(part)
-                for old in replaced:
-                    self._tidy(old, self.samples / name, stale=0)
+                discard(replaced)
 
     def write(self, name, data):
         """Write a file at the top level, replacing an earlier one as a whole. Raises WriteError."""

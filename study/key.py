@@ -1,6 +1,5 @@
 """A sample's key: everything that its result depends on, in one dictionary, and the name of its folder."""
 
-import ast
 import functools
 import hashlib
 import json
@@ -20,7 +19,7 @@ from settings import Failure, Settings, in_one_line
 ROOT = Path(__file__).resolve().parent.parent
 # The code that makes results. The effect of `settings.py` shows in the resolved settings.
 CODE = ["srds.py", "collocation.py", "diffusion.py", "refinement.py", "sampler.py", "study/sampling.py"]
-CODE += ["study/processes.py", *(f"models/{name}.py" for name in ("adapters", "clip", "loading", "loop"))]
+CODE += ["study/processes.py", *(f"models/{name}.py" for name in ("adapters", "loading", "loop"))]
 VERSIONS = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image")}
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 
@@ -54,10 +53,10 @@ def made_by(bench, text, seed, settings, arguments, start):
     return {
         "prompt": text, **asdict(settings), "seed": seed, "arguments": recorded(arguments),
         "pipeline": bench.model.kind.__name__, **bench.weights, "variant": loading.variant,
-        "vae_tiling": loading.vae_tiling, "compile": loading.compile,
+        "compile": loading.compile,
         "device": bench.device.type, "dtype": bench.dtype, "start": start and start.digest,
         "sharing": bench.processes.sharing if settings.fixed_batch else 1,  # it sets the size of a call
-        "ground_truth": not experiment.no_ground_truth, "clip_score": experiment.clip_score,
+        "ground_truth": not experiment.no_ground_truth,
         "keep_trajectories": experiment.keep_trajectories, **VERSIONS, "code": code_digest(),
     }  # fmt: skip
 
@@ -106,15 +105,8 @@ def first_difference(now, before):
 
 @functools.cache
 def code_digest():
-    """Return a digest of the code that makes results, without its comments and docstrings."""
-    found = hashlib.sha256()
-    for name in CODE:
-        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        found.update(ast.dump(tree).encode())
-    return found.hexdigest()[:16]
+    """Return a digest of the code that makes results."""
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in CODE)).hexdigest()[:16]
 
 
 def weights(model, adapters):

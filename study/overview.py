@@ -1,22 +1,20 @@
 """The overview of a command's samples: printed lines, `run.json`, and the pictures, table and page."""
 
-import functools
 import io
 import itertools
 import shlex
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import settings as table
 import utils
 from models.loading import MIRRORS
-from settings import Failure, flag_of, in_one_line
+from settings import ROWS, Failure, flag_of, in_one_line
 from study.folder import WriteError, load_samples, pack, read_file
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
 from study.report import page
@@ -72,15 +70,14 @@ class Overview:
             print(f"{in_one_line(bench.model.name)} reads no prompts: seeds rise from {made['seed']}, one a line")
         if there:
             print(f"{there} of {count} samples are there already")
-        alike, read = self.folder.by_stem(), functools.cache(self.folder.read)
-        reasons = (self._other(task, alike.get(stem(task.text, task.seed), []), read) for task in made_anew)
-        for reason, some in Counter(filter(None, reasons)).items():
+        for reason, some in Counter(filter(None, map(self._other, made_anew))).items():
             print(f"{some} of {count} samples must be made again: those in the directory have {reason}")
 
-    def _other(self, task, names, read):
-        """Return how the sample in these folders that is nearest to a task differs from it; "" if there is none."""
-        found = [record["made_by"] for record in map(read, names[:100]) if record]
-        found = [made for made in found if made["prompt"] == task.text and made != task.made_by]
+    def _other(self, task):
+        """Return how the nearest sample of a task's prompt and seed in the folder differs from it; "" for none."""
+        places = self.folder.samples.glob(f"{stem(task.text, task.seed)}-????????")
+        records = [self.folder.read(place.name) for place in itertools.islice(places, 100)]
+        found = [record["made_by"] for record in records if record and record["made_by"]["prompt"] == task.text]
         differing = lambda made: sum(made.get(name) != value for name, value in task.made_by.items())
         return first_difference(task.made_by, min(found, key=differing)) if found else ""
 
@@ -105,15 +102,15 @@ class Overview:
         """Return a command line that makes the same samples whatever the defaults are: all values are flags."""
         given = dict(self.command.given)
         swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
-        for name in ("coarse_steps", "schedule", "guidance_scale"):  # as planned, or as the model's usual value
+        for name in ("coarse_steps", "guidance_scale"):  # as used: the default may be reduced, or the model's own
             used = {getattr(task.settings, name, task.arguments.get(name)) for task in self.tasks}
             given[name] = used.pop() if len(used) == 1 else given.get(name)
         words = ["python", "main.py"]
-        for each in itertools.chain(*map(fields, table.TABLES)):
-            value = given.get(each.name, each.default)
-            if each.name not in swept and not any(value is one for one in (None, False, "")):
+        for name, each in ROWS.items():
+            value = given.get(name, each.default)
+            if name not in swept and not any(value is one for one in (None, False, "")):
                 values = value if isinstance(value, tuple) else [value]
-                words += [flag_of(each) if one is True else f"{flag_of(each)}={one}" for one in values]
+                words += [flag_of(name) if one is True else f"{flag_of(name)}={one}" for one in values]
         return shlex.join(words)
 
     # While sampling

@@ -14,7 +14,7 @@ from utils import names_of
 MEASURED = [
     "prompt", "seed", "folder", "k", "final", "verdict", "serial_evaluations", "total_evaluations", "network_calls",
     "widest_tick", "seconds", "sequential_seconds", "peak_memory_mib", "difference", "psnr", "ssim", "image_change",
-    "trajectory_change", "predicted_change", "damping", "error", "clip_score", "clip_difference",
+    "trajectory_change", "predicted_change", "damping", "error",
 ]  # fmt: skip
 SETTINGS = [each.name for kind in (Settings, Call) for each in fields(kind) if each.name not in ("seed", "call")]
 MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
@@ -25,7 +25,7 @@ COLUMNS = {"k": ("k", "{:.3g}"), "serial_evaluations": ("serial", "{:.4g}"), "to
            "sequential_seconds": ("sequential s", "{:.2f}"),
            "difference": ("difference", "{:.2g}")}  # fmt: skip
 # Comparisons of an image with its own ground truth. PSNR, infinite for equal images, has no mean.
-PAIRED = {"difference": "difference", "ssim": "SSIM", "clip_difference": "CLIP - truth's"}  # fmt: skip
+PAIRED = {"difference": "difference", "ssim": "SSIM"}
 
 
 def results_rows(samples):

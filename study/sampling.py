@@ -1,7 +1,6 @@
 """Make one sample: its ground truth, its refinements, and what is measured and printed for each."""
 
 import contextlib
-import sys
 from datetime import UTC, datetime
 
 import numpy as np
@@ -11,7 +10,6 @@ from tqdm import tqdm
 
 import utils
 from refinement import difference
-from settings import in_one_line
 
 
 class Shared:
@@ -38,13 +36,12 @@ class Shared:
         return self.made[name]
 
 
-def sample(sampler, task, shared, clip=None):
+def sample(sampler, task, shared):
     """Make a sample and return its record, images by name, and a `refinement.Trajectory` if one is to be kept, or None.
 
-    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. clip: a `models.clip.ClipScore`, or None.
+    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed.
     """
     settings, seed, prompt, N, truth = sampler.settings, task.seed, shared.prompt, sampler.boundaries[-1], None
-    warn_if_cut(task.text, prompt.ignored)
     if task.start and task.start.seed != seed:
         tqdm.write(f"  note: the start has seed {task.start.seed}, not {seed}; other noise costs more than it saves")
     images, entries, errors = {}, [], None
@@ -61,7 +58,7 @@ def sample(sampler, task, shared, clip=None):
         for refinement in refinements:
             name = f"srds_iteration_{refinement.k}" if refinement.k else "srds_initialized"
             images[name] = images["srds_final"] = refinement.image
-            entries.append(entry_of(refinement, truth, task.text, clip))
+            entries.append(entry_of(refinement, truth))
             if truth:
                 errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
             tqdm.write(utils.line_of(entries[-1]))
@@ -71,7 +68,7 @@ def sample(sampler, task, shared, clip=None):
     result = {
         "model": sampler.model.title,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "sampled": datetime.now(UTC).isoformat(timespec="seconds"), "ignored": prompt.ignored,
+        "sampled": datetime.now(UTC).isoformat(timespec="seconds"),
         "stop_reason": refinement.stop_reason, "sequential_seconds": truth.seconds if truth else None,
         "refinements": entries, "errors": errors, "steps": N,
         "size": [*utils.sheet(refinement.image).shape[1::-1]],
@@ -80,10 +77,10 @@ def sample(sampler, task, shared, clip=None):
     return {"made_by": task.made_by, "result": result}, images, kept
 
 
-def entry_of(refinement, truth, text, clip=None):
+def entry_of(refinement, truth):
     """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given.
 
-    For a video, SSIM and CLIP score are means over its frames.
+    For a video, SSIM is the mean over its frames.
     """
     image, device = refinement.image, refinement.states.device
     unstored = ("image", "states", "exact", "all_nodes")
@@ -96,17 +93,7 @@ def entry_of(refinement, truth, text, clip=None):
     similarity = lambda pair: structural_similarity(*pair, channel_axis=2)
     pairs = zip(utils.frames(truth.image), utils.frames(image)) if compared else ()
     entry["ssim"] = float(np.mean([*map(similarity, pairs)])) if compared else None
-    score = lambda image: float(np.mean([clip(frame, text) for frame in utils.frames(image)]))
-    entry["clip_score"] = score(image) if clip else None
-    entry["clip_difference"] = entry["clip_score"] - score(truth.image) if clip and truth else None
     return entry
-
-
-def warn_if_cut(text, ignored):
-    """Print the part of a text beyond the tokenizer's limit, if there is one."""
-    if ignored:
-        cut = in_one_line(ignored) + "..." * (len(ignored) > 200)
-        tqdm.write(f"warning: {text[:20]!r}... is longer than the model reads; ignored: {cut!r}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -56,11 +56,6 @@ def test_a_fixed_batch_is_a_multiple_of_four_where_it_can_be(widest, max_batch, 
     assert diffusion.fixed_batch(widest, max_batch) == size
 
 
-@pytest.mark.parametrize("smallest, widest, sizes", [(2, 20, [2, 4, 8, 16, 20]), (1, 1, [1]), (2, 6, [2, 4, 6])])
-def test_compiled_batches_are_few_and_reach_the_widest(smallest, widest, sizes):
-    assert diffusion.compiled_batches(smallest, widest) == sizes
-
-
 def test_blocks_are_as_even_as_can_be():
     for N, B in ((25, 5), (97, 10), (7, 7), (5, 1)):
         n = torch.tensor(diffusion.boundaries(N, B))

@@ -204,10 +204,8 @@ def test_what_is_made_otherwise_is_another_sample_and_a_line_says_how(first, edi
     assert f"{shown.name}/result.json" not in before, "the top shows the new one"
 
 
-def test_a_comment_or_docstring_in_the_code_is_no_difference_and_a_number_is(tmp_path, program):
+def test_an_edit_of_the_code_that_makes_results_is_a_difference(tmp_path, program):
     own = key.code_digest()
-    edit_code(tmp_path, lambda text: re.sub(r'^( *)"""', r'\1# a comment\n\1"""New. ', text, count=1, flags=re.M))
-    assert key.code_digest() == own
     for one in [(ROOT / name).read_text() for name in key.CODE]:
         edit_code(tmp_path, lambda text, one=one: text + "\nONE = 1\n" * (text == one))
         assert key.code_digest() != own, one[:80]
@@ -394,15 +392,13 @@ def edited(path, edit):
         lambda path: edited(path, lambda record, result, refinement: refinement.update(difference=None)),
         lambda path: edited(path, lambda record, result, refinement: refinement.update(k=7)),
         lambda path: edited(path, lambda record, result, refinement: result.update(errors=[])),
-        lambda path: edited(path, lambda record, result, refinement: result["errors"][0].append(1.0)),
         lambda path: edited(path, lambda record, result, refinement: result.update(refinements=[], errors=[])),
         lambda path: edited(path, lambda record, result, refinement: record["made_by"].update(fine_steps=-1)),
         lambda path: edited(path, lambda record, result, refinement: record["made_by"].pop("ground_truth")),
-        lambda path: edited(path, lambda record, result, refinement: record["files"].pop("srds_ddim_gt.png")),
         lambda path: edited(path, lambda record, result, refinement: record["files"].update({"a\0": 1})),
         lambda path: edited(path, lambda record, result, refinement: record["files"].update({"../../run.json": 2})),
     ],
-    ids=range(19),
+    ids=range(17),
 )
 def test_what_is_no_whole_record_in_a_regular_file_is_no_sample_and_makes_nobody_wait(forge, tmp_path):
     folder, task = Folder(tmp_path), make_task()
@@ -414,10 +410,10 @@ def test_what_is_no_whole_record_in_a_regular_file_is_no_sample_and_makes_nobody
     assert folder.read(task.folder) is None and not folder.has(task)
 
 
-def test_a_folder_with_another_sample_than_its_name_says_is_refused(tmp_path):
+def test_a_link_in_the_place_of_a_sample_is_refused(tmp_path):
     folder, task = Folder(tmp_path), make_task()
     folder.open()
-    folder.add(task.folder, make_files(make_task("a sun")))
+    (folder.samples / task.folder).symlink_to(tmp_path)
     with pytest.raises(Failure, match="does not hold the sample of that name; move it elsewhere"):
         folder.has(task)
 
@@ -450,10 +446,3 @@ def test_folder_names_are_safe_whatever_the_prompt(text, seed):
 def test_folder_names_begin_with_the_prompts_words():
     texts = ("A red sun", "Ünïcode ☃", "夜", "../../etc/passwd\0")
     assert [key.stem(text, 7) for text in texts] == ["a-red-sun-7", "unicode-7", "sample-7", "etc-passwd-7"]
-
-
-def test_a_command_that_fails_after_its_plan_is_not_in_the_next_ones_way(run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        failing(patch, "", None)  # as the warm-up has no prompt
-        assert run("-cs", "auto")[0] == 1 and len([*tmp_path.glob("out/plan-*")]) == 1
-    assert run("-cs", "auto")[0] == 0

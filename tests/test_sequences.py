@@ -18,10 +18,11 @@ from study import folder
 from study.key import Task
 
 SETTINGS = Settings(fine_steps=9, coarse_steps=3, solver="ddim")
-NUMBERS = dict.fromkeys(folder.REFINEMENT) | dict.fromkeys("serial_evaluations total_evaluations".split(), 3)
+NUMBERS = dict.fromkeys(folder.RECORDS["$defs"]["refinement"]["required"])
+NUMBERS |= {"serial_evaluations": 3, "total_evaluations": 3}
 REFINEMENT = NUMBERS | {"k": 0, "network_calls": 3, "widest_tick": 3, "seconds": 0.5, "damping": 0.0}
 REFINEMENT |= {"verdict": "continuing", "settled": True, "difference": 1.0}
-RESULT = dict.fromkeys("model device sampled ignored stop_reason".split(), "")
+RESULT = dict.fromkeys("model device sampled stop_reason".split(), "")
 RESULT |= {"size": [8, 8], "steps": 9, "sequential_seconds": 1.0, "errors": [[1.0] * 3], "refinements": [REFINEMENT]}
 RUN = dict.fromkeys("begun command reproduce".split(), "")
 RUN |= {"settings": {}, "environment": {}, "samples": []}

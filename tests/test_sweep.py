@@ -5,19 +5,15 @@ from unittest.mock import Mock
 
 import pandas as pd
 import pytest
-import torch
-from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTextModel
+from transformers import CLIPTextModel
 
 import main
-import pipelines
 from conftest import pixels, run_record, sample_folders, sample_records
 from sampler import Sampler
 from study import bench
 
 PROMPTS = ["a moon", "a sun"]
 SHORT = ["-fs", "6", "--max-iterations", "2"]
-PLAN = {"blocks": 3, "schedule": "sweep", "refinements": 2, "srds": 1.0, "sequential": 2.0, "calls": {1: 0.1}}
 
 
 def run(out, model, *more, prompts=PROMPTS):
@@ -79,49 +75,3 @@ def test_a_sweep_of_failures_ends_in_one_line(tiny, tmp_path, monkeypatch, capsy
     assert run(tmp_path, tiny, "--sweep", "tolerance=1,2,3", "-cs", "2", *SHORT, prompts=PROMPTS[:1]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "3 of 3 samples failed" in error
-
-
-def test_a_plan_is_a_number_from_then_on_and_one_that_fails_is_one_line(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "make_plan", lambda *args: PLAN)
-    argv = ["-fs", "6", "--no-ground-truth"]
-    assert run(tmp_path, tiny, *argv, "--sweep", "cs=auto,2") == 0
-    made = [(each["made_by"]["coarse_steps"], each["made_by"]["schedule"]) for each in sample_records(tmp_path)]
-    assert made == [(3, "sweep"), (2, "pipelined")] * 2 and capsys.readouterr()
-    assert run(tmp_path, tiny, *argv, "-cs", "3", "--schedule", "sweep") == 0
-    assert "2 of 2 samples are there already" in capsys.readouterr().out
-
-    monkeypatch.setattr(bench, "make_plan", Mock(side_effect=MemoryError))
-    assert run(tmp_path, tiny, "-fs", "7", "--no-ground-truth", "-cs", "auto") == 1
-    error = capsys.readouterr().err
-    assert "out of memory; try a smaller --max-batch" in error and error.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_clip_scores_are_cosines_of_image_and_prompt_beside_the_truths(tmp_path, monkeypatch, capsys):
-    """Of a model with random weights, of a seed whose scores are above 0, where they are cut."""
-    torch.manual_seed(8)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    words = {"vocab_size": 54, "max_position_embeddings": 24, "eos_token_id": 53, **size}
-    config = CLIPConfig(text_config=words, vision_config={"image_size": 32, "patch_size": 16, **size}, projection_dim=8)
-    model = CLIPModel(config).eval()
-    processor = CLIPProcessor(CLIPImageProcessorPil(size=32, crop_size=32), pipelines.clip()[1])
-    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda name: model)
-    monkeypatch.setattr(CLIPProcessor, "from_pretrained", lambda name: processor)
-    assert run(tmp_path, "demo", "-fs", "4", "-cs", "2", "--clip-score", prompts=["a cat", "fog"]) == 0
-    table, folder = pd.read_csv(tmp_path / "results.csv").query("prompt == 'a cat'"), sample_folders(tmp_path)[0]
-    for name, scores in (("srds_final", table.clip_score), ("srds_ddim_gt", table.clip_score - table.clip_difference)):
-        with torch.no_grad():
-            image = Image.open(folder / f"{name}.png")
-            found = model(**processor(images=[image], text=["a cat"], return_tensors="pt"))
-        cosine = float(torch.cosine_similarity(found.image_embeds, found.text_embeds))
-        assert scores.iloc[-1] == pytest.approx(100 * cosine, abs=1e-3) and cosine > 0
-    assert "CLIP - truth's" in capsys.readouterr().out
-
-
-def test_weights_of_a_metric_that_cannot_be_had_are_one_line(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(CLIPModel, "from_pretrained", Mock(side_effect=OSError("no connection")))
-    monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
-    assert run(tmp_path / "out", tiny, "--clip-score") == 2
-    error = capsys.readouterr().err
-    assert "argument --clip-score: needs the weights of openai/clip" in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
