@@ -107,7 +107,7 @@ def run(command, processes):
                         folder.add(task.folder, overview.files(*made), command.experiment.again)
                     except Exception as error:
                         overview.failed(task, bench.explain(error))
-            bench.dismiss()
+            processes.broadcast(None)  # to those that follow: there are no more samples
         processes.wait()
     except BaseException:
         with contextlib.suppress(Failure):  # what ended the run is what is reported

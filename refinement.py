@@ -1,9 +1,7 @@
 """What sampling yields: refinements, their changes and costs, and whether sampling stops there."""
 
 import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +24,7 @@ class Refinement(NamedTuple):
         grid point is a node; then it is the sequential sample up to what the threshold leaves unseen.
     damping: what was withheld from a correction, 127.5 times its norm over the state's, at the boundary with most.
     image_change: mean absolute difference to the last refinement's 8-bit image, 0 to 255; None for k = 0.
-    trajectory_change: see the function; None for k = 0. predicted_change: the next refinement's image_change, if
-        changes go on shrinking at their last rate; None if there is no such rate.
+    trajectory_change: see the function; None for k = 0.
     verdict: "converged", "growing" or "continuing", see `judge`. settled: whether refinement k was completed;
         collocation can be cut short.
     seconds: since the first tick, with decoding, without the time that the caller took in between.
@@ -45,7 +42,6 @@ class Refinement(NamedTuple):
     damping: float
     image_change: float | None
     trajectory_change: float | None
-    predicted_change: float | None
     verdict: str
     seconds: float
     settled: bool = True
@@ -65,45 +61,41 @@ class Trajectory(NamedTuple):
 
     clean: float32 (B, ...), for each block the x0 that, held over it, leads from its first state to its last.
     boundaries: the grid points between the blocks, 0 to N, a list of B + 1.
-    model: the model's name. seed: the seed of its noise; with other noise, a start costs more than it saves.
+    seed: that of its noise; with other noise, a start costs more than it saves.
     """
 
     clean: torch.Tensor
     boundaries: list[int]
-    model: str
     seed: int
 
     @classmethod
     def unpack(cls, data):
         """Return the trajectory in the bytes of a file made by `packed`. Raises ValueError if they hold none."""
         try:
-            about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             tensors = safetensors.torch.load(data)
-            clean, n, seed = tensors["clean"], tensors["boundaries"], int(about["seed"])
+            clean, n, seed = tensors["clean"], tensors["boundaries"], tensors["seed"]
             rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all() and n[-1] <= 2**20
-            usable = len(clean) and rising and clean.ndim > 1 and clean.isfinite().all() and 0 <= seed < 2**64
-            if (clean.dtype, n.dtype) != (torch.float32, torch.int64) or not usable:
+            kinds = clean.dtype, n.dtype, seed.dtype
+            usable = len(clean) and rising and clean.ndim > 1 and clean.isfinite().all()
+            if kinds != (torch.float32, torch.int64, torch.uint64) or not usable:
                 raise ValueError("other tensors")
-            return cls(clean, n.tolist(), str(about["model"]), seed)
+            return cls(clean, n.tolist(), int(seed))
         except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"it holds no trajectory: {error}") from error
 
     def packed(self):
         """Return the trajectory as the bytes of a safetensors file."""
-        tensors = {"clean": self.clean.cpu().contiguous(), "boundaries": torch.tensor(self.boundaries, device="cpu")}
-        return safetensors.torch.save(tensors, {"model": self.model, "seed": str(self.seed)})
+        n, seed = torch.tensor(self.boundaries, device="cpu"), torch.tensor(self.seed, dtype=torch.uint64, device="cpu")
+        return safetensors.torch.save({"clean": self.clean.cpu().contiguous(), "boundaries": n, "seed": seed})
 
     @property
     def digest(self):
         """A hash of its content, the same on all processes."""
-        about = json.dumps([*self.clean.shape, self.boundaries, self.model, self.seed])
-        return hashlib.sha256(self.clean.cpu().contiguous().numpy().tobytes() + about.encode()).hexdigest()[:32]
+        return hashlib.sha256(self.packed()).hexdigest()[:32]
 
-    def check(self, shape, model):
-        """Raise SettingError unless its states have a shape, and come from a model of that name."""
+    def check(self, shape):
+        """Raise SettingError unless its states have a shape."""
         own = tuple(self.clean.shape[1:])
-        if Path(self.model).absolute().name != Path(model).absolute().name:  # wherever the folder is
-            raise SettingError("start_from", self.model, f"is not {model}; start from a run of the same model")
         if own != tuple(shape):
             raise SettingError("start_from", own, f"is not the states' shape {tuple(shape)}; start from the same size")
 
@@ -146,16 +138,12 @@ def measured(iterate, image, network_calls, widest_tick, earlier):
 
     Verdict and seconds are still to be filled in.
     """
-    change = moved = predicted = None
+    change = moved = None
     if earlier:
-        change, before = difference(image, earlier.image), earlier.image_change
-        moved = trajectory_change(iterate.states, earlier.states)
-        # Changes shrink superlinearly, so this errs on the high side.
-        predicted = change * change / before if before else change if before == 0 else None
+        change, moved = difference(image, earlier.image), trajectory_change(iterate.states, earlier.states)
     counts = iterate.ticks, iterate.lane_steps, network_calls, widest_tick
     how = iterate.exact, iterate.all_nodes, 127.5 * float(iterate.damping)
-    changes = change, moved, predicted
-    return Refinement(iterate.k, image, iterate.states, *counts, *how, *changes, "", 0.0, iterate.settled)
+    return Refinement(iterate.k, image, iterate.states, *counts, *how, change, moved, "", 0.0, iterate.settled)
 
 
 def difference(image, other):
@@ -180,11 +168,9 @@ def judge(refinement, earlier, rule, tolerance):
     """
     if not refinement.settled:
         return "growing"
-    both = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
-    watched = ("predicted_change",) if rule == "predicted" else both
-    changes = [getattr(refinement, name) for name in watched]
-    if all(change is not None and change < tolerance for change in changes):
+    watched = ("image_change", "trajectory_change") if rule == "trajectory" else ("image_change",)
+    pairs = [(getattr(refinement, name), getattr(earlier, name, None)) for name in watched]
+    if all(change is not None and change < tolerance for change, _ in pairs):
         return "converged"
-    pairs = [(getattr(refinement, name), getattr(earlier, name, None)) for name in both]
     grew = any(before is not None and change > before and change >= tolerance for change, before in pairs)
     return "growing" if grew else "continuing"

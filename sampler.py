@@ -58,7 +58,7 @@ class Sampler:
     """Sample with a diffusers pipeline as it is in memory, with its weights, adapters, dtype, device and hooks.
 
     The pipeline can still be used as before. Its scheduler only gives the noise schedule. If the pipeline offloads its
-    parts, the one that ran last stays on the device until the next prompt or the end of a call.
+    parts, the one that ran last stays on the device until another one runs.
 
     pipeline: one of diffusers, of any class whose loop can be followed, see `models.loop`.
     settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; `settings` has the model's usual
@@ -178,9 +178,7 @@ class Sampler:
         arguments: those of the pipeline's call, as in `encode`.
         """
         prompt = self.encode(prompt, **arguments)
-        refinements = tuple(self.refine(prompt, seed, start=start))
-        self._offload()
-        return Sample(prompt.text, self._seed(seed), refinements)
+        return Sample(prompt.text, self._seed(seed), tuple(self.refine(prompt, seed, start=start)))
 
     def refine(self, prompt, seed=None, on_tick=None, start=None, **arguments) -> Iterator[Refinement]:
         """Yield the initialisation and each refinement as soon as it is known, until the stop rule is met.
@@ -239,7 +237,7 @@ class Sampler:
         prompt: that of the states, if its arguments, such as strength, change the steps; None for the last one sampled.
         """
         n, solver = self._steps(self._looked if prompt is None else self.loop(prompt, seed), seed)
-        return Trajectory(solver.held(states, n), n, self.model.name, self._seed(seed))
+        return Trajectory(solver.held(states, n), n, self._seed(seed))
 
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
         """Yield what `srds.srds` or `collocation.collocation` yields: the method alone, no images, no stop rule."""
@@ -249,7 +247,7 @@ class Sampler:
         x, denoise = loop.x, self._counted(self.processes.split(loop.denoise), on_tick)
         held = begun = None
         if start is not None:
-            start.check(x.shape[1:], self.model.name)
+            start.check(x.shape[1:])
             held = start.clean.to(x).flatten(1), start.weights(loop.N)
         if settings.method == "srds":
             correct = {"damped": solver.damped, "paper": algorithm_1}[settings.correction]
@@ -306,10 +304,6 @@ class Sampler:
         lanes = settings.coarse_steps if settings.method == "srds" else collocated
         return -(-lanes // self.processes.sharing)
 
-    def noise(self, seed=None):
-        """Return the first state, x_T, float32 (1, ...)."""
-        return self.loop("", seed).x
-
     def image(self, states, prompt=None, seed=None):
         """Return the image or video of a trajectory's last state, see `Refinement`. Raises FloatingPointError."""
         return self._decoded(self._looked if prompt is None else self.loop(prompt, seed), states)
@@ -318,7 +312,7 @@ class Sampler:
     def _decoded(loop, states):
         image = loop.decode(states[-1:])[0]
         if image.ndim not in (3, 4):
-            raise Failure(f"the {type(loop.pipeline).__name__} returns neither images nor videos")
+            raise Failure(f"{loop.kind} returns neither images nor videos")
         expect(states[-1].isfinite().all() and np.isfinite(image).all(), "the state or the image", loop.dtype)
         return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:-1], 3))
 
@@ -338,10 +332,6 @@ class Sampler:
 
     def _seed(self, seed):
         return self.settings.seed if seed is None else CHECK_SEED("seed", seed)
-
-    def _offload(self):
-        for hook in getattr(self.pipeline, "_all_hooks", ()):
-            hook.offload()
 
     @staticmethod
     def _counted(denoise, on_tick: Callable[[int], object] | None):

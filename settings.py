@@ -46,11 +46,10 @@ METHODS = ("srds", "collocation")
 SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
 SCHEDULES = ("pipelined", "sweep")
 CORRECTIONS = ("damped", "paper")
-STOP_RULES = ("final", "trajectory", "predicted")
+STOP_RULES = ("final", "trajectory")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 PARALLELS = ("lanes", "samples")
 GROUPS = ("model", "sampling", "collocation", "experiment", "output")
-MOST_FLOW_STEPS = 4000  # flow matching sets no limit; the solver's tables have steps x steps entries
 
 
 class Failure(Exception):
@@ -216,7 +215,7 @@ class Settings(Checked):
     tolerance: float = row(TOLERANCE, real(), "stop when a refinement changes the image by less, in grey levels of "
                            "255; 0: go on until exact", "T", short="-tol")
     stop_rule: str = row(STOP_RULE, choice(*STOP_RULES), "what must be below the tolerance: the image's last change; "
-                         "also the last change of the state at each boundary; the image's predicted next change")
+                         "also the last change of the state at each boundary")
     max_iterations: int | None = row(MAX_ITERATIONS, whole(optional=True), "most refinements", "K",
                                      usual="as many as make the sample exact")
     schedule: str | None = row(SCHEDULE, choice(*SCHEDULES, optional=True), "for srds: work on the blocks of all "
@@ -234,14 +233,11 @@ class Settings(Checked):
                             "the bit", group="model")
     # fmt: on
 
-    ONLY_FOR = (("srds", "schedule"), ("srds", "correction"), ("collocation", "nodes"), ("collocation", "window"))
-
     def __post_init__(self):
         super().__post_init__()
-        for method, setting in self.ONLY_FOR:
-            if self.method != method and getattr(self, setting) is not None:
-                remedy = f"is for {method}, not {self.method}; leave it out"
-                raise SettingError(setting, getattr(self, setting), remedy)
+        others = ("nodes", "window") if self.method == "srds" else ("schedule", "correction")
+        for name in (name for name in others if getattr(self, name) is not None):
+            raise SettingError(name, getattr(self, name), f"is not for {self.method}; leave it out")
         if self.coarse_steps > self.fine_steps:
             remedy = f"is more than the {self.fine_steps} fine steps; give at most that"
             raise SettingError("coarse_steps", self.coarse_steps, remedy)
@@ -257,15 +253,13 @@ class Settings(Checked):
             raise SettingError("solver", solver, remedy)
         if self.eta and solver != "ddim":
             raise SettingError("eta", self.eta, f"is for ddim, not {solver}; leave it out")
-        most = MOST_FLOW_STEPS if model.flow else model.scheduler.config.num_train_timesteps
+        most = model.scheduler.config.num_train_timesteps
         if self.fine_steps > most:
-            why = "the limit for flow matching" if model.flow else f"the model's {most} training timesteps"
-            raise SettingError("fine_steps", self.fine_steps, f"exceeds {why}; give at most {most}")
-        usual = {"solver": solver}
-        if self.method == "srds":
-            usual["schedule"] = self.schedule or SCHEDULES[0]
-            usual["correction"] = self.correction or CORRECTIONS[0]
-        return replace(self, **usual)
+            raise SettingError("fine_steps", self.fine_steps, f"exceeds the model's {most} timesteps; give fewer")
+        if self.method != "srds":
+            return replace(self, solver=solver)
+        how = {"schedule": self.schedule or SCHEDULES[0], "correction": self.correction or CORRECTIONS[0]}
+        return replace(self, solver=solver, **how)
 
 
 SETTINGS = {each.name for each in fields(Settings)}

@@ -128,10 +128,8 @@ def names_of(rows, most):
 
     rows: dictionaries with the prompt, seed, settings and arguments of each.
     """
-    names, rows_arguments = [], [row.get("arguments", {}) for row in rows]
-    rows = [arguments | row for arguments, row in zip(rows_arguments, rows)]
-    settings = SETTINGS.union(*rows_arguments)
-    known = {name: None for row in rows for name in row if name in settings}
+    names, rows = [], [row.get("arguments", {}) | row for row in rows]
+    known = dict.fromkeys(name for row in rows for name in row if name in {*SETTINGS, *row.get("arguments", ())})
     differing = [name for name in known if len({str(row.get(name)) for row in rows}) > 1]
     for row in rows:
         text = in_one_line(row["prompt"], most + 1) or "(no prompt)"

@@ -61,7 +61,7 @@ def diffusers_run(pipeline, steps, sampler, text, seed, **settings):
     with watched(pipeline.unet) as calls:
         started = time.perf_counter()
         latents = pipeline(
-            text, num_inference_steps=steps, latents=sampler.noise(seed),
+            text, num_inference_steps=steps, latents=sampler.loop("", seed).x,
             output_type="latent", **sampler.arguments, **settings,
         ).images  # fmt: skip
         image = sampler.image(latents)

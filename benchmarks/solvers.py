@@ -44,7 +44,7 @@ def refine(sampler, prompt, seed, noise, truth):
     """Errors after refinements 0 to 4, with the refinements and serial evaluations at the default stop."""
     how = with_coarse_noise(sampler, seed, noise), sampler.boundaries, sampler.settings.schedule, 4
     errors, stop, earlier = [], None, None
-    for iterate in srds(sampler.noise(seed), sampler.loop(prompt).denoise, *how, sampler.solver.damped):
+    for iterate in srds(sampler.loop("", seed).x, sampler.loop(prompt).denoise, *how, sampler.solver.damped):
         image = sampler.image(iterate.states)
         errors.append(difference(image, truth))
         settled = iterate.k and difference(image, earlier) < sampler.settings.tolerance
@@ -58,7 +58,7 @@ def unrestarted(sampler, prompt, seed):
     """The image of diffusers' own 2M sampler in the place of ours."""
     scheduler = DPMSolverMultistepScheduler.from_config(sampler.model.scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(sampler.settings.fine_steps)
-    x, denoise = sampler.noise(seed), sampler.loop(prompt).denoise
+    x, denoise = sampler.loop("", seed).x, sampler.loop(prompt).denoise
     for j, t in enumerate(scheduler.timesteps):
         x = scheduler.step(denoise(x, torch.tensor([j])), t, x).prev_sample
     return sampler.image(x)

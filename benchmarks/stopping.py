@@ -5,7 +5,6 @@
 Rules, each with the tolerance T in grey levels:
 final       the image changed by less than T
 trajectory  the image and every boundary's state changed by less than T
-predicted   the image's change times its ratio to the one before, which predicts the next change, is less than T
 
 Runs, of 100 steps and 10 blocks if nothing else is told, end after six refinements; a rule that has not stopped one by
 then does so there. A stop is wrong where the image is more than one grey level off the sequential sample.

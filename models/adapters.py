@@ -11,14 +11,7 @@ from safetensors import safe_open
 
 from settings import SettingError, in_one_line, out_of_memory, split_scale
 
-# Which text encoder an embedding is for, if a file has several.
-ENCODERS = {
-    "clip_l": ("text_encoder", "tokenizer"),
-    "clip_g": ("text_encoder_2", "tokenizer_2"),
-    "t5": ("text_encoder_2", "tokenizer_2"),
-}
-
-
+ENCODERS = {"clip_l": "", "clip_g": "_2", "t5": "_2"}  # what follows a text encoder's name, by the embedding's
 OTHERS = {"DoRA": "dora_scale", "LoKr": "lokr_", "LoHa": "hada_", "OFT": "oft_"}  # by a part of their keys
 
 
@@ -27,7 +20,7 @@ class Adapter(NamedTuple):
 
     given: str
     path: Path
-    how: tuple
+    how: float | str
 
 
 def find_adapters(loading):
@@ -35,12 +28,11 @@ def find_adapters(loading):
 
     Raises SettingError for one that does not exist.
     """
-    found = {"lora": [], "textual_inversion": []}
-    for setting, some in found.items():
-        for given in getattr(loading, setting):
-            name, scale = split_scale(given) if setting == "lora" else (given, None)
-            some.append(Adapter(given, _on_disk(setting, given, name), (Path(name).stem if scale is None else scale,)))
-    return found
+    loras = [Adapter(given, _on_disk("lora", given, split_scale(given)[0]), split_scale(given)[1])
+             for given in loading.lora]  # fmt: skip
+    embeddings = [Adapter(given, _on_disk("textual_inversion", given, given), Path(given).stem)
+                  for given in loading.textual_inversion]  # fmt: skip
+    return {"lora": loras, "textual_inversion": embeddings}
 
 
 def _on_disk(setting, given, name):
@@ -76,7 +68,7 @@ def load_loras(pipeline, loras):
             what = f"does not fit the model, which has room for {len(loaded) - empty} of its {tensors} tensors"
             raise SettingError("lora", lora.given, f"{what}; give one made for it")
     if loras:
-        pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [lora.how[0] for lora in loras])
+        pipeline.set_adapters([f"lora_{i}" for i in range(len(loras))], [lora.how for lora in loras])
 
 
 def load_textual_inversions(pipeline, embeddings):
@@ -88,14 +80,13 @@ def load_textual_inversions(pipeline, embeddings):
     for embedding in embeddings:
         with _refusing("textual_inversion", embedding.given):
             (weights,) = load_textual_inversion_state_dicts([str(embedding.path)], use_safetensors=True)
-            token = embedding.how[0] if weights.keys() & {*ENCODERS, "emb_params"} else None
-            parts = {encoder: {token: weights[name]} for name, encoder in ENCODERS.items() if name in weights}
-            parts = parts or {ENCODERS["clip_l"]: weights}
-            present = {part for part in ENCODERS.values() if getattr(pipeline, part[0], None) is not None}
+            token = embedding.how if weights.keys() & {*ENCODERS, "emb_params"} else None
+            parts = {end: {token: weights[name]} for name, end in ENCODERS.items() if name in weights} or {"": weights}
+            present = {end for end in ENCODERS.values() if getattr(pipeline, f"text_encoder{end}", None) is not None}
             if parts.keys() != present:
                 raise ValueError(f"it is for {len(parts)} text encoders, but the model has {len(present)}")
-            for (encoder, tokenizer), part in parts.items():
-                places = {"text_encoder": getattr(pipeline, encoder), "tokenizer": getattr(pipeline, tokenizer)}
+            for end, part in parts.items():
+                places = {name: getattr(pipeline, name + end) for name in ("text_encoder", "tokenizer")}
                 pipeline.load_textual_inversion(part, token=token, **places)
 
 
@@ -104,14 +95,8 @@ def _refusing(setting, value):
     """Turn the libraries' errors about a file into a SettingError."""
     try:
         yield
-    except SettingError:
-        raise
     except Exception as error:  # errors of torch, peft, diffusers and the libraries that read files
-        if out_of_memory(error):
+        if isinstance(error, SettingError) or out_of_memory(error):
             raise
-        unreadable = type(error).__module__.startswith(("huggingface_hub", "httpx", "safetensors"))
-        if unreadable or isinstance(error, OSError):
-            remedy = f"cannot be read ({in_one_line(error)}); give a .safetensors file, a folder or a hub id"
-        else:
-            remedy = f"does not fit the model ({in_one_line(error)}); give one that was made for it"
-        raise SettingError(setting, value, remedy) from error
+        why = f"cannot be read, or does not fit the model ({in_one_line(error)})"
+        raise SettingError(setting, value, f"{why}; give a .safetensors file, a folder or a hub id") from error

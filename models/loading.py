@@ -109,10 +109,9 @@ class Model:
     @property
     def usual(self):
         """The arguments of the pipeline's call that the command gives if the user does not, by name."""
-        scale = self.parameters["guidance_scale"].default if "guidance_scale" in self.parameters else None
-        scale = DEMO_GUIDANCE_SCALE or scale if Path(self.name).resolve() == DEMO else scale
-        scale = float(scale) if isinstance(scale, int) else scale  # the flag gives a float
-        known = {"guidance_scale": scale, "height": self.side, "width": self.side}
+        own = getattr(self.parameters.get("guidance_scale"), "default", None)
+        scale = DEMO_GUIDANCE_SCALE or own if Path(self.name).resolve() == DEMO else own
+        known = {"guidance_scale": scale and float(scale), "height": self.side, "width": self.side}
         return {name: value for name, value in known.items() if value is not None}
 
     def check_call(self, arguments):
@@ -122,14 +121,7 @@ class Model:
                 near = did_you_mean(name, self.parameters.keys() - OURS | SETTINGS)
                 near = "; give it to `Settings`" if name in SETTINGS else near or "; leave it out"
                 remedy = f"cannot be given to {self.name}, a {self.kind.__name__}{near}"
-                value = getattr(value, "filename", value)  # of an image
-                raise SettingError(name, value if isinstance(value, (int, float)) else str(value)[:80], remedy)
-
-    @property
-    def commit(self):
-        """The commit of a model that was downloaded from the hub; None for others."""
-        downloaded = self.folder is not None and not os.path.isdir(self.name)
-        return self.folder.name if downloaded else None
+                raise SettingError(name, str(getattr(value, "filename", value))[:80], remedy)  # an image has a file
 
 
 def find_model(name, kind=None):
@@ -256,11 +248,10 @@ def _flow_scheduler(name, config):
         scheduler = TrailingFlow.from_config(config, shift=config.get("flow_shift") or 1.0)
         scheduler.of_unipc = "UniPC" in str(kind)
         return scheduler
-    if kind != "FlowMatchEulerDiscreteScheduler":
-        raise ModelError(f"{name} has {kind}; flow matching needs FlowMatchEulerDiscreteScheduler")
-    for key in ("invert_sigmas", "stochastic_sampling"):
-        if config.get(key):
-            raise ModelError(f"{name} has a scheduler with {key}, which is not supported")
+    other = [key for key in ("invert_sigmas", "stochastic_sampling") if config.get(key)]
+    if other or kind != "FlowMatchEulerDiscreteScheduler":
+        what = " and ".join([str(kind), *other])
+        raise ModelError(f"{name} has {what}; flow matching needs a plain FlowMatchEulerDiscreteScheduler")
     try:
         return FlowMatchEulerDiscreteScheduler.from_config(config)
     except (ImportError, TypeError, ValueError) as error:
@@ -331,10 +322,8 @@ def _from_pretrained(model, dtype, variant):
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = _load_parts(model, folder, index, settings)
         return model.kind.from_pretrained(model.name, **settings, **parts)
-    except ModelError:
-        raise
     except Exception as error:  # files of all kinds, read by several libraries with their own errors
-        if out_of_memory(error):
+        if isinstance(error, ModelError) or out_of_memory(error):
             raise
         kind = f", variant {variant!r}," if variant else ""
         others = {path.suffixes[0][1:].partition("-")[0] for path in Path(model.name).rglob("*.*.safetensors")}
@@ -372,8 +361,7 @@ def _load_parts(model, folder, index, given):
 
 def networks(pipeline):
     """Return the modules that a pipeline calls at its steps."""
-    found = [getattr(pipeline, name, None) for name in NETWORKS]
-    return [network for network in found if isinstance(network, torch.nn.Module)]
+    return [part for name in NETWORKS if isinstance(part := getattr(pipeline, name, None), torch.nn.Module)]
 
 
 def compile_network(network):

@@ -213,6 +213,7 @@ class Loop:
         Raises Refused, naming the step, if more depends on the step than what the networks are told of it.
         """
         self.pipeline, self.template, self.arguments, self.seed = pipeline, scheduler, arguments, seed
+        self.kind = f"the {type(pipeline).__name__}"
         self.encoded, self.max_batch, self.sizes, self.answers = encoded, max_batch, (), [*answers]
         self.width, self.widest, self.calls, self.running = 1, 1, 0, None
         known = inspect.signature(type(pipeline).__call__).parameters
@@ -220,8 +221,7 @@ class Loop:
         try:
             self._look()
         except (AttributeError, TypeError, ValueError) as error:  # of the pipeline's own checks
-            why = f"the {type(pipeline).__name__} cannot be called like this: {in_one_line(error)}"
-            raise Refused(why, status=2) from error
+            raise Refused(f"{self.kind} cannot be called like this: {in_one_line(error)}", status=2) from error
 
     def _events(self, steps, copies=1, scheduler=None, threads=None, **more):
         generators = [torch.Generator("cpu").manual_seed(self.seed) for _ in range(copies)]
@@ -261,20 +261,18 @@ class Loop:
                         self._expect(same(output, guided), "guides differently", len(seen) - 1)
                         self._expect(same(answer, first), "has changed the states", len(seen) - 1)
         if not seen:
-            what = "takes no step with these arguments, or none that can be followed"
-            raise Refused(f"the {type(self.pipeline).__name__} {what}", status=2)
+            raise Refused(f"{self.kind} takes no step with these arguments, or none that can be followed", status=2)
         end = self.looked.timesteps[-len(seen) :].to(times[0])
         self._expect(same(torch.stack(times), end), "ends before the last of its timesteps", len(seen) - 1)
         if len(first) != 1:
-            raise Refused(f"the {type(self.pipeline).__name__} takes its steps with {len(first)} samples, not one")
+            raise Refused(f"{self.kind} takes its steps with {len(first)} samples, not one")
         self.x, self.dtype, self.N = first.float(), first.dtype, len(seen)
         self.told = [self._compared(calls) for calls in zip(*seen)]
         self.rows, self.listed = zip(*(rows(answer, told.first) for answer, told in zip(self.answers, self.told)))
 
     def _expect(self, condition, what, step):
         if not condition:
-            kind = type(self.pipeline).__name__
-            raise Refused(f"the {kind} {what} at step {step}; its steps can only be taken in order")
+            raise Refused(f"{self.kind} {what} at step {step}; its steps can only be taken in order")
 
     def _compared(self, calls):
         """Return the `Told` of a network, given its calls, one a step: name, leaves and their tree."""
@@ -348,7 +346,7 @@ class Loop:
             alike = False
         if not alike:
             if width == 1:
-                raise Refused(f"the {type(self.pipeline).__name__} differs between calls with the same seed")
+                raise Refused(f"{self.kind} differs between calls with the same seed")
             self.copies = None
             self._start(1)
 

@@ -1,7 +1,6 @@
 """The means to make samples: the model, loaded when it is first needed, and a sampler for each of the settings."""
 
 import functools
-import os
 from dataclasses import replace
 
 from asked import Arguments
@@ -54,8 +53,6 @@ class Bench:
         folder = self.command.experiment.start_from
         if folder is None:
             return {}
-        if os.path.realpath(folder) == os.path.realpath(self.command.experiment.output_dir):
-            raise SettingError("start_from", folder, "is the output directory; give the directory of another run")
         try:
             samples = (read_run(folder) or {"samples": []})["samples"]
             read = lambda said: read_file(folder, f"samples/{said['folder']}/trajectory.safetensors", 2**32)
@@ -121,7 +118,7 @@ class Bench:
         """Make a sample, see `study.sampling.sample`."""
         sampler = self.warm(task.settings, task.arguments)
         if task.start:
-            task.start.check(sampler.shape, sampler.model.name)
+            task.start.check(sampler.shape)
         if not self.prompt or self.prompt.text != task.text:
             self.prompt = sampler.encode(task.text)
         return sample(sampler, task, self.shared(self.prompt, task.seed))
@@ -133,11 +130,6 @@ class Bench:
             task = known[folder]
             for _ in self.sampler(task.settings, task.arguments).iterates(task.text, task.seed, start=task.start):
                 pass
-
-    def dismiss(self):
-        """Tell the processes that follow this one that there are no more samples."""
-        if self.processes.sharing > 1:
-            self.processes.broadcast(None)
 
     def explain(self, error):
         """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""

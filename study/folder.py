@@ -55,9 +55,9 @@ def read_json(root, name, kind):
 def read_sample(root, name):
     """Return the content of `result.json` in a sample's folder; None unless the folder is complete."""
     record = read_json(root, f"{name}/result.json", "sample")
+    if not record or not is_consistent(record["result"]):
+        return None
     try:
-        if not record or not is_consistent(record):
-            return None
         Settings(**{each.name: record["made_by"][each.name] for each in fields(Settings)})  # checks them
         for file, size in record["files"].items():
             facts = os.lstat(os.path.join(root, name, file))
@@ -68,9 +68,9 @@ def read_sample(root, name):
     return record
 
 
-def is_consistent(record):
-    """Return whether a record has k = 0, 1, ..., with differences and errors, a row of one length, for all or none."""
-    refinements, errors = record["result"]["refinements"], record["result"]["errors"] or []
+def is_consistent(result):
+    """Return whether a result has k = 0, 1, ..., with differences and errors, a row of one length, for all or none."""
+    refinements, errors = result["refinements"], result["errors"] or []
     numbered = [(entry["k"], entry["difference"] is not None) for entry in refinements]
     return numbered == [*enumerate([bool(errors)] * len(refinements))] and len({*map(len, errors)}) <= 1
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from dataclasses import asdict
@@ -64,14 +65,13 @@ def made_by(bench, text, seed, settings, arguments, start):
 def recorded(arguments):
     """Return the record of arguments, by name: for an image, its file's name and a digest; for a list or dict, JSON."""
 
-    def plain(value):
-        if isinstance(value, Image.Image):
-            digest = hashlib.sha256(f"{value.size}".encode() + value.tobytes()).hexdigest()[:16]
-            return f"{value.filename} {digest}"
-        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+    def named(image):
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
+        return f"{image.filename} {digest}"
 
-    scalar = lambda value: json.dumps(value) if isinstance(value, (list, dict)) else value
-    return {name: scalar(plain(value)) for name, value in sorted(arguments.items())}
+    nested = lambda value: json.dumps(value, default=named) if isinstance(value, (list, tuple, dict)) else value
+    plain = lambda value: named(value) if isinstance(value, Image.Image) else nested(value)
+    return {name: plain(value) for name, value in sorted(arguments.items())}
 
 
 def key(made_by):
@@ -95,10 +95,6 @@ def first_difference(now, before):
     """Return the first difference in what made two samples, for people: its name and both values."""
     now, before = ({**made, **made["arguments"], "arguments": None} for made in (now, before))
     name = next(name for name in {**now, **before} if before.get(name, "") != now.get(name, ""))
-    digests = {"model": "weights", "lora": "lora", "textual_inversion": "textual inversion",
-               "start": "trajectories to start from", "code": "code of this program"}  # fmt: skip
-    if name in digests:
-        return f"other {digests[name]}"
     before, now = (in_one_line(repr(made.get(name)), 60) for made in (before, now))
     return f"{name} {before}, not {now}"
 
@@ -114,8 +110,9 @@ def weights(model, adapters):
 
     adapters: `models.adapters.Adapter` by setting, as `models.adapters.find_adapters` returns them.
     """
-    found = {"model": model.commit or digest_of(model.folder)}
-    return found | {setting: [[digest_of(each.path), *each.how] for each in some] for setting, some in adapters.items()}
+    on_hub = not os.path.isdir(model.name)  # where a folder's name is the commit
+    found = {"model": model.folder.name if on_hub else digest_of(model.folder)}
+    return found | {setting: [[digest_of(each.path), each.how] for each in some] for setting, some in adapters.items()}
 
 
 def digest_of(path):

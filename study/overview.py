@@ -48,7 +48,6 @@ class Overview:
         names = utils.names_of([task.made_by for task in self.tasks], 60)
         titles = [f"sample {i} of {len(names)}: {name}" for i, name in enumerate(names, 1)]
         self.titles = {task.folder: title for task, title in zip(self.tasks, titles)}
-        self.bar = tqdm(desc="samples", total=len(left), unit="sample", disable=None if here else True)
         return [[*group] for _, group in itertools.groupby(left, lambda task: (task.text, task.seed))]
 
     def _introduce(self, there, made_anew):
@@ -118,7 +117,6 @@ class Overview:
     def announce(self, task):
         """Print which sample is next."""
         tqdm.write(self.titles[task.folder])
-        self.bar.update(self.processes.store.add("begun", 1) - 1 - self.bar.n)  # other processes begin samples as well
 
     @staticmethod
     def files(record, images, trajectory):
@@ -141,7 +139,6 @@ class Overview:
         """Write the overview of all samples that are there, and print the closing tables, in the first process."""
         if not self.processes.first:
             return
-        self.bar.close()
         self.errors = {task.folder: self.processes.heard(f"failed/{task.folder}") for task in self.tasks}
         run = self._record()
         self.folder.write("run.json", pack(run))  # now, as the rest may fail, and last, as others may end too
@@ -156,10 +153,7 @@ class Overview:
         def image_of(record, name):
             place = f"samples/{folder_name(record['made_by'])}/{name}.png"
             try:
-                image = Image.open(io.BytesIO(read_file(self.folder.path, place)))
-                if image.size != tuple(record["result"]["size"]):
-                    raise ValueError(f"its size is {image.size}")
-                return np.asarray(image.convert("RGB"))
+                return np.asarray(Image.open(io.BytesIO(read_file(self.folder.path, place))).convert("RGB"))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 remedy = "run the command again; if that does not help, remove its folder"
                 raise WriteError(f"{self.folder.path / place} cannot be read; {remedy}") from error

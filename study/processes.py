@@ -5,13 +5,13 @@ that are taken and carries short texts. A process that fails prints its line and
 """
 
 import contextlib
-import json
 import os
 import sys
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch.distributed import HashStore, PrefixStore, rendezvous
 
 from settings import Failure, SettingError
@@ -32,7 +32,7 @@ class Processes:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         launched = all(name in os.environ for name in names)  # some clusters set one or two of them
         self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names) if launched else (0, 1, 0)
-        self.first, self.parallel, self.messages, self.store = self.rank == 0, None, 0, HashStore()
+        self.first, self.parallel, self.store = self.rank == 0, None, HashStore()
 
     def join(self, device, parallel):
         """Meet the others and return the device of this process, given the `device` that was asked for.
@@ -75,12 +75,8 @@ class Processes:
             self.state.wait_for_everyone()
 
     def broadcast(self, value=None):
-        """Return the first process's value, anything that JSON can hold; those of the others are ignored."""
-        self.messages += 1
-        name = f"message/{self.messages}"
-        if self.first:
-            self.store.set(name, json.dumps(value))
-        return json.loads(self.store.get(name))
+        """Return the first process's value; those of the others are ignored."""
+        return broadcast_object_list([value])[0] if self.size > 1 else value
 
     def deal(self, items):
         """Yield the items of a list, each in one process: the next goes to the first that asks. Once in a run."""

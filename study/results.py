@@ -14,7 +14,7 @@ from utils import names_of
 MEASURED = [
     "prompt", "seed", "folder", "k", "final", "verdict", "serial_evaluations", "total_evaluations", "network_calls",
     "widest_tick", "seconds", "sequential_seconds", "peak_memory_mib", "difference", "psnr", "ssim", "image_change",
-    "trajectory_change", "predicted_change", "damping", "error",
+    "trajectory_change", "damping", "error",
 ]  # fmt: skip
 SETTINGS = [each.name for kind in (Settings, Call) for each in fields(kind) if each.name not in ("seed", "call")]
 MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
@@ -77,7 +77,7 @@ def summary(samples):
     rows = results_rows(samples)
     last, names, parts = last_rows(rows), varied(rows), []
     if not names:
-        table = pd.DataFrame(_texts(last)).assign(converged=last.apply(_ended, axis=1)).replace("nan", "-")
+        table = pd.DataFrame(_texts(last)).assign(ended=last["stop_reason"].fillna(last["verdict"])).replace("nan", "-")
         parts.append(_printed("prompt", table.set_axis(names_of(last.to_dict("records"), 40))))
     if len(samples) > 1:
         means = by_setting(last, names).drop(columns=["SSIM", "sequential s"], errors="ignore")
@@ -88,12 +88,6 @@ def summary(samples):
         parts.append(f"note: the image has settled, but the trajectory still changes by up to {change};\n"
                      "--stop-rule trajectory waits until both have settled")  # fmt: skip
     return "\n\n".join(parts)
-
-
-def _ended(row):
-    """Return whether a sample has converged, and what stopped it."""
-    ended = f"{'yes' if row['verdict'] == 'converged' else 'no'} ({row['stop_reason']})"
-    return row["verdict"] if row["error"] else ended
 
 
 def _texts(table):
@@ -128,5 +122,4 @@ def by_setting(last, names):
 
 def _spread(values):
     """Return mean ± standard deviation; deviations below 1e-6 are left out."""
-    deviation = values.std()
-    return f"{values.mean():.3g}" + (f" ± {deviation:.1g}" if deviation >= 1e-6 else "")
+    return f"{values.mean():.3g}" + (f" ± {values.std():.1g}" if values.std() >= 1e-6 else "")

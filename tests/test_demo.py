@@ -52,7 +52,7 @@ def test_demo_loads_by_plain_diffusers_without_remarks_and_is_sampled_as_by_its_
     pipeline.set_progress_bar_config(disable=True)
     sampler = Sampler(pipeline, Settings(fine_steps=25, coarse_steps=5), {"guidance_scale": 2})
     ours, asked = sampler.sequential(PROMPTS[0]), {"num_inference_steps": 25, "height": 64, "width": 64}
-    asked |= {"guidance_scale": 2, "latents": sampler.noise(), "output_type": "latent"}
+    asked |= {"guidance_scale": 2, "latents": sampler.loop("").x, "output_type": "latent"}
     theirs = pipeline(PROMPTS[0], **asked).images
     torch.testing.assert_close(ours.states[-1:], theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
     assert difference(ours.image, sampler.image(theirs)) < 0.1

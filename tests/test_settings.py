@@ -40,7 +40,7 @@ VALUES = strategies.recursive(
         ("tolerance", [-1, NAN, INF, 10**400, "x", None], "give a finite number that is not negative"),
         ("schedule", ["pipeline"], "give one of pipelined, sweep; did you mean pipelined?"),
         ("correction", ["none"], "give one of damped, paper"),
-        ("stop_rule", ["never", None], "give one of final, trajectory, predicted"),
+        ("stop_rule", ["never", None], "give one of final, trajectory"),
         ("max_iterations", [0, "x"], "give a whole number from 1 up"),
         ("guidance_scale", [-2, INF, NAN, "x", 1e308], "give a number from 0 to 1000"),
         ("negative_prompt", [3, None, "caf\udce9", "\0"], "give some text, in UTF-8, without NUL"),
@@ -71,8 +71,7 @@ def test_what_no_model_could_be_sampled_with_is_refused(setting, values, words):
 
 def test_settings_that_do_not_go_together_are_refused():
     for setting, value in {"nodes": 9, "window": 9, "schedule": "sweep", "correction": "damped"}.items():
-        own = "collocation" if value == 9 else "srds"
-        with pytest.raises(SettingError, match=f"{setting}: {value!r} is for {own}, not .*; leave it out"):
+        with pytest.raises(SettingError, match=f"{setting}: {value!r} is not for .*; leave it out"):
             Settings(method="srds" if value == 9 else "collocation", **{setting: value})
     with pytest.raises(SettingError, match="coarse_steps: 11 is more than the 10 fine steps"):
         Settings(coarse_steps=11, fine_steps=10)
@@ -100,8 +99,8 @@ def test_a_loras_scale_is_after_its_last_colon():
         ("stable_diffusion_3", {"solver": "ddim"}, "give euler or dpmsolver"),
         ("flux", {"eta": 0.5}, "eta: 0.5 is for ddim"),
         ("stable_diffusion", {"solver": "ddpm", "eta": 0.5}, "eta: 0.5 is for ddim"),
-        ("stable_diffusion", {"fine_steps": 1001}, "fine_steps: 1001 exceeds the model's 1000 training timesteps"),
-        ("stable_diffusion_3", {"fine_steps": 100000}, "fine_steps: 100000 exceeds the limit for flow matching"),
+        ("stable_diffusion", {"fine_steps": 1001}, "fine_steps: 1001 exceeds the model's 1000 timesteps"),
+        ("stable_diffusion_3", {"fine_steps": 100000}, "fine_steps: 100000 exceeds the model's 1000 timesteps"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(family, settings, words):
@@ -112,10 +111,10 @@ def test_what_a_model_cannot_do_is_refused(family, settings, words):
 @pytest.mark.parametrize(
     "family, arguments, words",
     [
-        ("pixels", {"guidance_scale": 3}, "guidance_scale: 3 cannot be given to DDPMPipeline, a DDPMPipeline; leave"),
+        ("pixels", {"guidance_scale": 3}, "guidance_scale: '3' cannot be given to DDPMPipeline, a DDPMPipeline; leave"),
         ("stable_diffusion", {"negatve_prompt": "a"}, "negatve_prompt: 'a' cannot .*; did you mean negative_prompt?"),
         ("stable_diffusion", {"output_type": "pt"}, "output_type: 'pt' cannot be given to"),
-        ("flux", {"num_inference_steps": 5}, "num_inference_steps: 5 cannot be given to"),
+        ("flux", {"num_inference_steps": 5}, "num_inference_steps: '5' cannot be given to"),
     ],
 )
 def test_what_a_pipelines_call_does_not_have_is_refused(family, arguments, words):
