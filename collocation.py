@@ -232,9 +232,7 @@ class System:
         gram = gram + (1e-6 * gram.diagonal(dim1=1, dim2=2).sum(1) + 1e-10)[:, None, None] * torch.eye(memory, **CPU)
         coupling = ((SY - g[:, None] * SS) * through[:, None, :, None]).reshape(m, memory, m * memory)
         known = torch.einsum("arb,ab->ar", SR.reshape(m, memory, m), inverse)
-        both = torch.linalg.solve_ex(gram, torch.cat([coupling, known[..., None]], 2))[0].reshape(
-            m * memory, m * memory + 1
-        )
+        both = torch.linalg.solve_ex(gram, torch.cat([coupling, known[..., None]], 2))[0].flatten(0, 1)
         system = torch.eye(m * memory, **CPU) - both[:, :-1]
         weights = torch.linalg.solve_ex(system, both[:, -1])[0].reshape(m, memory, 1)
         weights, g, inverse, through = (on(R, values).to(R) for values in (weights, g[:, None], inverse, through))

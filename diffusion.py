@@ -111,7 +111,7 @@ class Solver:
 
     def __init__(self, grid, name="ddim", eta=0.0, seed=0, restarts=()):
         self.name, self.seed, self.clip = name, seed, grid.clip
-        self.signal = grid.signal
+        self.grid, self.signal = grid, grid.signal
         a, b, a_next, b_next = grid.signal[:-1], grid.noise[:-1], grid.signal[1:], grid.noise[1:]
         one = torch.ones_like(a)
         self.x0_of_state, self.x0_of_output = {

@@ -43,9 +43,8 @@ class Prompt:
 
 
 # A process that shares its lanes with no other: what a sampler uses of `study.processes.Processes`.
-ALONE = SimpleNamespace(
-    sharing=1, broadcast=lambda value: value, split=lambda denoise: denoise, in_step=lambda iterates: iterates
-)
+same = lambda value: value
+ALONE = SimpleNamespace(sharing=1, broadcast=same, split=same, in_step=same)
 
 
 def expect(finite, what, dtype):
@@ -69,7 +68,7 @@ class Sampler:
         alone.
 
     Public attributes: model and device; and, known from the first look at the pipeline's loop, shape (of a state),
-    boundaries, grid and solver.
+    boundaries and solver.
 
     Raises SettingError if the model cannot do what is asked, and ModelError for a pipeline that cannot be sampled.
     """
@@ -122,32 +121,23 @@ class Sampler:
         return self._steps(self._looked)[0]
 
     @property
-    def grid(self):
-        """The `diffusion.Grid`."""
-        return self._grid(self._looked)
-
-    def _grid(self, loop):
-        if self.model.flow:  # it depends on the size and on further arguments of the pipeline's call
-            return diffusion.flow_grid(loop.looked)
-        with torch.device("cpu"):
-            return diffusion.diffusion_grid(self.model.scheduler, self.settings.fine_steps, self.settings.solver)
-
-    @property
     def solver(self):
         """The `diffusion.Solver`, for the settings' seed."""
         return self._steps(self._looked)[1]
 
     def _steps(self, loop, seed=None):
         """Return boundaries and the `diffusion.Solver` of a loop's steps, the grid's last; strength may leave fewer."""
-        grid = self._grid(loop).last(loop.N)
-        steps = tuple(grid.noise.tolist())
-        if steps not in self._solvers:
-            settings, n = self.settings, diffusion.boundaries(loop.N, min(loop.N, self.settings.coarse_steps))
-            restarts = n if settings.method == "srds" else ()  # a block does not know the step before it
-            with torch.device("cpu"):
-                self._solvers[steps] = n, diffusion.Solver(grid, settings.solver, settings.eta, settings.seed, restarts)
-        n, solver = self._solvers[steps]
-        return n, solver.with_seed(self._seed(seed))
+        settings, n = self.settings, diffusion.boundaries(loop.N, min(loop.N, self.settings.coarse_steps))
+        with torch.device("cpu"):
+            if self.model.flow:  # the grid depends on the size and on further arguments of the pipeline's call
+                grid = diffusion.flow_grid(loop.looked).last(loop.N)
+            else:
+                grid = diffusion.diffusion_grid(self.model.scheduler, settings.fine_steps, settings.solver).last(loop.N)
+            steps = tuple(grid.noise.tolist())
+            if steps not in self._solvers:
+                restarts = n if settings.method == "srds" else ()  # a block does not know the step before it
+                self._solvers[steps] = diffusion.Solver(grid, settings.solver, settings.eta, settings.seed, restarts)
+        return n, self._solvers[steps].with_seed(self._seed(seed))
 
     @classmethod
     def from_pretrained(cls, model, settings=None, arguments=None, **loading):

@@ -32,7 +32,7 @@ FIRST = ((7, 8), (13, 4), (25, 6), (25, 16), (50, 32), (100, 32), (100, 100))  #
 
 def paradigms(sampler, prompt, seed, window, tolerance):
     """The last state, network calls and evaluations of Picard iterations over a sliding window of steps."""
-    denoise, (signal, noise), step = sampler.loop(prompt).denoise, sampler.grid[1:3], sampler.solver.step
+    denoise, (signal, noise), step = sampler.loop(prompt).denoise, sampler.solver.grid[1:3], sampler.solver.step
     N, x, begin, end, serial, total = sampler.settings.fine_steps, sampler.loop("", seed).x, 0, 0, 0, 0
     # What a state may change by, squared: so many of the variances of ancestral sampling, of the step that follows.
     variance = (noise[1:] / noise[:-1]) ** 2 * (1 - (signal[:-1] / signal[1:]) ** 2)

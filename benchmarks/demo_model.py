@@ -30,7 +30,9 @@ def sample(sampler, texts, x):
     embeddings = torch.cat([negative, positive])
 
     def denoise(x, n):
-        pair = pipeline.unet(x.repeat(2, 1, 1, 1), sampler.grid.times[n], encoder_hidden_states=embeddings).sample
+        pair = pipeline.unet(
+            x.repeat(2, 1, 1, 1), sampler.solver.grid.times[n], encoder_hidden_states=embeddings
+        ).sample
         away, towards = pair.chunk(2)
         return away + scale * (towards - away)
 

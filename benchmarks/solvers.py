@@ -36,7 +36,7 @@ NOISES = ("fine steps'", "own", "none")
 def with_coarse_noise(sampler, seed, kind):
     """The solver's step, with other noise in its coarse steps."""
     solver, own = sampler.solver.with_seed(seed), sampler.solver.with_seed(seed + 10**6)
-    coarse = {"own": own, "none": Solver(sampler.grid)}.get(kind, solver)
+    coarse = {"own": own, "none": Solver(sampler.solver.grid)}.get(kind, solver)
     return lambda x, m, start, end, past: (coarse if (end > start + 1).any() else solver).step(x, m, start, end, past)
 
 

@@ -137,7 +137,27 @@ def find_model(name, kind=None):
         near = did_you_mean(kind, known) or "; give one"
         raise SettingError("pipeline", kind, f"is not a pipeline of diffusers{near}")
     name = str(SHIPPED.get(name, name))
-    return _read_configs(name if os.path.isdir(name) else MIRRORS.get(name, name), kind)
+    name = name if os.path.isdir(name) else MIRRORS.get(name, name)
+    folder = Path(name) if name and os.path.isdir(name) else _download_configs(name)
+
+    def config(file):
+        path = folder / file
+        if not path.exists():  # old models of one network have its files beside model_index.json
+            path = folder / path.name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would wait
+        except (OSError, ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise ModelError(f"{name} is not a diffusers model: it has no readable {file}")
+        return content
+
+    index = config("model_index.json")
+    kind = _pipeline_class(kind or index.get("_class_name"))  # the name is a list if it is the model's own code
+    if not kind:
+        raise ModelError(f"{name} is a {index.get('_class_name')}, which is not a pipeline of diffusers")
+    unet = config("unet/config.json") if "unet" in index else None
+    return replace(_model(name, kind, config("scheduler/scheduler_config.json"), unet, "vae" in index), folder=folder)
 
 
 def known(pipeline):
@@ -157,8 +177,7 @@ def known(pipeline):
         if getattr(part, "is_cache_enabled", False):
             raise ModelError(f"the {name} of the {kind.__name__} has a cache, which lanes would share; disable_cache()")
     scheduler, inherited = dict(pipeline.scheduler.config), [each.__name__ for each in type(pipeline.scheduler).__mro__]
-    known = (each for each in inherited if each in DDIMScheduler._compatibles)
-    scheduler["_class_name"] = next(known, inherited[0])
+    scheduler["_class_name"] = next((each for each in inherited if each in DDIMScheduler._compatibles), inherited[0])
     # Defaults of the scheduler's class count as much as given values, as they do once it is saved.
     scheduler.pop("_use_default_values", None)
     unet = dict(pipeline.unet.config) if "unet" in pipeline.components else None
@@ -186,29 +205,6 @@ def _pipeline_class(name):
     """Return the pipeline class with this name in diffusers, or None."""
     kind = getattr(diffusers, str(name), None)
     return kind if isinstance(kind, type) and issubclass(kind, DiffusionPipeline) else None
-
-
-def _read_configs(name, kind):
-    folder = Path(name) if name and os.path.isdir(name) else _download_configs(name)
-
-    def config(file):
-        path = folder / file
-        if not path.exists():  # old models of one network have its files beside model_index.json
-            path = folder / path.name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would wait
-        except (OSError, ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            raise ModelError(f"{name} is not a diffusers model: it has no readable {file}")
-        return content
-
-    index = config("model_index.json")
-    kind = _pipeline_class(kind or index.get("_class_name"))  # the name is a list if it is the model's own code
-    if not kind:
-        raise ModelError(f"{name} is a {index.get('_class_name')}, which is not a pipeline of diffusers")
-    unet = config("unet/config.json") if "unet" in index else None
-    return replace(_model(name, kind, config("scheduler/scheduler_config.json"), unet, "vae" in index), folder=folder)
 
 
 def _download_configs(name):
@@ -272,10 +268,9 @@ def choose_device(loading):
 
 def choose_dtype(loading, model, device):
     """Return the torch dtype that `loading` names."""
-    if loading.dtype != "auto":
-        return getattr(torch, loading.dtype)
-    usual = torch.bfloat16 if model.flow else torch.float16
-    return usual if device.type == "cuda" else torch.float32
+    half = torch.bfloat16 if model.flow else torch.float16
+    usual = half if device.type == "cuda" else torch.float32
+    return usual if loading.dtype == "auto" else getattr(torch, loading.dtype)
 
 
 def load_pipeline(model, loading):

@@ -172,9 +172,8 @@ def rows(answer, told):
     """
     last = flatten(answer)[0][-1]
     given = [value for value in told if is_list(value) and isinstance(value[0], torch.Tensor)]
-    if isinstance(last, list) and any(len(value) == len(last) for value in given):
-        return len(last), True
-    return len(last[-1] if is_list(last) else last), False
+    listed = isinstance(last, list) and any(len(value) == len(last) for value in given)
+    return len(last[-1] if is_list(last) and not listed else last), listed
 
 
 def by_copies(value, before, rows, copies):

@@ -140,16 +140,12 @@ class Folder:
                 elif time.time() - os.lstat(part).st_mtime >= STALE:
                     discard(part)
 
-    def read(self, name):
-        """Return the record of the sample in a folder, see `read_sample`; None if it is not complete."""
-        return read_sample(self.samples, name)
-
     def has(self, task):
         """Return whether a `study.key.Task`'s sample is there. Raises WriteError if something else has its name."""
         place = self.samples / task.folder
         if os.path.islink(place) or place.is_file():
             raise WriteError(f"{place} does not hold the sample of that name; move it elsewhere")
-        return bool(self.read(task.folder))
+        return bool(read_sample(self.samples, task.folder))
 
     def add(self, name, files, again=False):
         """Put a complete sample's folder in its place; files: bytes by name. Raises WriteError.
@@ -165,13 +161,13 @@ class Folder:
                 for file, data in files.items():
                     create(part / file, data)
                 sync(part)
-                if again or not self.read(name):
+                if again or not read_sample(self.samples, name):
                     with contextlib.suppress(FileNotFoundError):
                         os.rename(place, replaced)
                 try:
                     os.rename(part, place)
                 except OSError as error:  # another command has found `part`, or put its own in the place
-                    if not (isinstance(error, FileNotFoundError) or self.read(name)):
+                    if not (isinstance(error, FileNotFoundError) or read_sample(self.samples, name)):
                         raise
                 for file in os.listdir(replaced) if replaced.is_dir() else ():
                     if not (IN_A_SAMPLE.fullmatch(file) or os.path.lexists(place / file)):

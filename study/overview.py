@@ -15,7 +15,7 @@ from tqdm import tqdm
 import utils
 from models.loading import MIRRORS
 from settings import ROWS, Failure, flag_of, in_one_line
-from study.folder import WriteError, load_samples, pack, read_file
+from study.folder import WriteError, load_samples, pack, read_file, read_sample
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
 from study.report import page
 from study.results import results_table, summary
@@ -75,7 +75,7 @@ class Overview:
     def _other(self, task):
         """Return how the nearest sample of a task's prompt and seed in the folder differs from it; "" for none."""
         places = self.folder.samples.glob(f"{stem(task.text, task.seed)}-????????")
-        records = [self.folder.read(place.name) for place in itertools.islice(places, 100)]
+        records = [read_sample(self.folder.samples, place.name) for place in itertools.islice(places, 100)]
         found = [record["made_by"] for record in records if record and record["made_by"]["prompt"] == task.text]
         differing = lambda made: sum(made.get(name) != value for name, value in task.made_by.items())
         return first_difference(task.made_by, min(found, key=differing)) if found else ""

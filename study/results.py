@@ -11,19 +11,16 @@ import pandas as pd
 from settings import Call, Settings, in_one_line
 from utils import names_of
 
-MEASURED = [
-    "prompt", "seed", "folder", "k", "final", "verdict", "serial_evaluations", "total_evaluations", "network_calls",
-    "widest_tick", "seconds", "sequential_seconds", "peak_memory_mib", "difference", "psnr", "ssim", "image_change",
-    "trajectory_change", "damping", "error",
-]  # fmt: skip
+MEASURED = ("prompt seed folder k final verdict serial_evaluations total_evaluations network_calls widest_tick seconds "
+            "sequential_seconds peak_memory_mib difference psnr ssim image_change trajectory_change damping "
+            "error").split()  # fmt: skip
 SETTINGS = [each.name for kind in (Settings, Call) for each in fields(kind) if each.name not in ("seed", "call")]
 MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
 WIDTH = 100  # columns of a terminal
 # Columns of the closing tables, with their headings and formats.
 COLUMNS = {"k": ("k", "{:.3g}"), "serial_evaluations": ("serial", "{:.4g}"), "total_evaluations": ("total", "{:.0f}"),
            "network_calls": ("calls", "{:.4g}"), "seconds": ("seconds", "{:.2f}"),
-           "sequential_seconds": ("sequential s", "{:.2f}"),
-           "difference": ("difference", "{:.2g}")}  # fmt: skip
+           "sequential_seconds": ("sequential s", "{:.2f}"), "difference": ("difference", "{:.2g}")}  # fmt: skip
 # Comparisons of an image with its own ground truth. PSNR, infinite for equal images, has no mean.
 PAIRED = {"difference": "difference", "ssim": "SSIM"}
 

@@ -42,8 +42,6 @@ def sample(sampler, task, shared):
     task: a `study.key.Task`. shared: the `Shared` of its prompt and seed.
     """
     settings, seed, prompt, N, truth = sampler.settings, task.seed, shared.prompt, sampler.boundaries[-1], None
-    if task.start and task.start.seed != seed:
-        tqdm.write(f"  note: the start has seed {task.start.seed}, not {seed}; other noise costs more than it saves")
     images, entries, errors = {}, [], None
     if task.made_by["ground_truth"]:
         truth, errors = shared.truth(sampler), []
@@ -89,10 +87,10 @@ def entry_of(refinement, truth):
     entry["difference"] = difference(image, truth.image) if truth else None
     # The PSNR of equal images is infinite.
     entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image)) if entry["difference"] else None
-    compared = truth and min(image.shape[-3:-1]) >= 7  # the width of its window
-    similarity = lambda pair: structural_similarity(*pair, channel_axis=2)
-    pairs = zip(utils.frames(truth.image), utils.frames(image)) if compared else ()
-    entry["ssim"] = float(np.mean([*map(similarity, pairs)])) if compared else None
+    wide = min(image.shape[-3:-1]) >= 7  # the width of its window
+    pairs = zip(utils.frames(truth.image), utils.frames(image)) if truth and wide else ()
+    similarities = [structural_similarity(*pair, channel_axis=2) for pair in pairs]
+    entry["ssim"] = float(np.mean(similarities)) if similarities else None
     return entry
 
 

@@ -365,7 +365,7 @@ def test_a_record_of_another_shape_is_no_sample_and_one_of_its_shape_can_be_show
         parts(record, run)[i][name] = value
         (folder.samples / task.folder / "result.json").write_text(json.dumps(record))
         (folder.path / "run.json").write_text(json.dumps(run))
-        samples += [found] if (found := folder.read(task.folder)) else []
+        samples += [found] if (found := read_sample(folder.samples, task.folder)) else []
         runs += [(found, [], "")] if (found := read_run(folder.path)) else []
     shown = [(said, found) for found in (*samples, whole)]
     assert results_table(shown) and summary(shown) and page(runs)
@@ -407,7 +407,7 @@ def test_what_is_no_whole_record_in_a_regular_file_is_no_sample_and_makes_nobody
     folder.write("run.json", b"{}")
     assert folder.has(task)
     forge(folder.samples / task.folder / "result.json")
-    assert folder.read(task.folder) is None and not folder.has(task)
+    assert read_sample(folder.samples, task.folder) is None and not folder.has(task)
 
 
 def test_a_link_in_the_place_of_a_sample_is_refused(tmp_path):
