@@ -1,201 +1,218 @@
-"""What a device gives: Stable Diffusion 2's network (its architecture, random weights), sequential against SRDS.
+"""What a device gives: correctness, seconds of network calls, and what follows for the time of each method.
 
-    python benchmarks/device.py                   # cuda: writes benchmarks/results/device-NAME.{csv,png}
-    python benchmarks/device.py --device cpu      # a small network, to see that the script runs; prints only
+    python benchmarks/device.py                   # on a GPU, 8 minutes: writes results/device-NAME-{calls,images}.csv
+    python benchmarks/device.py --device cpu      # small networks and few steps, to see that it runs; prints only
+    python benchmarks/device.py --table           # on any machine, from those files: writes results/device.csv
 
-First c(b), the seconds of a network call of b samples, eager and compiled. Then, for each N, in turn: the pipeline's
-own call, a sequential run, and runs of SRDS bounded to k = 1, 2, 3 refinements. Speedups are the sequential run's
-seconds over those of the others, beside those that c(b) predicts, N c(2) / (sum over ticks of c(2 lanes)), for this
-device and, without communication, for 4 with a tick's lanes split among them. "engine" is what a run takes with a
-network that returns its input at once. B is the power of two nearest to sqrt(N), so that few batch sizes are
-compiled. Guidance makes two samples of each lane; nothing is decoded. Runs of more than 500 steps are made once.
+Measured, on the device. "images": the demo and Fashion-MNIST models by both methods, in each dtype, against their own
+sequential samples, and the sequential samples in float32 against those of the CPU; grey levels. "calls": seconds of a
+network call by the number of samples in it, for the architectures of Stable Diffusion 2, Stable Diffusion XL and FLUX
+with random weights; eager, and with the repeated blocks compiled (`compile_repeated_blocks`). "runs": Stable Diffusion
+2's network, eager, in the pipeline's own call, sequentially and by SRDS, to see how much the engine adds.
+
+Computed, by --table: the time of a method over that of sequential sampling, as the sum over its ticks of c(samples in
+the tick), with the ticks counted on the demo; guidance makes two samples of a state, except for FLUX's own.
 """
 
 import argparse
-from functools import partial
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from matplotlib.figure import Figure
+from diffusers import AutoencoderKL, DDIMScheduler, FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as UNet
 
 import common
 import diffusion
-from models.loading import compile_network
+from refinement import difference
 from sampler import Sampler
 from settings import Settings
 
-SD2 = {
-    "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
-    "block_out_channels": (320, 640, 1280, 1280), "use_linear_projection": True,
+XL_BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+SMALL = {"block_out_channels": (32, 64), "cross_attention_dim": 32, "attention_head_dim": 2, "layers_per_block": 1,
+         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "sample_size": 8,
+         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}  # fmt: skip
+# The class, its config, that of a small one, the samples in a state's call, and those of the calls that are measured.
+NETWORKS = {
+    "Stable Diffusion 2, 512": (UNet, {
+        "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+        "block_out_channels": (320, 640, 1280, 1280), "use_linear_projection": True}, SMALL, 2, (1, 2, 4, 8, 16, 32)),
+    "Stable Diffusion XL, 1024": (UNet, XL | XL_BLOCKS | {
+        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True}, SMALL | XL, 2, (1, 2, 4, 8, 16)),
+    "FLUX, 1024": (FluxTransformer2DModel, {"guidance_embeds": True}, {
+        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8), "in_channels": 16,
+        "guidance_embeds": True}, 1, (1, 2, 4, 8)),
 }  # fmt: skip
-SMALL = {
-    "sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": (32, 64),
-    "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+STEPS = (28, 50, 100)
+METHODS = {
+    "SRDS, k = 1": {"max_iterations": 1}, "SRDS, k = 2": {"max_iterations": 2}, "SRDS, default": {},
+    "collocation, default": {"method": "collocation"},
+    "collocation, 100 nodes, window 32": {"method": "collocation", "nodes": 100, "window": 32},
 }  # fmt: skip
-REFINEMENTS = (1, 2, 3)
 
 
-def build(device, compiled):
-    """A pipeline of the network and an autoencoder that is never called."""
-    config, dtype = (SD2, torch.float16) if device == "cuda" else (SMALL, torch.float32)
-    torch.manual_seed(0)
+# Measured
+
+
+def images(device, dtypes, N=50, pairs=4):
+    """Rows of differences, mean and worst over samples, by model, dtype and method."""
+    rows, settings = [], Settings(fine_steps=N, coarse_steps=round(N**0.5))
+    for model in ("demo", "fashion"):
+        sampler = Sampler.from_pretrained(model, settings, device="cpu")
+        exact = [sampler.sequential(text, seed).image for text, seed in common.pairs(pairs)]
+        for dtype in [dtype for dtype in dtypes if (model, dtype) != ("fashion", "bfloat16")]:  # DDPMPipeline has none
+            sampler = Sampler.from_pretrained(model, settings, device=device, dtype=dtype)
+            found = {"sequential, to the CPU's float32": []} | {method: [] for method in ("srds", "collocation")}
+            for (text, seed), image in zip(common.pairs(pairs), exact):
+                truth = sampler.sequential(text, seed).image
+                found["sequential, to the CPU's float32"].append(difference(image, truth))
+                for method in ("srds", "collocation"):
+                    found[method].append(difference(sampler.vary(method=method)(text, seed).image, truth))
+            rows += [{"model": model, "dtype": dtype, "N": N, "what": what, "difference": np.mean(some),
+                      "worst": max(some)} for what, some in found.items()]  # fmt: skip
+    return rows
+
+
+def build(name, device):
+    """A network with random weights, on the device, and what it is told of one sample: its arguments by name."""
+    kind, config, small, _, _ = NETWORKS[name]
+    usual = torch.get_default_dtype()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if kind is FluxTransformer2DModel else torch.float16
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        network = kind(**(small if device == "cpu" else config)).eval().requires_grad_(False)
+    torch.set_default_dtype(usual)
+    network.to(device, dtype)
+    config, numbers = network.config, lambda *shape: torch.randn(1, *shape, device=device, dtype=dtype)
+    if kind is FluxTransformer2DModel:
+        tokens = (16 if device == "cpu" else 4096, 512)
+        ids = {"img_ids": numbers(tokens[0], 3)[0], "txt_ids": numbers(tokens[1], 3)[0]}
+        texts = {"encoder_hidden_states": numbers(tokens[1], config.joint_attention_dim),
+                 "pooled_projections": numbers(config.pooled_projection_dim)}  # fmt: skip
+        return network, {"hidden_states": numbers(tokens[0], config.in_channels), "timestep": numbers().abs(),
+                         "guidance": numbers().abs(), **texts, **ids}  # fmt: skip
+    network.to(memory_format=torch.channels_last)
+    told = {"sample": numbers(4, config.sample_size, config.sample_size), "timestep": numbers().abs(),
+            "encoder_hidden_states": numbers(77, config.cross_attention_dim)}  # fmt: skip
+    if config.addition_embed_type:
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        told["added_cond_kwargs"] = {"text_embeds": numbers(width), "time_ids": numbers(6)}
+    return network, told
+
+
+def calls(device, compiled, most):
+    """Yield a row of seconds for each network and number of samples in a call: the median of seven, least and most."""
+    for name, (*_, batches) in NETWORKS.items():
+        network, told = build(name, device)
+        if compiled:
+            network.compile_repeated_blocks(dynamic=False)
+        for b in [b for b in batches if b <= most]:
+
+            def copies(value, b=b):
+                if isinstance(value, dict):
+                    return {key: copies(each) for key, each in value.items()}
+                return value.repeat(b, *[1] * (value.ndim - 1))
+
+            several = {key: value if key.endswith("_ids") else copies(value) for key, value in told.items()}
+            with torch.no_grad():
+                call = lambda several=several, network=network: network(**several, return_dict=False)
+                seconds = [common.clock(call, device) for _ in range(10)][3:]
+            yield {"network": name, "mode": "compiled" if compiled else "eager", "samples": b,
+                   "seconds": np.median(seconds), "least": min(seconds), "most": max(seconds)}  # fmt: skip
+        del network, told, several
+        torch.cuda.empty_cache()
+
+
+def runs(device, N, repeats=3):
+    """Rows of seconds of whole runs with Stable Diffusion 2's network, in turn; nothing is decoded."""
+    network, _ = build("Stable Diffusion 2, 512", device)
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    ends = {"steps_offset": 1, "clip_sample": False}
-    parts = {
-        "unet": UNet2DConditionModel(**config).to(device, dtype, memory_format=torch.channels_last).eval(),
-        "vae": AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, **kinds).to(device, dtype),
-        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **ends),
-    }  # fmt: skip
-    names = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
-    pipeline = StableDiffusionPipeline(**parts, **dict.fromkeys(names), requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    if compiled:
-        compile_network(pipeline.unet)
-    return pipeline
-
-
-class Bench:
-    """A pipeline, a prompt's embeddings, and the seconds of calls and runs."""
-
-    def __init__(self, device, compiled):
-        self.pipeline, self.device = build(device, compiled), device
-        shape, how = (1, 77, self.pipeline.unet.config.cross_attention_dim), {"dtype": self.pipeline.unet.dtype}
-        names = ("prompt_embeds", "negative_prompt_embeds")
-        self.embeddings = {name: torch.randn(shape).to(device, **how) for name in names}
-
-    def sampler(self, N, k):
-        """A sampler of N steps to refinement k, ready to be timed, and its prompt."""
-        B = 2 ** round(np.log2(N) / 2)
-        settings = Settings(fine_steps=N, coarse_steps=B, max_iterations=k)
-        sampler = Sampler(self.pipeline, settings, {"guidance_scale": 7.5})
-        return sampler, sampler.encode(None, **self.embeddings)
-
-    def seconds(self, call):
-        return common.clock(call, self.device)
-
-    def calls(self, most):
-        """c(b) for b = 2, 4, 8, ... up to `most`: the median of five."""
-        found = {}
-        for lanes in reversed([2**i for i in range(12) if 2 ** (i + 1) <= most]):
-            sampler, prompt = self.sampler(min(max(100, lanes**2), 961), 1)
-            loop = sampler.loop(prompt)
-            x, n = loop.x.expand(lanes, -1, -1, -1), torch.zeros(lanes, dtype=int)
-            for _ in range(3):  # a CUDA graph is recorded at the second call
-                loop.denoise(x, n)
-            found[2 * lanes] = float(np.median([self.seconds(lambda: loop.denoise(x, n)) for _ in range(5)]))  # noqa: B023
-            loop.close()
-        return dict(sorted(found.items()))
-
-    def compare(self, N, calls, repeats):
-        """A row for each refinement against the sequential run, and one for the pipeline's own call."""
-        made = {k: self.sampler(N, k) for k in REFINEMENTS}
-        loops = {k: sampler.loop(prompt) for k, (sampler, prompt) in made.items()}
-        B, one = made[1][0].settings.coarse_steps, loops[1]
-
-        def run(k):
-            for _ in made[k][0].iterates(made[k][1]):
-                pass
-            loops[k].close()
-
-        def sequential():
-            diffusion.sequential(one.x, one.denoise, made[1][0].solver.step, range(N + 1))
-            one.close()
-
-        def own():
-            self.pipeline(**self.embeddings, num_inference_steps=N, guidance_scale=7.5, output_type="latent")
-
-        run(1)  # before anything is timed
-        self.pipeline(**self.embeddings, num_inference_steps=3)
-        rounds = []
-        for _ in range(repeats if N <= 500 else 1):
-            rounds.append([self.seconds(call) for call in (own, sequential, *(partial(run, k) for k in REFINEMENTS))])
-        rounds = np.array(rounds)
-
-        def cost(widths):
-            return np.interp(np.multiply(widths, 2), list(calls), list(calls.values())).sum()
-
-        ratios = rounds[:, 1:2] / rounds
-        rows = [{"N": N, "run": "the pipeline's own call", "ticks": N}]
-        rows += [{"N": N, "run": "sequential", "ticks": N}]
-        for k in REFINEMENTS:
-            widths = common.tick_widths(N, B, "pipelined", k, bound=k)
-            rows.append({
-                "N": N, "run": "SRDS", "B": B, "k": k, "ticks": len(widths), "predicted": N * calls[2] / cost(widths),
-                "predicted on 4": N * calls[2] / cost([-(-width // 4) for width in widths]),
-            })  # fmt: skip
-        for i, row in enumerate(rows):
-            row |= {"seconds": np.median(rounds[:, i]), "speedup": np.median(ratios[:, i])}
-            row |= {"least": ratios[:, i].min(), "most": ratios[:, i].max()}
-            if row["run"] == "SRDS":
-                engine, _ = self.engine(*made[row["k"]])
-                row["engine, %"] = 100 * engine / row["seconds"]
-        return rows
-
-    def collocated(self, N, nodes):
-        """A row of the engine's milliseconds a tick, for collocation's first solution and refinement."""
-        settings = Settings(method="collocation", fine_steps=N, nodes=nodes, max_iterations=1)
-        sampler = Sampler(self.pipeline, settings)
-        seconds, ticks = self.engine(sampler, sampler.encode(None, **self.embeddings))
-        run = f"collocation, {nodes} nodes"
-        return {"N": N, "run": run, "ticks": ticks, "engine, ms a tick": 1000 * seconds / ticks}
-
-    def engine(self, sampler, prompt):
-        """Seconds of a run with a network that returns its input at once, the median of three, and its ticks."""
-        unet, found, ticks = self.pipeline.unet, [], []
-        at_once = {"forward": lambda x, *_, **__: (x,), "_compiled_call_impl": None}
-        with mock.patch.multiple(unet, **at_once):
-            for _ in range(4):
-                found.append(self.seconds(lambda: ticks.append([*sampler.iterates(prompt)][-1].ticks)))
-                sampler.loop(prompt).close()
-        return float(np.median(found[1:])), ticks[-1]
-
-
-def plot(table, path):
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for (k, mode), line in table[table.run == "SRDS"].groupby(["k", "mode"]):
-        k = int(k)
-        style, color = ("-" if mode == "eager" else "--"), f"C{k}"
-        axes.plot(line.N, line.speedup, style, marker="o", color=color, label=f"k = {k}, {mode}")
-        axes.plot(line.N, line.predicted, ":", color=color)
-    axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.set(
-        xscale="log",
-        xlabel="N",
-        ylabel="sequential seconds / SRDS seconds",
-        title="SRDS on Stable Diffusion 2's network; dotted: predicted from c(b)",
+    vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, **kinds).to(device, network.dtype)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    missing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipeline = StableDiffusionPipeline(
+        vae=vae, unet=network, scheduler=scheduler, **missing, requires_safety_checker=False
     )
-    axes.set_xticks(sorted(table.N.dropna().unique()), [f"{N:g}" for N in sorted(table.N.dropna().unique())])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    pipeline.set_progress_bar_config(disable=True)
+    numbers = lambda: torch.randn(1, 77, network.config.cross_attention_dim, device=device, dtype=network.dtype)
+    texts = {"prompt_embeds": numbers(), "negative_prompt_embeds": numbers()}
+    sampler = Sampler(pipeline, Settings(fine_steps=N, coarse_steps=round(N**0.5)), {"guidance_scale": 7.5})
+    prompt = sampler.encode(None, **texts)
+    loop = sampler.loop(prompt)
+    own = lambda: pipeline(**texts, num_inference_steps=N, guidance_scale=7.5, output_type="latent")
+    ways = {
+        "the pipeline's own call": own,
+        "sequential": lambda: diffusion.sequential(loop.x, loop.denoise, sampler.solver.step, range(N + 1)),
+    }
+    for k in (1, 2):
+        ways[f"SRDS, k = {k}"] = lambda k=k: [*sampler.vary(max_iterations=k).iterates(prompt)]
+    for call in ways.values():  # before anything is timed
+        call()
+    found = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, call in ways.items():
+            found[way].append(common.clock(call, device))
+            loop.close()
+    return [{"network": "Stable Diffusion 2, 512", "mode": "a run", "run": way, "N": N, "seconds": np.median(some),
+             "least": min(some), "most": max(some)} for way, some in found.items()]  # fmt: skip
+
+
+# Computed
+
+
+def widths(model, N, how, guidance, pairs=4):
+    """For each of a few samples, the states in each of its ticks."""
+    sampler, found = common.load(model, fine_steps=N, guidance_scale=guidance, coarse_steps=round(N**0.5), **how), []
+    for text, seed in common.pairs(pairs):
+        found.append([])
+        for _ in sampler.refine(text, seed, on_tick=found[-1].append):
+            pass
+    return found
+
+
+def table(files):
+    """Rows of the time of each method over sequential sampling's, by device, network, mode and N: computed."""
+    rows = []
+    counted = {(N, method): widths("demo", N, how, 2.0) for N in STEPS for method, how in METHODS.items()}
+    for file in files:
+        seconds = pd.read_csv(file).query("mode != 'a run'")
+        for (network, mode), part in seconds.groupby(["network", "mode"], sort=False):
+            each = NETWORKS[network][3]
+            cost = lambda lanes: np.interp(np.multiply(lanes, each), part.samples, part.seconds)  # noqa: B023
+            # Beyond the largest call that was measured, several such calls.
+            most = part.samples.max() // each
+            tick = lambda lanes: (lanes // most) * cost(most) + (cost(lanes % most) if lanes % most else 0)  # noqa: B023
+            for (N, method), samples in counted.items():
+                ratios = [sum(map(tick, lanes)) / (N * tick(1)) for lanes in samples]
+                rows.append({"device": file.stem, "network": network, "mode": mode, "N": N, "method": method,
+                             "serial": np.mean([*map(len, samples)]), "total": np.mean([*map(sum, samples)]),
+                             "time over sequential": np.mean(ratios)})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, nargs="*", default=[25, 100, 196, 961])
-    parser.add_argument("--repeats", type=int, default=3, help="of each comparison (%(default)s)")
-    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--table", action="store_true", help="compute the times of methods from what was measured")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    rows = []
-    for mode in ("eager",) if args.eager else ("eager", "compiled"):
-        bench = Bench(args.device, mode == "compiled")
-        calls = bench.calls(2 * 2 ** round(np.log2(max(args.steps)) / 2))
-        print(f"{name}, {mode}: ms of c(b):", *(f"{b}: {1000 * c:.1f}" for b, c in calls.items()), flush=True)
-        rows += [{"device": name, "mode": mode, "run": f"c({b})", "seconds": c} for b, c in calls.items()]
-        for N in args.steps:
-            found = bench.compare(N, calls, args.repeats) + [bench.collocated(N, nodes) for nodes in (13, 100)]
-            rows += [{"device": name, "mode": mode, **row} for row in found]
-            table = pd.DataFrame(rows)
-            if args.device == "cuda":  # after each N, as a machine may be lent for minutes
-                slug = f"device-{name.lower().replace(' ', '-')}"
-                common.save(table, slug)
-                plot(table, common.RESULTS / f"{slug}.png")
-    if args.device == "cpu":
-        print(table[table.N.notna()].round(3).to_string(index=False))
+    if args.table:
+        common.save(table(sorted(common.RESULTS.glob("device-*-calls.csv"))), "device")
+        raise SystemExit
+    on_cpu, rows = args.device == "cpu", []
+    name = "device-" + ("cpu" if on_cpu else torch.cuda.get_device_name().lower().replace(" ", "-"))
+    keep = (lambda rows, name: print(pd.DataFrame(rows).to_string())) if on_cpu else (
+        lambda rows, name: common.save(pd.DataFrame(rows), name))  # fmt: skip
+    dtypes, N, pairs = (("bfloat16",), 8, 1) if on_cpu else (("float32", "float16", "bfloat16"), 50, 4)
+    keep(images(args.device, dtypes, N, pairs), f"{name}-images")
+    for compiled in (False, True):
+        for row in calls(args.device, compiled, 2 if on_cpu else 32):
+            rows.append(row)
+            keep(rows, f"{name}-calls")  # after each, as a machine may be lent for minutes
+        if not compiled:
+            rows += runs(args.device, N)
+            keep(rows, f"{name}-calls")
