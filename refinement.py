@@ -61,32 +61,29 @@ class Trajectory(NamedTuple):
 
     clean: float32 (B, ...), for each block the x0 that, held over it, leads from its first state to its last.
     boundaries: the grid points between the blocks, 0 to N, a list of B + 1.
-    seed: that of its noise; with other noise, a start costs more than it saves.
     """
 
     clean: torch.Tensor
     boundaries: list[int]
-    seed: int
 
     @classmethod
     def unpack(cls, data):
         """Return the trajectory in the bytes of a file made by `packed`. Raises ValueError if they hold none."""
         try:
             tensors = safetensors.torch.load(data)
-            clean, n, seed = tensors["clean"], tensors["boundaries"], tensors["seed"]
+            clean, n = tensors["clean"], tensors["boundaries"]
             rising = n.shape == (len(clean) + 1,) and n[0] == 0 and (n.diff() > 0).all() and n[-1] <= 2**20
-            kinds = clean.dtype, n.dtype, seed.dtype
             usable = len(clean) and rising and clean.ndim > 1 and clean.isfinite().all()
-            if kinds != (torch.float32, torch.int64, torch.uint64) or not usable:
+            if (clean.dtype, n.dtype) != (torch.float32, torch.int64) or not usable:
                 raise ValueError("other tensors")
-            return cls(clean, n.tolist(), int(seed))
+            return cls(clean, n.tolist())
         except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"it holds no trajectory: {error}") from error
 
     def packed(self):
         """Return the trajectory as the bytes of a safetensors file."""
-        n, seed = torch.tensor(self.boundaries, device="cpu"), torch.tensor(self.seed, dtype=torch.uint64, device="cpu")
-        return safetensors.torch.save({"clean": self.clean.cpu().contiguous(), "boundaries": n, "seed": seed})
+        n = torch.tensor(self.boundaries, device="cpu")
+        return safetensors.torch.save({"clean": self.clean.cpu().contiguous(), "boundaries": n})
 
     @property
     def digest(self):
@@ -94,7 +91,7 @@ class Trajectory(NamedTuple):
         return hashlib.sha256(self.packed()).hexdigest()[:32]
 
     def check(self, shape):
-        """Raise SettingError unless its states have a shape."""
+        """Raise SettingError unless its states have this shape."""
         own = tuple(self.clean.shape[1:])
         if own != tuple(shape):
             raise SettingError("start_from", own, f"is not the states' shape {tuple(shape)}; start from the same size")

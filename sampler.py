@@ -43,8 +43,8 @@ class Prompt:
 
 
 # A process that shares its lanes with no other: what a sampler uses of `study.processes.Processes`.
-same = lambda value: value
-ALONE = SimpleNamespace(sharing=1, broadcast=same, split=same, in_step=same)
+unchanged = lambda value: value
+ALONE = SimpleNamespace(sharing=1, broadcast=unchanged, split=unchanged, in_step=unchanged)
 
 
 def expect(finite, what, dtype):
@@ -144,8 +144,7 @@ class Sampler:
         """Load a model, as the command does: `model` is a hub id, a local folder or "demo".
 
         arguments: those of the pipeline's call, which replace or add to the command's usual ones, see `Model.usual`.
-        loading: pipeline, device, dtype, variant, lora, textual_inversion, offload and compile, see
-        `Loading`.
+        loading: pipeline, device, dtype, variant, lora, textual_inversion, offload and compile, see `Loading`.
 
         Raises SettingError, if possible before weights are loaded, and ModelError if the model cannot be loaded.
         """
@@ -183,7 +182,8 @@ class Sampler:
         rule, tolerance = self.settings.stop_rule, self.settings.tolerance
         prompt, earlier, seconds, widths = self.encode(prompt, **arguments), None, 0.0, []
         loop = self.loop(prompt, seed)
-        before, ticked = loop.calls, lambda lanes: widths.append(lanes) or (on_tick and on_tick(lanes))
+        before = loop.calls
+        ticked = lambda lanes: [call(lanes) for call in (widths.append, on_tick) if call]
         with contextlib.closing(loop), contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates:
             started = time.perf_counter()
             for iterate in iterates:
@@ -227,7 +227,7 @@ class Sampler:
         prompt: that of the states, if its arguments, such as strength, change the steps; None for the last one sampled.
         """
         n, solver = self._steps(self._looked if prompt is None else self.loop(prompt, seed), seed)
-        return Trajectory(solver.held(states, n), n, self._seed(seed))
+        return Trajectory(solver.held(states, n), n)
 
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
         """Yield what `srds.srds` or `collocation.collocation` yields: the method alone, no images, no stop rule."""
@@ -283,7 +283,7 @@ class Sampler:
             return [diffusion.fixed_batch(most, max_batch)]
         if self.compiled:  # few, as each is compiled: doubling, then the largest
             most = min(most, max_batch or most)
-            return [*(rows << i for i in range(20) if rows << i < most), most]
+            return [*(rows * 2**i for i in range(20) if rows * 2**i < most), most]
         return []
 
     @property

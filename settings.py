@@ -235,9 +235,9 @@ class Settings(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        others = ("nodes", "window") if self.method == "srds" else ("schedule", "correction")
-        for name in (name for name in others if getattr(self, name) is not None):
-            raise SettingError(name, getattr(self, name), f"is not for {self.method}; leave it out")
+        for name in ("nodes", "window") if self.method == "srds" else ("schedule", "correction"):
+            if getattr(self, name) is not None:
+                raise SettingError(name, getattr(self, name), f"is not for {self.method}; leave it out")
         if self.coarse_steps > self.fine_steps:
             remedy = f"is more than the {self.fine_steps} fine steps; give at most that"
             raise SettingError("coarse_steps", self.coarse_steps, remedy)

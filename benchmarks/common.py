@@ -1,4 +1,4 @@
-"""What the benchmarks share: a sampler with the command's defaults, prompts and seeds, places for results."""
+"""What the benchmarks share: a sampler with the command's defaults, prompts and seeds, a clock, widths of ticks."""
 
 import sys
 import time
@@ -70,8 +70,8 @@ def clock(call, device, *inputs):
     return time.perf_counter() - started
 
 
-def tick_widths(N, B, schedule, refinements, bound=None):
-    """The lanes in each tick of a sample that stops after so many refinements, as the engine has them."""
+def tick_widths(N, B, refinements):
+    """The lanes in each tick of a pipelined sample that stops after so many refinements."""
     widths = []
 
     def denoise(x, n):
@@ -79,7 +79,7 @@ def tick_widths(N, B, schedule, refinements, bound=None):
         return x
 
     step = lambda x, m, start, end, past: (x, past)
-    iterates = srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B), schedule, bound)
+    iterates = srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B))
     next((iterate for iterate in iterates if iterate.k == refinements), None)  # there is none if k = 0 is exact
     return widths
 

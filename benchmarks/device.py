@@ -181,6 +181,7 @@ def table(files):
     counted = {(N, method): widths("demo", N, how, 2.0) for N in STEPS for method, how in METHODS.items()}
     for file in files:
         seconds = pd.read_csv(file).query("mode != 'a run'")
+        device = file.stem.removeprefix("device-").removesuffix("-calls")
         for (network, mode), part in seconds.groupby(["network", "mode"], sort=False):
             each = NETWORKS[network][3]
             cost = lambda lanes: np.interp(np.multiply(lanes, each), part.samples, part.seconds)  # noqa: B023
@@ -189,7 +190,7 @@ def table(files):
             tick = lambda lanes: (lanes // most) * cost(most) + (cost(lanes % most) if lanes % most else 0)  # noqa: B023
             for (N, method), samples in counted.items():
                 ratios = [sum(map(tick, lanes)) / (N * tick(1)) for lanes in samples]
-                rows.append({"device": file.stem, "network": network, "mode": mode, "N": N, "method": method,
+                rows.append({"device": device, "network": network, "mode": mode, "N": N, "method": method,
                              "serial": np.mean([*map(len, samples)]), "total": np.mean([*map(sum, samples)]),
                              "time over sequential": np.mean(ratios)})  # fmt: skip
     return pd.DataFrame(rows)

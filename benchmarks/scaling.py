@@ -103,7 +103,7 @@ def summarise(found):
     if slope < 0:  # so little is sent that it makes no difference
         slope, start = 0.0, float(np.mean([*sent.values()]))
     for N, B in SETTINGS:
-        widths, predicted = np.array(common.tick_widths(N, B, "pipelined", REFINEMENTS)), {}
+        widths, predicted = np.array(common.tick_widths(N, B, REFINEMENTS)), {}
         for P in PREDICTED:
             own = np.ceil(widths / P)
             exchanges = (P - 1) * (start + slope * own * lane)

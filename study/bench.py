@@ -124,7 +124,7 @@ class Bench:
         return sample(sampler, task, self.shared(self.prompt, task.seed))
 
     def follow(self, tasks):
-        """Share the ticks of each sample that the first process makes, until it dismisses the others."""
+        """Share the ticks of each sample that the first process makes, until there are no more."""
         known = {task.folder: task for task in tasks}
         while folder := self.processes.broadcast():
             task = known[folder]

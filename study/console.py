@@ -19,15 +19,17 @@ def prepare_terminal():
 
 
 def is_news(record):
-    """Return whether a log record, cut to a line, says for the first time that a prompt is too long."""
+    """Cut a log record to one line; return whether it is a new warning that a prompt is too long."""
     record.msg, record.args = in_one_line(record.getMessage(), 400), ()
-    return "truncated" in record.msg and not (record.msg in said or said.add(record.msg))
+    news = "truncated" in record.msg and record.msg not in said
+    said.add(record.msg)
+    return news
 
 
 def quiet_libraries():
     """Import diffusers so that it and the libraries it uses print nothing, unless the environment says otherwise.
 
-    Only what a pipeline says of a prompt that is too long is printed, once.
+    A pipeline's warning that a prompt is too long is printed, once.
     """
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "TORCH_CPP_LOG_LEVEL"):
         os.environ.setdefault(name, "ERROR" if "TORCH" in name else "critical")
@@ -36,6 +38,7 @@ def quiet_libraries():
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    for handler in logging.get_logger("diffusers").handlers if "DIFFUSERS_VERBOSITY" not in os.environ else ():
-        handler.addFilter(is_news)
+    if "DIFFUSERS_VERBOSITY" not in os.environ:
+        for handler in logging.get_logger("diffusers").handlers:
+            handler.addFilter(is_news)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # its warnings about several LoRAs

@@ -43,7 +43,7 @@ def read_file(root, name, most=2**30):
 
 
 def read_json(root, name, kind):
-    """Return the content of a JSON file that is a "sample" or a "run" by our schema; None for anything else."""
+    """Return the content of a JSON file if our schema has it as a `kind`, "sample" or "run"; None otherwise."""
     try:
         content = json.loads(read_file(root, name), parse_constant=int)  # which refuses NaN
         valid = Draft202012Validator({**RECORDS, "$ref": f"#/$defs/{kind}"}).is_valid(content)
@@ -69,7 +69,7 @@ def read_sample(root, name):
 
 
 def is_consistent(result):
-    """Return whether a result has k = 0, 1, ..., with differences and errors, a row of one length, for all or none."""
+    """Return whether refinements are numbered from 0, with differences if there are errors, in rows of one length."""
     refinements, errors = result["refinements"], result["errors"] or []
     numbered = [(entry["k"], entry["difference"] is not None) for entry in refinements]
     return numbered == [*enumerate([bool(errors)] * len(refinements))] and len({*map(len, errors)}) <= 1
@@ -174,6 +174,8 @@ class Folder:
                         os.rename(replaced / file, place / file)
                 sync(self.samples)
             finally:
+                with contextlib.suppress(OSError):  # back; fails if a new one is there
+                    os.rename(replaced, place)
                 discard(part)
                 discard(replaced)
 

@@ -54,8 +54,7 @@ def made_by(bench, text, seed, settings, arguments, start):
     return {
         "prompt": text, **asdict(settings), "seed": seed, "arguments": recorded(arguments),
         "pipeline": bench.model.kind.__name__, **bench.weights, "variant": loading.variant,
-        "compile": loading.compile,
-        "device": bench.device.type, "dtype": bench.dtype, "start": start and start.digest,
+        "compile": loading.compile, "device": bench.device.type, "dtype": bench.dtype, "start": start and start.digest,
         "sharing": bench.processes.sharing if settings.fixed_batch else 1,  # it sets the size of a call
         "ground_truth": not experiment.no_ground_truth,
         "keep_trajectories": experiment.keep_trajectories, **VERSIONS, "code": code_digest(),

@@ -76,7 +76,8 @@ class Overview:
         """Return how the nearest sample of a task's prompt and seed in the folder differs from it; "" for none."""
         places = self.folder.samples.glob(f"{stem(task.text, task.seed)}-????????")
         records = [read_sample(self.folder.samples, place.name) for place in itertools.islice(places, 100)]
-        found = [record["made_by"] for record in records if record and record["made_by"]["prompt"] == task.text]
+        found = [record["made_by"] for record in records if record and record["made_by"] != task.made_by]
+        found = [made for made in found if made["prompt"] == task.text]
         differing = lambda made: sum(made.get(name) != value for name, value in task.made_by.items())
         return first_difference(task.made_by, min(found, key=differing)) if found else ""
 

@@ -1,7 +1,8 @@
 """The processes of `torchrun` or `accelerate launch`: how they exchange values and share work.
 
-Each holds the whole model. Tensors travel by torch.distributed, which accelerate sets up; its store counts the samples
-that are taken and carries short texts. A process that fails prints its line and exits, and torchrun ends the others.
+Each holds the whole model. Tensors and values travel by torch.distributed, which accelerate sets up; its store counts
+the samples that are taken and carries why some failed. A process that fails prints its line and exits, and torchrun
+ends the others.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ class Processes:
         return contextlib.redirect_stdout(sys.stdout if self.first else open(os.devnull, "w"))
 
     def in_turn(self):
-        """A context that one process on each machine enters first: it downloads, the others find the files."""
+        """A context that one process on each machine enters first, to download or create what the others then find."""
         return self.state.local_main_process_first() if self.size > 1 else contextlib.nullcontext()
 
     def wait(self):

@@ -66,9 +66,8 @@ def sample(sampler, task, shared):
     result = {
         "model": sampler.model.title,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "sampled": datetime.now(UTC).isoformat(timespec="seconds"),
-        "stop_reason": refinement.stop_reason, "sequential_seconds": truth.seconds if truth else None,
-        "refinements": entries, "errors": errors, "steps": N,
+        "sampled": datetime.now(UTC).isoformat(timespec="seconds"), "stop_reason": refinement.stop_reason,
+        "sequential_seconds": truth.seconds if truth else None, "refinements": entries, "errors": errors, "steps": N,
         "size": [*utils.sheet(refinement.image).shape[1::-1]],
     }  # fmt: skip
     kept = sampler.trajectory(refinement.states, seed) if task.made_by["keep_trajectories"] else None

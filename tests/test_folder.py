@@ -221,6 +221,24 @@ def test_a_model_is_known_by_what_is_in_it_not_by_where_it_lies(run, tiny, tmp_p
 # Two commands at once
 
 
+def test_an_interrupt_between_the_old_and_the_new_sample_leaves_the_old_one(tmp_path, monkeypatch):
+    folder, task, rename, calls = Folder(tmp_path), make_task(), os.rename, []
+    folder.open()
+    folder.add(task.folder, make_files(task, b"first"))
+    before = snapshot(folder.samples)
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.add(task.folder, make_files(task, b"second"), again=True)
+    assert snapshot(folder.samples) == before and folder.has(task)
+
+
 def test_who_comes_second_to_a_sample_drops_its_own_unless_asked_to_make_it_again(tmp_path):
     task, folders = make_task(), [Folder(tmp_path), Folder(tmp_path)]
     first, second = make_files(task, b"first"), make_files(task, b"second")

@@ -43,7 +43,7 @@ def test_the_chain_leads_along_a_trajectory_by_what_each_block_held(kind, noise)
     n = [0, 4, 11, 12, 31]
     problem = Mixture(31, seed=3, restarts=n, **KINDS[kind])
     states = problem.sequential(noise, keep=n)
-    start = Trajectory(problem.solver.held(states, n), n, seed=0)
+    start = Trajectory(problem.solver.held(states, n), n)
     x, d = noise.flatten(1), start.clean.flatten(1)
     led = problem.solver.unrolled(noise.shape[1:]).held(x, torch.tensor(n), d, start.weights(31))
     torch.testing.assert_close(led.reshape(states.shape), states, atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Experiments in one command: sweeps over settings, plans, tables and measures of images."""
+"""Sweeps: several settings in one command."""
 
 from collections import Counter
 from unittest.mock import Mock
