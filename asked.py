@@ -30,7 +30,7 @@ def make_variant(values, notes):
     """
     settings = Settings(**{name: value for name, value in values.items() if name in SETTINGS} | {"coarse_steps": 1})
     call = Call(**{name: value for name, value in values.items() if name in SAMPLED - SETTINGS})
-    arguments = {name: value for name, value in asdict(call).items() if value not in (None, "", ())}
+    arguments = {name: value for name, value in asdict(call).items() if value not in (None, "") and name != "call"}
     arguments |= {name: value for name, value in values.items() if name not in SAMPLED}
     blocks, steps = values.get("coarse_steps", COARSE_STEPS), settings.fine_steps
     root = round(math.sqrt(steps))
