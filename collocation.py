@@ -18,47 +18,64 @@ of a node fits its own evaluations, J S = Y for the last pairs of changes, and i
 
 When no node moves any more, refinement 0 is done. Each further one puts a node into the middle of every interval, with
 the interpolated state and d. With a node at every grid point, the system is the N-step sampler.
+
+With a window of 1, refinement 0 evaluates each node once, in order: a multistep solver that aims at the N-step sample.
+Ahead of the last node, t_k, d is foretold, and behind it interpolated. With V_n = x_n - P_n x_0, and s and y the last
+changes of V and of d between evaluations, d_j is foretold as one of
+
+    d_k                                       held,
+    d_k + y (j - t_k) / (t_k - t_{k-1})       a line in time, while that foretells clearly better,
+    d_k + y s'(V_j - V_k) / s's               a secant along the state, wherever s'y < 0.
+
+The last is for guidance. It makes d's Jacobian strongly negative in a few directions, so that an overshoot of the state
+turns d back by several times as much, and explicit steps oscillate. With the secant, the states ahead depend on
+themselves through one number each, z_j = s'(V_j - V_k) / s's, in a small triangular system.
 """
 
 import math
 
 import torch
 
+from diffusion import interpolation, on
 from srds import Iterate
 
+# Set on the demo (guidance 1 to 12) and Fashion-MNIST, N = 25 to 1000, with prompts and seeds of no table.
 MOVED = 1.0  # grey levels of 255 by which all that the nodes leave unseen together may change the sample
 DENSELY_MOVED = 0.15  # the same for DENSE nodes, or all
 SHOWN = 0.1  # the part of it that shows in most samples if guidance has made d rough: later steps forget the rest
 DECIDED = 0.25  # share of the image in the state; before that, what is unseen may grow, and no tolerance allows more
-NODES = 13  # of the first solution
-DENSE = 100  # nodes, if interpolation between the first ones is too coarse
+NODES, DENSE = 13, 100  # of the first solution; and if interpolation between those is too coarse
 ROUGH = 5.0  # grey levels by which its neighbours may miss a first node's d; above, nodes become dense
 DOUBTFUL = 2.0  # 127.5 times a refinement's change of the sample over its norm; above, nodes become dense
 SECANTS = 2  # pairs of changes kept for each node
-MOST_NUMBERS = 2**29  # in the secants of all nodes; above, fewer are kept
 BLOCK = 64  # nodes that are solved for together
+# For a window of 1, with N = 28 to 200.
+DENSER = 0.9  # nodes are even in (j / N)^0.9: somewhat denser at the start, where d changes most
+LAST = 0.5  # length of the last interval: the sample is almost d at the last node, whose state nothing corrects
+CLEARLY = 0.8  # share of the held d's miss of which a line must have missed less at the last two nodes
+POINTS = 3  # of the interpolation behind, on the way; a cubic's one-sided end feeds oscillations
+GAP = 2.5  # times the tolerance: by how much a state as foretold may differ from it as interpolated, in grey levels
+FIRST, LEAST, MOST = 0.04, 0.5, 1.5  # chosen nodes: first interval over N; ratios of an interval to the one before
 CPU = {"dtype": torch.float64, "device": "cpu"}  # for small tensors
 
 
 @torch.no_grad()
 def collocation(
-    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, start=None,
-    broadcast=lambda value: value, tolerance=0.0,
-):  # fmt: skip
+    x, denoise, solver, boundaries, nodes=None, window=None, refinements=None, dense=False, start=None, tolerance=0.0
+):
     """Yield the solution on the first nodes (k = 0) and every refinement of it as an `Iterate`; leave the loop to stop.
 
     x, denoise, boundaries: as of `srds.srds`. The iterates' states are those at the boundaries.
     solver: has unrolled(shape), a `diffusion.Chain`; signal; gain; and clean(x, m, n), d of states and model outputs.
     nodes: M of k = 0, evenly spaced, at most N. None: 13, or 100 if nodes are dense; all N if N is at most twice that.
+        With a window of 1, as many as the tolerance needs.
     window: most nodes in a tick, except for those that a refinement adds and for the first tick from a start. None:
-        see `usual_window`.
+        see `usual_window`. 1: one node a tick, always, and each once in k = 0, see above.
     refinements: the last refinement to yield; None: all, until each grid point is a node.
     dense: whether to begin with dense nodes, for samples that depend strongly on early states, as those of pixels do.
         Nodes also become dense if the first ones show d to be too rough for interpolation, or if a refinement changes
         the sample by much.
     start: what d is at first: float32 (B, E), and W, float64 (N, B). The first tick then evaluates all nodes.
-    broadcast: returns the first process's value, a list or a bool, if several share the lanes of a tick, so that all
-        evaluate the same nodes.
     tolerance: how far off most samples may be, in grey levels. If nodes become dense because they are rough or
         doubtful, a tolerance between 0.015 and 0.1 saves evaluations once the image is `DECIDED`.
 
@@ -66,70 +83,116 @@ def collocation(
     `settled` unless that limit, or the one of 2 M + 8 ticks for a refinement, cut it short.
     """
     shape, x = x.shape[1:], x.reshape(1, -1).float()
-    chain = solver.unrolled(shape)
-    N = chain.K.shape[1]
-    t, kept = spread(N, nodes) if nodes else first(N, DENSE if dense else NODES), memory(N, x.numel())
+    chain, signal, ends = solver.unrolled(shape), solver.signal, torch.tensor(boundaries, device="cpu")
+    N, last, ticks, lane_steps, k = chain.K.shape[1], None, 0, 0, 0
+    # What dense nodes together may leave unseen once the image is decided; `loose` if nodes became dense.
+    share, loose = DENSELY_MOVED, min(max(tolerance / SHOWN, DENSELY_MOVED), MOVED)
     # How much an unseen change of a state changes the sample through the steps at a node; d changes by 1 / (2 signal).
-    effect = solver.gain / (2 * solver.signal[:-1].clamp(min=1e-3))
-    system, chosen, at_once = System(t, chain.states(x, t), kept), [0], start is not None
-    densely = DENSELY_MOVED
-    last, ticks, lane_steps, k = None, 0, 0, 0
+    effect = solver.gain / (2 * signal[:-1].clamp(min=1e-3))
+
+    def evaluate(X, n):
+        """Return d, (L, E), of the states X, (L, E), at grid points n: one tick."""
+        nonlocal ticks, lane_steps
+        ticks, lane_steps, X = ticks + 1, lane_steps + len(n), X.reshape(-1, *shape)
+        return solver.clean(X, denoise(X, n), n).flatten(1)
+
+    def solve(system, nodes, wide, matters, look):
+        """Evaluate nodes until none moves by what matters, or the bound; return W and the nodes that still move.
+
+        In place of these, None if d proves rough after `look` ticks, as it is known at five nodes or more.
+        """
+        W, bound = interpolation(N, system.t), min(N, ticks + 2 * len(system.t) + 8)
+        C, free = (chain.K[system.t] @ W).to(x), chain.states(x, system.t)
+        while nodes and ticks < bound:
+            n = system.t[nodes]
+            system.see(nodes, evaluate(system.X[on(x, nodes)], n), signal[n])
+            system.solve(C, free, min(nodes), wide)
+            nodes = system.moved(matters)[:wide]
+            if ticks == look and system.roughness(signal) > ROUGH:
+                return W, None
+        return W, nodes
+
+    t = spread(N, nodes) if nodes else first(N, DENSE if dense else NODES)
+    system, moving, at_once = System(t, chain.states(x, t)), [0], start is not None
     if start:
-        system.X, system.d = chain.held(x, t, *start), start[1][t].to(x) @ start[0]
-        chosen = list(range(len(t)))
+        system.X, system.d, moving = chain.held(x, t, *start), start[1][t].to(x) @ start[0], [*range(len(t))]
+    elif window == 1:
+        system, moving = one_by_one(chain, evaluate, x, nodes, tolerance), []
     while True:
-        M = len(system.t)
-        dense = dense or M >= min(N, DENSE)
+        M, dense = len(system.t), dense or len(system.t) >= min(N, DENSE)
         wide = window or usual_window(M, narrow=dense and k == 0 and not start)
-        chosen = chosen if at_once else chosen[:wide]
-        shares = torch.where(solver.signal[system.t] < DECIDED, DENSELY_MOVED, densely) if dense else MOVED
-        matters = shares / N / effect[system.t] / 127.5
-        W = interpolation(N, system.t)
-        C, free, bound = (chain.K[system.t] @ W).to(x), chain.states(x, system.t), min(N, ticks + 2 * M + 8)
-        rough = False
-        while (chosen := broadcast(chosen)) and ticks < bound:
-            n = system.t[chosen]
-            X = system.X[on(x, chosen)].reshape(-1, *shape)
-            d = solver.clean(X, denoise(X, n), n)
-            ticks, lane_steps = ticks + 1, lane_steps + len(chosen)
-            system.see(chosen, d.reshape(len(chosen), -1), solver.signal[n])
-            system.solve(C, free, min(chosen), wide)
-            chosen = system.moved(matters)[:wide]
-            # By now, d is known at five nodes or more.
-            first_look = not (nodes or dense) and ticks == (1 if start else 2)
-            rough = first_look and broadcast(system.roughness(solver.signal) > ROUGH)
-            if rough:
-                break
-        if rough:  # what is known at later nodes would mislead: keep the first one, whose state is exact
-            t, known, dense, densely = first(N, DENSE), system.D[:1], True, allowed(tolerance)
-            system = System(t, chain.held(x, t, *start) if start else chain.states(x, t, system.d, W), kept)
-            system.see([0], known, solver.signal[:1])
-            chosen = list(range(1, len(t)))
+        shares = torch.where(signal[system.t] < DECIDED, DENSELY_MOVED, share) if dense else MOVED
+        matters, look = shares / N / effect[system.t] / 127.5, 0 if nodes or dense else 1 if start else 2
+        W, moving = solve(system, moving if at_once else moving[:wide], wide, matters, look)
+        if moving is None:  # what is known at later nodes would mislead: keep the first one, whose state is exact
+            t, known, dense, share = first(N, DENSE), system.D[:1], True, loose
+            system = System(t, chain.held(x, t, *start) if start else chain.states(x, t, system.d, W))
+            system.see([0], known, signal[:1])
+            moving = list(range(1, len(t)))
             continue
-        all_nodes = M == N and not chosen
-        states = chain.states(x, torch.tensor(boundaries, device="cpu"), system.d, W).reshape(-1, *shape)
-        yield Iterate(k, states, ticks, lane_steps, False, x.new_zeros(()), not chosen, all_nodes)
+        states = chain.states(x, ends, system.d, W).reshape(-1, *shape)
+        yield Iterate(k, states, ticks, lane_steps, False, x.new_zeros(()), not moving, M == N and not moving)
         if M == N or ticks >= N or k == refinements:
             return
         change = 127.5 * float((states[-1] - last).norm() / states[-1].norm()) if k else 0.0
-        doubtful = broadcast(not dense and change > DOUBTFUL)
-        if doubtful:
-            dense, densely = True, allowed(tolerance)
-        at_once = not doubtful
-        new = first(N, DENSE) if doubtful else between(system.t)
+        doubtful, k, last = not dense and change > DOUBTFUL, k + 1, states[-1]
+        dense, share = dense or doubtful, loose if doubtful else share
+        new, at_once = first(N, DENSE) if doubtful else between(system.t), window != 1 and not doubtful
         new = new[~torch.isin(new, system.t)]
-        k, last = k + 1, states[-1]
-        system, chosen = system.refined(new, chain.states(x, new, system.d, W), W[new].to(x) @ system.d)
+        system, moving = system.refined(new, chain.states(x, new, system.d, W), W[new].to(x) @ system.d)
+
+
+def one_by_one(chain, evaluate, x, nodes, tolerance):
+    """Return the system of nodes that were evaluated once each, in order: see above.
+
+    evaluate(X, n): d, (1, E), of a state at a grid point. nodes: how many; None: as the tolerance demands.
+    """
+    K, N, n, better, given = chain.K, chain.K.shape[1], 0, [], nodes and placed(chain.K.shape[1], nodes)
+    t, V, seen, D = torch.zeros(0, dtype=int, device="cpu"), torch.zeros_like(x), x[:0], x[:0]
+    while True:
+        at = torch.tensor([n], device="cpu")
+        d = evaluate(chain.states(x, at) + V, at)
+        if len(t) > 1:
+            held, line = ((d - interpolation(N, t, points)[at].to(x) @ D).norm() for points in (1, 2))
+            better.append(bool(line < CLEARLY * held))
+        t, seen, D = torch.cat([t, at]), torch.cat([seen, V]), torch.cat([D, d])
+        if n == N - 1:
+            system = System(t, chain.states(x, t, D, interpolation(N, t)))
+            system.X_seen, system.D, system.d, system.seen[:] = chain.states(x, t) + seen, D, D.clone(), True
+            return system
+        s, y = (values[-2:].diff(dim=0).sum(0) for values in (seen, D))  # 0 at the first node
+        W, sy, ss = interpolation(N, t, POINTS), float(s @ y), float(s @ s) + 1e-12
+        gap = 127.5 * float(((K[at] @ W).to(x) @ D - V).square().mean().sqrt())
+        end = given[len(t)] if given else following(t, gap, tolerance, N)
+        W[n:] = interpolation(N, t, 2 if sy >= 0 and all(better[-2:]) else 1)[n:]
+        V = (K[[end]] @ W).to(x) @ D
+        if sy < 0:
+            free = (K[n:end] @ W) @ (D @ s).double().cpu() - float(seen[-1] @ s)  # s'(V - V_k), if d were held
+            within = torch.eye(end - n, **CPU) - sy / ss * K[n:end, n:end]
+            z = torch.linalg.solve_triangular(within, free[:, None] / ss, upper=False)
+            V = V + float(K[end, n:end] @ z[:, 0]) * y
+        n = end
+
+
+def placed(N, M):
+    """Return M grid points of N (at most N), 0 and N - 1 among them, for a window of 1: a rising list."""
+    order = torch.arange(min(M, N), device="cpu")
+    even = (order / (len(order) - 2 + LAST)).clamp(max=1).double() ** (1 / DENSER)
+    apart = ((even * (N - 1)).round().long() - order).cummax(0)[0] + order
+    return apart.clamp(max=N - len(order) + order).tolist()
+
+
+def following(t, gap, tolerance, N):
+    """Return the grid point of the next node: the gap is of second order in the interval, hence the root."""
+    stretch = min(max((GAP * tolerance / max(gap, 1e-9)) ** 0.5, LEAST), MOST)
+    interval = max(1, round(int(t[-2:].diff()) * stretch if len(t) > 1 else FIRST * N))
+    left = N - 1 - int(t[-1])  # and the last interval is not a scrap
+    return int(t[-1]) + (interval if left >= 2 * interval else left if left <= interval else -(-left // 2))
 
 
 def usual_window(nodes, narrow=False):
     """Return the most nodes in a tick; `narrow` for the first solution on dense nodes: less work, more ticks."""
     return max(3 if narrow else 8, math.ceil(nodes**0.5 / 2))
-
-
-def allowed(tolerance):
-    """Return what dense nodes together may leave unseen once the image is `DECIDED`, in grey levels."""
-    return min(max(tolerance / SHOWN, DENSELY_MOVED), MOVED)
 
 
 def first(N, nodes):
@@ -142,48 +205,23 @@ def spread(N, nodes):
     return torch.linspace(0, N - 1, min(nodes, N), **CPU).round().long().unique()
 
 
-def memory(N, E):
-    """Return how many secants, vectors of E numbers, each of N nodes keeps."""
-    return min(SECANTS, MOST_NUMBERS // (2 * N * E))
-
-
 def between(t):
     """Return the middle of each interval between nodes that has one: int64."""
-    left = (t.diff() > 1).nonzero()[:, 0]
-    return (t[left] + t[left + 1]) // 2
-
-
-def interpolation(N, t, points=4):
-    """Return W, float64 (N, M), which interpolates values at the nodes t to all grid points, by Lagrange's polynomial
-    through the nearest four (Berrut and Trefethen, 2004, eq. 2.1)."""
-    points, n = min(points, len(t)), torch.arange(N, device="cpu")
-    low = (torch.searchsorted(t, n, right=True) - 1 - (points - 1) // 2).clamp(0, len(t) - points)
-    near = low[:, None] + torch.arange(points, device="cpu")
-    at = t[near].double()
-    numerators = (n[:, None] - at)[:, None].expand(-1, points, -1)
-    denominators = at[:, :, None] - at[:, None]
-    same = torch.eye(points, **CPU).bool()
-    factors = numerators.where(~same, 1.0) / denominators.where(~same, 1.0)
-    return torch.zeros(N, len(t), **CPU).scatter(1, near, factors.prod(2))
-
-
-def on(x, values):
-    """Return small tensors of the CPU, or a list, on the device of x, without waiting for it."""
-    return torch.as_tensor(values, device="cpu").to(x.device, non_blocking=True)
+    return ((t[:-1] + t[1:]) // 2)[t.diff() > 1]
 
 
 class System:
     """The unknown states, and what is known about d, at each of M nodes, as vectors of E numbers.
 
     t: the nodes, int64 (M,). X: the states. d: the prediction of d there. X_seen, D: the state at which d was last
-    evaluated, and its value. S, Y: the last changes of both between evaluations, (M, memory, E). g: the gain. seen:
-    whether d was evaluated at all; until then, it is that of the last node at which it was. With memory for two
-    changes, a node takes the memory of eight states.
+    evaluated, and its value. S, Y: the last changes of both between evaluations, (M, SECANTS, E). g: the gain. seen:
+    whether d was evaluated at all; until then, it is that of the last node at which it was. A node takes the memory of
+    eight states.
     """
 
-    def __init__(self, t, X, memory):
+    def __init__(self, t, X):
         self.t, self.X, self.X_seen, self.D, self.d = t, X, *X.new_zeros(3, *X.shape)
-        self.S, self.Y = X.new_zeros(2, len(t), memory, X.shape[1])
+        self.S, self.Y = X.new_zeros(2, len(t), SECANTS, X.shape[1])
         self.g, self.seen = torch.zeros(len(t), **CPU), torch.zeros(len(t), **CPU).bool()
 
     def see(self, chosen, d, signal):
@@ -233,9 +271,9 @@ class System:
         coupling = ((SY - g[:, None] * SS) * through[:, None, :, None]).reshape(m, memory, m * memory)
         known = torch.einsum("arb,ab->ar", SR.reshape(m, memory, m), inverse)
         both = torch.linalg.solve_ex(gram, torch.cat([coupling, known[..., None]], 2))[0].flatten(0, 1)
-        system = torch.eye(m * memory, **CPU) - both[:, :-1]
-        weights = torch.linalg.solve_ex(system, both[:, -1])[0].reshape(m, memory, 1)
-        weights, g, inverse, through = (on(R, values).to(R) for values in (weights, g[:, None], inverse, through))
+        weights = torch.linalg.solve_ex(torch.eye(m * memory, **CPU) - both[:, :-1], both[:, -1])[0]
+        small = weights.reshape(m, memory, 1), g[:, None], inverse, through
+        weights, g, inverse, through = (on(R, values).to(R) for values in small)
         beyond = (Y * weights).sum(1) - g * (S * weights).sum(1)
         Z = inverse @ R + through @ beyond
         self.X[block], self.d[block] = self.X_seen[block] + Z, D + g * Z + beyond
@@ -248,11 +286,9 @@ class System:
     def roughness(self, signal):
         """Return by how much the cubic through a node's four neighbours misses d there, over the nodes seen so far.
 
-        In RMS grey levels, as they show in the states; 0 if fewer than five nodes were seen.
+        In RMS grey levels, as they show in the states; NaN if two to four nodes were seen.
         """
         seen = int(self.seen.sum())
-        if seen < 5:
-            return 0.0
         missed = self.D[:seen].diff(n=4, dim=0).square().mean(1).cpu() / 36
         return 127.5 * float((missed * signal[self.t[2 : seen - 2]] ** 2).mean().sqrt())
 
@@ -263,10 +299,9 @@ class System:
         """
         t, order = torch.cat([self.t, new]).sort()
         before = torch.searchsorted(self.t, new) - 1
-        other = System(t, torch.cat([self.X, X])[order], 0)
-        for name, values in {
-            "X_seen": X, "D": d, "d": d, "S": self.S[before], "Y": self.Y[before],
-            "g": (self.g[before] + self.g[before + 1]) / 2, "seen": torch.zeros(len(new), **CPU).bool(),
-        }.items():  # fmt: skip
+        other = System(t, torch.cat([self.X, X])[order])
+        g, seen = (self.g[before] + self.g[before + 1]) / 2, torch.zeros(len(new), **CPU).bool()
+        parts = {"X_seen": X, "D": d, "d": d, "S": self.S[before], "Y": self.Y[before], "g": g, "seen": seen}
+        for name, values in parts.items():
             setattr(other, name, torch.cat([getattr(self, name), values])[order])
         return other, (order >= len(self.t)).nonzero()[:, 0].tolist()

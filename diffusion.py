@@ -67,6 +67,25 @@ def boundaries(N, B):
     return [i * N // B for i in range(B + 1)]
 
 
+def interpolation(N, t, points=4):
+    """Return W, float64 (N, M), which interpolates values at the nodes t to all grid points, by Lagrange's polynomial
+    through the nearest four (Berrut and Trefethen, 2004, eq. 2.1)."""
+    points, n = min(points, len(t)), torch.arange(N, device="cpu")
+    low = (torch.searchsorted(t, n, right=True) - 1 - (points - 1) // 2).clamp(0, len(t) - points)
+    near = low[:, None] + torch.arange(points, device="cpu")
+    at = t[near].double()
+    numerators = (n[:, None] - at)[:, None].expand(-1, points, -1)
+    denominators = at[:, :, None] - at[:, None]
+    same = torch.eye(points, device="cpu").bool()
+    factors = numerators.where(~same, 1.0) / denominators.where(~same, 1.0)
+    return torch.zeros(N, len(t), dtype=torch.float64, device="cpu").scatter(1, near, factors.prod(2))
+
+
+def on(x, values):
+    """Return small tensors of the CPU, or a list, on the device of x, without waiting for it."""
+    return torch.as_tensor(values, device="cpu").to(x.device, non_blocking=True)
+
+
 class Chain(NamedTuple):
     """All steps of a solver in one equation, x_n = P_n x_0 + sum_{j < n} K_nj d_j + Z_n, with d_j = `Solver.clean`."""
 

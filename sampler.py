@@ -44,7 +44,7 @@ class Prompt:
 
 # A process that shares its lanes with no other: what a sampler uses of `study.processes.Processes`.
 unchanged = lambda value: value
-ALONE = SimpleNamespace(sharing=1, broadcast=unchanged, split=unchanged, in_step=unchanged)
+ALONE = SimpleNamespace(sharing=1, broadcast=unchanged, split=unchanged, served=unchanged)
 
 
 def expect(finite, what, dtype):
@@ -64,8 +64,7 @@ class Sampler:
         values in place of None.
     arguments: those of the pipeline's call, by name, such as guidance_scale or image, unless others are given with a
         prompt; None for none.
-    processes: those that share the lanes of each tick, all of which must make the same calls; None for this process
-        alone.
+    processes: those that share the lanes of each tick, of which the others `serve`; None for this process alone.
 
     Public attributes: model and device; and, known from the first look at the pipeline's loop, shape (of a state),
     boundaries and solver.
@@ -248,9 +247,8 @@ class Sampler:
             iterates = srds(x, denoise, solver.step, n, *how, begun)
         else:
             how = settings.nodes, settings.window, settings.max_iterations, not hasattr(self.pipeline, "vae"), held
-            broadcast, tolerance = self.processes.broadcast, settings.tolerance
-            iterates = collocation(x, denoise, solver, n, *how, broadcast, tolerance)
-        return self.processes.in_step(iterates)
+            iterates = collocation(x, denoise, solver, n, *how, settings.tolerance)
+        return self.processes.served(iterates)
 
     def encode(self, prompt, **arguments) -> Prompt:
         """Return a `Prompt` for a text; what is encoded of it then serves all samplers of this pipeline.

@@ -216,7 +216,7 @@ class Settings(Checked):
                            "255; 0: go on until exact", "T", short="-tol")
     stop_rule: str = row(STOP_RULE, choice(*STOP_RULES), "what must be below the tolerance: the image's last change; "
                          "also the last change of the state at each boundary")
-    max_iterations: int | None = row(MAX_ITERATIONS, whole(optional=True), "most refinements", "K",
+    max_iterations: int | None = row(MAX_ITERATIONS, whole(0, optional=True), "most refinements", "K",
                                      usual="as many as make the sample exact")
     schedule: str | None = row(SCHEDULE, choice(*SCHEDULES, optional=True), "for srds: work on the blocks of all "
                                "refinements at once, or of one at a time", usual="pipelined")
@@ -224,9 +224,11 @@ class Settings(Checked):
                                  "or one that is damped where the coarse step overshoots", usual="damped")
     seed: int = row(SEED, whole(0, 2**64 - 1), "seed of all noise", "SEED", short="-s")
     nodes: int | None = row(NODES, whole(2, optional=True), "points in time in the first solution", "M", "collocation",
-                            usual="13; 100 for pixels, or if the model proves rough in time")
+                            usual="13; 100 for pixels, or if the model proves rough in time; "
+                            "as the tolerance needs with --window 1")
     window: int | None = row(WINDOW, whole(optional=True), "most nodes in a tick, not counting those that a "
-                             "refinement adds", "W", "collocation", usual="8; with 100 nodes or more, half their root")
+                             "refinement adds; 1: one evaluation at a time, for devices without room for batches", "W",
+                             "collocation", usual="8; with 100 nodes or more, half their root")
     max_batch: int | None = row(MAX_BATCH, whole(optional=True), "most network samples in one call, two for a guided "
                                 "state; lower it if memory is short", "M", "model", usual="no limit")
     fixed_batch: bool = row(False, flag, "pad every network call to one shape, for results that are reproducible to "

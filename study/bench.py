@@ -128,16 +128,13 @@ class Bench:
         known = {task.folder: task for task in tasks}
         while folder := self.processes.broadcast():
             task = known[folder]
-            for _ in self.sampler(task.settings, task.arguments).iterates(task.text, task.seed, start=task.start):
-                pass
+            self.processes.serve(self.sampler(task.settings, task.arguments).loop(task.text, task.seed))
 
     def explain(self, error):
         """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""
         failure = failure_of(error)
-        # Processes that share lanes are still in step if a sample is not finite, but not after another error.
-        in_step = self.processes.sharing == 1 or isinstance(error, FloatingPointError)
         of_sample = type(failure) is Failure or (isinstance(failure, Refused) and len(self.command.variants) > 1)
-        if not of_sample or not in_step:
+        if not of_sample:
             raise failure or error
         return in_one_line(failure, 1000)
 

@@ -89,29 +89,38 @@ class Processes:
         return self.store.get(name).decode() if self.store.check([name]) else None
 
     def split(self, denoise):
-        """Return `denoise` with the lanes of a call shared out evenly; all processes get all outputs."""
+        """Return `denoise` with the lanes of a call shared out evenly among all processes; the others must `serve`."""
 
         def together(x, n):
-            most = -(-len(x) // self.size)
-            mine = slice(self.rank * most, (self.rank + 1) * most)
-            own, outputs = x.new_zeros(most, *x.shape[1:]), x.new_empty(self.size * most, *x.shape[1:])
-            if len(n[mine]):
-                own[: len(n[mine])] = denoise(x[mine], n[mine])
-            torch.distributed.all_gather_single(outputs, own)
-            return outputs[: len(x)]
+            self.broadcast(n.tolist())
+            return self._together(denoise, x, n)
 
         return together
 
-    def in_step(self, iterates):
-        """Yield the iterates, as many in every process as in the first before it leaves its loop."""
-        for iterate in iterates:
-            try:
-                yield iterate
-            except GeneratorExit:  # the loop was left
-                self.broadcast(False)
-                raise
-            if not self.broadcast(True):
-                break
+    def _together(self, denoise, x, n):
+        """Return the first process's `denoise(x, n)`, each process doing a part; the others' x is overwritten."""
+        torch.distributed.broadcast(x, 0)
+        most = -(-len(x) // self.size)
+        mine = slice(self.rank * most, (self.rank + 1) * most)
+        own, outputs = x.new_zeros(most, *x.shape[1:]), x.new_empty(self.size * most, *x.shape[1:])
+        if len(n[mine]):
+            own[: len(n[mine])] = denoise(x[mine], n[mine])
+        torch.distributed.all_gather_single(outputs, own)
+        return outputs[: len(x)]
+
+    def served(self, iterates):
+        """Yield iterates whose calls others `serve`, and tell these when there are no more."""
+        try:
+            yield from iterates
+        finally:
+            self.broadcast([])
+
+    def serve(self, loop):
+        """Do this process's part of the first one's calls, for a `models.loop.Loop`, until it has no more."""
+        with contextlib.closing(loop):
+            while n := self.broadcast():
+                x = loop.x.new_empty(len(n), *loop.x.shape[1:])
+                self._together(loop.denoise, x, torch.tensor(n, device="cpu"))
 
     def close(self):
         """Leave the group, once all processes have called this."""

@@ -7,9 +7,9 @@ import torch
 from test_solvers import KINDS
 
 import collocation as method
-from collocation import collocation, interpolation, spread, usual_window
+from collocation import collocation, spread, usual_window
 from conftest import Gaussian, Mixture, Stiff
-from diffusion import boundaries
+from diffusion import boundaries, interpolation
 
 EXACT = 0.02  # grey levels of the images' 255, on the exact problems below
 
@@ -87,20 +87,6 @@ def test_from_a_good_start_few_ticks_are_left_and_from_a_bad_one_the_limit_is_th
     assert good[0].ticks < without[0].ticks and good[-1].ticks < without[-1].ticks
     for iterates in (good, bad):
         assert iterates[-1].settled and grey(iterates[-1].states, truth[-1:]) < EXACT
-
-
-def test_processes_act_on_the_nodes_and_answers_of_the_first_one(noise):
-    """Whether d is rough and a refinement doubtful: of this process it would be both."""
-    denies = lambda value: False if isinstance(value, bool) else value
-    one_by_one = lambda value: value[:1] if isinstance(value, list) else value
-    problem, boundaries = Stiff(100), [0, 100]
-    runs = [
-        [each.lane_steps for each in collocation(noise, problem.denoise, problem.solver, boundaries, broadcast=same)]
-        for same in (lambda value: value, denies)
-    ]
-    assert [len(run) for run in runs] == [1, 5], runs
-    iterate = next(collocation(noise, Stiff(30).denoise, Stiff(30).solver, [0, 30], nodes=5, broadcast=one_by_one))
-    assert iterate.lane_steps == iterate.ticks
 
 
 def test_a_tolerance_saves_evaluations_where_nodes_become_dense_and_the_image_is_decided_and_nowhere_else(noise):
@@ -191,3 +177,70 @@ def test_smaller_blocks_and_fewer_secants_reach_the_same_limit(name, value, nois
     problem = Mixture(50)
     *_, last = collocation(noise, problem.denoise, problem.solver, [0, 50])
     assert last.all_nodes and grey(last.states, problem.sequential(noise)) < EXACT
+
+
+# One evaluation at a time
+
+
+def serial(problem, noise, **how):
+    """All iterates with a window of 1, and the grid points of the calls, of which each must have one state."""
+    seen = []
+
+    def denoise(x, n):
+        assert len(x) == 1
+        seen.append(int(n))
+        return problem.denoise(x, n)
+
+    N = len(problem.points) - 1
+    return list(collocation(noise, denoise, problem.solver, [0, N], window=1, **how)), seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nodes", [2, 3, 10, 25, 50, 60])
+def test_with_a_window_of_one_each_node_of_the_first_solution_is_evaluated_once_in_order(kind, nodes, noise):
+    problem, M = Mixture(50, seed=5, **KINDS[kind]), min(nodes, 50)
+    (first,), seen = serial(problem, noise, nodes=nodes, refinements=0)
+    assert (first.ticks, first.lane_steps, len(seen)) == (M, M, M) and first.settled
+    assert seen == sorted({*seen}) and seen[0] == 0 and seen[-1] == 49 and first.all_nodes == (M == 50)
+    if M == 50:
+        assert grey(first.states, problem.sequential(noise)) < 1e-3, "with a node at each grid point, it is sequential"
+
+
+@pytest.mark.parametrize("problem, N", [(Gaussian, 50), (Mixture, 50), (Gaussian, 100), (Mixture, 200)])
+def test_one_evaluation_a_node_comes_closer_than_as_many_steps_and_closer_with_more(problem, N, noise):
+    problem, fewer = problem(N), {M: problem(M) for M in (13, 25)}
+    truth = problem.sequential(noise)
+    for M, steps in fewer.items():
+        (first,), _ = serial(problem, noise, nodes=M, refinements=0)
+        assert grey(first.states, truth) < 0.5 * grey(steps.sequential(noise), truth), M
+
+
+@pytest.mark.parametrize("nodes", [10, 13, 16, 20])
+def test_where_guidance_turns_d_back_with_the_state_the_secant_follows_it(nodes, noise):
+    """d falls with the state, five for one. Held values end 0.9 to 6 grey levels off."""
+    problem = Gaussian(50, "sample")
+    P = problem.solver.unrolled(noise.shape[1:]).P.float()
+    problem.denoise = lambda x, n: 1 - 5 * (x - P[n].reshape(-1, 1, 1, 1) * noise)
+    (first,), _ = serial(problem, noise, nodes=nodes, refinements=0)
+    assert grey(first.states, problem.sequential(noise)) < 0.05
+
+
+@pytest.mark.parametrize("problem", [Gaussian, Mixture])
+@pytest.mark.parametrize("nodes", [None, 10])
+def test_further_refinements_lead_to_the_sequential_sample_one_evaluation_at_a_time(problem, nodes, noise):
+    problem = problem(40)
+    iterates, seen = serial(problem, noise, nodes=nodes)
+    assert len(seen) == iterates[-1].ticks == iterates[-1].lane_steps <= 40
+    truth = problem.sequential(noise)
+    assert all(grey(each.states, truth) < 1 for each in iterates)
+    assert not iterates[-1].all_nodes or grey(iterates[-1].states, truth) < EXACT
+
+
+def test_the_tolerance_decides_how_many_nodes_are_evaluated_if_no_number_is_given(noise):
+    problem, counts = Mixture(100), []
+    truth = problem.sequential(noise)
+    for tolerance in (0, 0.01, 0.1, 1.0):
+        (first, *_), _ = serial(problem, noise, tolerance=tolerance, refinements=0)
+        counts.append(first.ticks)
+        assert grey(first.states, truth) < max(3 * tolerance, 1e-3), (tolerance, first.ticks)
+    assert counts == sorted(counts, reverse=True) and counts[0] > 90 and counts[-1] < 20, counts

@@ -43,7 +43,9 @@ def test_no_import_leads_back_to_where_it_came_from():
 
 def test_the_methods_import_nothing_but_torch_math_and_the_iterate():
     assert {name.partition(".")[0] for name in imported("srds")} == {"dataclasses", "typing", "torch"}
-    assert imported("collocation") == {"math", "torch", "srds", "srds.Iterate"}
+    assert imported("collocation") == {
+        "math", "torch", "srds", "srds.Iterate", "diffusion", "diffusion.interpolation", "diffusion.on"
+    }  # fmt: skip
 
 
 def test_nothing_imports_main_but_tests_of_the_command():

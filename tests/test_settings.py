@@ -41,7 +41,7 @@ VALUES = strategies.recursive(
         ("schedule", ["pipeline"], "give one of pipelined, sweep; did you mean pipelined?"),
         ("correction", ["none"], "give one of damped, paper"),
         ("stop_rule", ["never", None], "give one of final, trajectory"),
-        ("max_iterations", [0, "x"], "give a whole number from 1 up"),
+        ("max_iterations", [-1, "x"], "give a whole number from 0 up"),
         ("guidance_scale", [-2, INF, NAN, "x", 1e308], "give a number from 0 to 1000"),
         ("negative_prompt", [3, None, "caf\udce9", "\0"], "give some text, in UTF-8, without NUL"),
         ("height", [0, -8, 64.5, 10**30], "give a whole number from 1 up to 65536"),
