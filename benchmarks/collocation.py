@@ -14,12 +14,10 @@ ParaDiGMS is a few lines of our own, after diffusers' pipeline, so that it runs 
 """
 
 import argparse
-import math
 import time
 from itertools import islice
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 import common
@@ -28,27 +26,6 @@ from refinement import difference
 TOLERANCES = (0.1, 0.02, 0.01)
 EVERY = (None, 8, 16, 32)  # windows where every grid point is a node; None is the method's own
 FIRST = ((7, 8), (13, 4), (25, 6), (25, 16), (50, 32), (100, 32), (100, 100))  # nodes and windows of a first solution
-
-
-def paradigms(sampler, prompt, seed, window, tolerance):
-    """The last state, network calls and evaluations of Picard iterations over a sliding window of steps."""
-    denoise, (signal, noise), step = sampler.loop(prompt).denoise, sampler.solver.grid[1:3], sampler.solver.step
-    N, x, begin, end, serial, total = sampler.settings.fine_steps, sampler.loop("", seed).x, 0, 0, 0, 0
-    # What a state may change by, squared: so many of the variances of ancestral sampling, of the step that follows.
-    variance = (noise[1:] / noise[:-1]) ** 2 * (1 - (signal[:-1] / signal[1:]) ** 2)
-    allowed = tolerance**2 * torch.cat([variance[1:], torch.full((1,), math.inf, dtype=torch.float64)])
-    states = x.expand(N + 1, *x.shape[1:]).clone()
-    while begin < N:
-        states[end + 1 :] = states[end]  # those that the window has not reached start as the last that it has
-        end = min(begin + window, N)
-        n = torch.arange(begin, end)
-        moves = step(states[n], denoise(states[n], n), n, n + 1, states[n])[0] - states[n]
-        new = states[begin] + moves.cumsum(0)
-        moved = (new - states[n + 1]).square().flatten(1).mean(1).double() > allowed[n]
-        states[n + 1] = new
-        serial, total = serial + 1, total + len(n)
-        begin += min(1 + int(moved.nonzero()[0]), len(n)) if moved.any() else len(n)
-    return states[-1:], serial, total
 
 
 def runs(sampler, prompt, seed, brief, own):
@@ -94,7 +71,7 @@ def runs(sampler, prompt, seed, brief, own):
     for window in (root,) if brief else sorted({root, min(32, N), min(N, 200)}):
         for tolerance in TOLERANCES:
             started = time.perf_counter()
-            state, *counts = paradigms(sampler, prompt, seed, window, tolerance)
+            state, *counts = common.paradigms(sampler, prompt, seed, window, tolerance)
             image = sampler.image(state)
             rows.append(row(f"ParaDiGMS {window}, {tolerance:g}", *counts, image, time.perf_counter() - started))
     for steps in (10, 20):

@@ -1,5 +1,6 @@
 """What the benchmarks share: a sampler with the command's defaults, prompts and seeds, a clock, widths of ticks."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -58,6 +59,32 @@ def pairs(count):
     """Pairs of prompt and seed: those of prompts.txt first."""
     texts = [*TEXTS, *prompts(np.random.default_rng(7), count)[0]][:count]
     return list(zip(texts, range(SEED, SEED + count)))
+
+
+def paradigms(sampler, prompt, seed, window, tolerance):
+    """The last state, network calls and evaluations of Picard iterations over a sliding window of steps."""
+    denoise, (signal, noise), step = sampler.loop(prompt).denoise, sampler.solver.grid[1:3], sampler.solver.step
+    N, x, begin, end, serial, total = sampler.settings.fine_steps, sampler.loop("", seed).x, 0, 0, 0, 0
+    # What a state may change by, squared: so many of the variances of ancestral sampling, of the step that follows.
+    variance = (noise[1:] / noise[:-1]) ** 2 * (1 - (signal[:-1] / signal[1:]) ** 2)
+    allowed = tolerance**2 * torch.cat([variance[1:], torch.full((1,), math.inf, dtype=torch.float64)])
+    states = x.expand(N + 1, *x.shape[1:]).clone()
+    while begin < N:
+        states[end + 1 :] = states[end]  # those that the window has not reached start as the last that it has
+        end = min(begin + window, N)
+        n = torch.arange(begin, end)
+        moves = step(states[n], denoise(states[n], n), n, n + 1, states[n])[0] - states[n]
+        new = states[begin] + moves.cumsum(0)
+        moved = (new - states[n + 1]).square().flatten(1).mean(1).double() > allowed[n]
+        states[n + 1] = new
+        serial, total = serial + 1, total + len(n)
+        begin += min(1 + int(moved.nonzero()[0]), len(n)) if moved.any() else len(n)
+    return states[-1:], serial, total
+
+
+def held_out(count):
+    """Pairs of prompt and seed on which nothing was set."""
+    return list(zip(prompts(np.random.default_rng(26), count)[0], range(7000, 7000 + count)))
 
 
 def clock(call, device, *inputs):
