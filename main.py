@@ -79,7 +79,7 @@ def parse(argv):
     texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
     notes = asked.syntax_notes(texts)
     combined = [own(table.Settings) | own(table.Call) | call | values for values in asked.combinations(axes)]
-    variants = [asked.make_variant(values, notes) for values in combined]
+    variants = [*dict.fromkeys(asked.make_variant(values, notes) for values in combined)]
     return Command(given, loading, experiment, texts, seeds, axes, variants, [*notes], argv)
 
 

@@ -134,7 +134,11 @@ def names_of(rows, most):
     for row in rows:
         text = in_one_line(row["prompt"], most + 1) or "(no prompt)"
         text = text if len(text) <= most else text[: most - 3] + "..."
-        names.append(", ".join([text, *(f"{name.replace('_', ' ')} {row.get(name)}" for name in differing)]))
+        names.append(
+            ", ".join(
+                [text, *(f"{name.replace('_', ' ')} {row[name]}" for name in differing if row.get(name) is not None)]
+            )
+        )
     return names
 
 

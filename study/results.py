@@ -65,7 +65,8 @@ def varied(rows):
 
 def settings_of(rows, names):
     """Return each row's settings of these names, as text for people: a Series."""
-    text = lambda row: ", ".join(f"{name.replace('_', ' ')} {in_one_line(row[name])}" for name in names)
+    known = lambda row: [name for name in names if row[name] is not None and row[name] == row[name]]
+    text = lambda row: ", ".join(f"{name.replace('_', ' ')} {in_one_line(row[name])}" for name in known(row))
     return pd.Series([text(row) for row in rows.to_dict("records")], rows.index, dtype=object)
 
 
@@ -95,9 +96,9 @@ def _texts(table):
 
 
 def _printed(title, table):
-    """Return a table of texts as it is printed: its index, flush left, is cut if lines would be too long."""
-    most = max(8, WIDTH - len(table.set_axis([""] * len(table)).to_string().partition("\n")[0]))
-    cut = [text if len(text) <= most else text[: most - 3] + "..." for text in table.index]
+    """Return a table of texts as it is printed: its index, flush left, is cut in the middle if lines are too long."""
+    most = max(20, WIDTH - len(table.set_axis([""] * len(table)).to_string().partition("\n")[0]))
+    cut = [text if len(text) <= most else f"{text[: most - 13]}...{text[-10:]}" for text in table.index]
     return table.set_axis(cut).rename_axis(columns=title).to_string()
 
 
