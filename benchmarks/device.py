@@ -51,6 +51,7 @@ NETWORKS = {
 STEPS = (28, 50, 100)
 METHODS = {
     "SRDS, k = 1": {"max_iterations": 1}, "SRDS, k = 2": {"max_iterations": 2}, "SRDS, default": {},
+    "collocation, window 1, 20 nodes": {"method": "collocation", "window": 1, "nodes": 20, "max_iterations": 0},
     "collocation, default": {"method": "collocation"},
     "collocation, 100 nodes, window 32": {"method": "collocation", "nodes": 100, "window": 32},
 }  # fmt: skip
@@ -79,7 +80,7 @@ def images(device, dtypes, N=50, pairs=4):
 
 
 def build(name, device):
-    """A network with random weights, on the device, and what it is told of one sample: its arguments by name."""
+    """A network with random weights, on the device, and what it is inputs of one sample: its arguments by name."""
     kind, config, small, _, _ = NETWORKS[name]
     usual = torch.get_default_dtype()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16 if kind is FluxTransformer2DModel else torch.float16
@@ -97,18 +98,18 @@ def build(name, device):
         return network, {"hidden_states": numbers(tokens[0], config.in_channels), "timestep": numbers().abs(),
                          "guidance": numbers().abs(), **texts, **ids}  # fmt: skip
     network.to(memory_format=torch.channels_last)
-    told = {"sample": numbers(4, config.sample_size, config.sample_size), "timestep": numbers().abs(),
+    inputs = {"sample": numbers(4, config.sample_size, config.sample_size), "timestep": numbers().abs(),
             "encoder_hidden_states": numbers(77, config.cross_attention_dim)}  # fmt: skip
     if config.addition_embed_type:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        told["added_cond_kwargs"] = {"text_embeds": numbers(width), "time_ids": numbers(6)}
-    return network, told
+        inputs["added_cond_kwargs"] = {"text_embeds": numbers(width), "time_ids": numbers(6)}
+    return network, inputs
 
 
 def calls(device, compiled, most):
     """Yield a row of seconds for each network and number of samples in a call: the median of seven, least and most."""
     for name, (*_, batches) in NETWORKS.items():
-        network, told = build(name, device)
+        network, inputs = build(name, device)
         if compiled:
             network.compile_repeated_blocks(dynamic=False)
         for b in [b for b in batches if b <= most]:
@@ -118,13 +119,13 @@ def calls(device, compiled, most):
                     return {key: copies(each) for key, each in value.items()}
                 return value.repeat(b, *[1] * (value.ndim - 1))
 
-            several = {key: value if key.endswith("_ids") else copies(value) for key, value in told.items()}
+            several = {key: value if key.endswith("_ids") else copies(value) for key, value in inputs.items()}
             with torch.no_grad():
                 call = lambda several=several, network=network: network(**several, return_dict=False)
                 seconds = [common.clock(call, device) for _ in range(10)][3:]
             yield {"network": name, "mode": "compiled" if compiled else "eager", "samples": b,
                    "seconds": np.median(seconds), "least": min(seconds), "most": max(seconds)}  # fmt: skip
-        del network, told, several
+        del network, inputs, several
         torch.cuda.empty_cache()
 
 
