@@ -139,6 +139,10 @@ def main(argv=None):
         others = os.environ.get("RANK", "0") != "0"
         what = "interrupted; what was finished is kept, and the same command goes on from there"
         return end("" if others else what, 130)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "onnection" not in str(error):
+            raise
+        return end("", 1)  # the process that has ended says why
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise

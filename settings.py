@@ -212,8 +212,8 @@ class Settings(Checked):
     solver: str | None = row(SOLVER, choice(*SOLVERS, optional=True), "solver of each step",
                              usual="ddim; euler for flow matching")
     eta: float = row(ETA, real(1), "noise in the steps of ddim: 0 for none, 1 for as much as ddpm", "E")
-    tolerance: float = row(TOLERANCE, real(), "stop when a refinement changes the image by less, in grey levels of "
-                           "255; 0: go on until exact", "T", short="-tol")
+    tolerance: float = row(TOLERANCE, real(10**6), "stop when a refinement changes the image by less, in grey levels "
+                           "of 255; 0: go on until exact", "T", short="-tol")
     stop_rule: str = row(STOP_RULE, choice(*STOP_RULES), "what must be below the tolerance: the image's last change; "
                          "also the last change of the state at each boundary")
     max_iterations: int | None = row(MAX_ITERATIONS, whole(0, optional=True), "most refinements", "K",

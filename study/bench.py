@@ -1,6 +1,7 @@
 """The means to make samples: the model, loaded when it is first needed, and a sampler for each of the settings."""
 
 import functools
+import os
 from dataclasses import replace
 
 from asked import Arguments
@@ -53,6 +54,8 @@ class Bench:
         folder = self.command.experiment.start_from
         if folder is None:
             return {}
+        if os.path.realpath(folder) == os.path.realpath(self.command.experiment.output_dir):
+            raise SettingError("start_from", folder, "is the output directory; give the directory of another run")
         try:
             samples = (read_run(folder) or {"samples": []})["samples"]
             read = lambda said: read_file(folder, f"samples/{said['folder']}/trajectory.safetensors", 2**32)

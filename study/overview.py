@@ -1,5 +1,6 @@
 """The overview of a command's samples: printed lines, `run.json`, and the pictures, table and page."""
 
+import functools
 import io
 import itertools
 import shlex
@@ -69,13 +70,14 @@ class Overview:
             print(f"{in_one_line(bench.model.name)} reads no prompts: seeds rise from {made['seed']}, one a line")
         if there:
             print(f"{there} of {count} samples are there already")
-        for reason, some in Counter(filter(None, map(self._other, made_anew))).items():
+        read = functools.cache(lambda name: read_sample(self.folder.samples, name))
+        for reason, some in Counter(filter(None, (self._other(task, read) for task in made_anew))).items():
             print(f"{some} of {count} samples must be made again: those in the directory have {reason}")
 
-    def _other(self, task):
+    def _other(self, task, read):
         """Return how the nearest sample of a task's prompt and seed in the folder differs from it; "" for none."""
         places = self.folder.samples.glob(f"{stem(task.text, task.seed)}-????????")
-        records = [read_sample(self.folder.samples, place.name) for place in itertools.islice(places, 100)]
+        records = [read(place.name) for place in itertools.islice(places, 100)]
         found = [record["made_by"] for record in records if record and record["made_by"] != task.made_by]
         found = [made for made in found if made["prompt"] == task.text]
         differing = lambda made: sum(made.get(name) != value for name, value in task.made_by.items())
@@ -102,6 +104,7 @@ class Overview:
         """Return a command line that makes the same samples whatever the defaults are: all values are flags."""
         given = dict(self.command.given)
         swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
+        swept |= {word.partition("=")[0].strip().replace("-", "_") for word in given.get("call", ())}
         for name in ("coarse_steps", "guidance_scale"):  # as used: the default may be reduced, or the model's own
             used = {getattr(task.settings, name, task.arguments.get(name)) for task in self.tasks}
             given[name] = used.pop() if len(used) == 1 else given.get(name)

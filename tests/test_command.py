@@ -227,6 +227,7 @@ def test_starts_that_do_not_fit_are_one_line_and_status_2(run, tiny, tmp_path, c
         assert err.count("\n") == 1 and err.startswith("main.py: error: argument --start-from: ") and words in err, err
 
     refused("has no sample of 'c' with seed 42; give a run that has it", "--prompt", "c")
+    refused("is the output directory; give the directory of another run", "-o", str(earlier))
     refused("(4, 8, 8) is not the states' shape (4, 16, 8)", "--height", "128", "--width", "64")
     kept = sample_folders(earlier)[0] / "trajectory.safetensors"
     kept.write_bytes(b"not a trajectory".ljust(kept.stat().st_size))

@@ -406,7 +406,6 @@ def edited(path, edit):
         lambda path: path.write_bytes(b"\xff"),
         lambda path: (path.with_name("srds_final.png").unlink(), path.with_name("srds_final.png").mkdir()),
         lambda path: edited(path, lambda record, result, refinement: refinement.update(seconds=float("nan"))),
-        lambda path: edited(path, lambda record, result, refinement: refinement.update(more=0)),
         lambda path: edited(path, lambda record, result, refinement: refinement.update(difference=None)),
         lambda path: edited(path, lambda record, result, refinement: refinement.update(k=7)),
         lambda path: edited(path, lambda record, result, refinement: result.update(errors=[])),
@@ -416,7 +415,7 @@ def edited(path, edit):
         lambda path: edited(path, lambda record, result, refinement: record["files"].update({"a\0": 1})),
         lambda path: edited(path, lambda record, result, refinement: record["files"].update({"../../run.json": 2})),
     ],
-    ids=range(17),
+    ids=range(16),
 )
 def test_what_is_no_whole_record_in_a_regular_file_is_no_sample_and_makes_nobody_wait(forge, tmp_path):
     folder, task = Folder(tmp_path), make_task()
