@@ -302,6 +302,5 @@ class System:
         other = System(t, torch.cat([self.X, X])[order])
         g, seen = (self.g[before] + self.g[before + 1]) / 2, torch.zeros(len(new), **CPU).bool()
         parts = {"X_seen": X, "D": d, "d": d, "S": self.S[before], "Y": self.Y[before], "g": g, "seen": seen}
-        for name, values in parts.items():
-            setattr(other, name, torch.cat([getattr(self, name), values])[order])
+        vars(other).update({name: torch.cat([vars(self)[name], values])[order] for name, values in parts.items()})
         return other, (order >= len(self.t)).nonzero()[:, 0].tolist()
