@@ -137,7 +137,9 @@ class Bench:
         """Return why a sample failed, in one line. Raises an error that is a bug or that ends the run."""
         failure = failure_of(error)
         of_sample = type(failure) is Failure or (isinstance(failure, Refused) and len(self.command.variants) > 1)
-        if not of_sample:
+        # Processes that share lanes are still in step if a sample is not finite, but not after another error.
+        in_step = self.processes.sharing == 1 or isinstance(error, FloatingPointError)
+        if not of_sample or not in_step:
             raise failure or error
         return in_one_line(failure, 1000)
 

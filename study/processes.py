@@ -109,11 +109,13 @@ class Processes:
         return outputs[: len(x)]
 
     def served(self, iterates):
-        """Yield iterates whose calls others `serve`, and tell these when there are no more."""
-        try:
+        """Yield iterates whose calls others `serve`, and tell these when there are no more.
+
+        After an error in a call it tells nothing, as the others are waiting in that call.
+        """
+        with contextlib.suppress(GeneratorExit):  # the loop was left
             yield from iterates
-        finally:
-            self.broadcast([])
+        self.broadcast([])
 
     def serve(self, loop):
         """Do this process's part of the first one's calls, for a `models.loop.Loop`, until it has no more."""

@@ -155,3 +155,23 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     for device, local_rank in (("cuda:1", 0), ("mps", 0), ("cuda", 2)):
         with pytest.raises(SettingError, match="is not a device for each process"):
             launched(1, 3, local_rank).join(torch.device(device), "lanes")
+
+
+def test_those_that_serve_are_told_of_an_end_but_not_of_an_error_in_a_call_that_they_wait_in(monkeypatch):
+    told = []
+    monkeypatch.setattr(Processes, "broadcast", lambda self, value=None: told.append(value))
+
+    def iterates(error=None):
+        yield 0
+        if error:
+            raise error
+        yield 1
+
+    ended, left, failed = (launched(0, 2).served(iterates(error)) for error in (None, None, RuntimeError("memory")))
+    assert [*ended] == [0, 1] and told == [[]]
+    next(left)
+    left.close()
+    assert told == [[], []]
+    with pytest.raises(RuntimeError, match="memory"):
+        list(failed)
+    assert told == [[], []]
