@@ -22,8 +22,9 @@ from study.console import prepare_terminal, quiet_libraries
 class Command:
     """A command line, parsed and checked.
 
-    given: the values that it gives, by setting. texts: the prompts. seeds: those of --seeds, or None. axes, variants:
-    the sweep, see `asked`. notes: lines to print before sampling. argv: its words.
+    given: the values that it gives, by setting. texts: the prompts. seeds: those of --seeds, or None. call: the
+    arguments of --call, by name. axes, variants: the sweep, see `asked`. notes: lines to print before sampling. argv:
+    its words.
     """
 
     given: dict
@@ -31,6 +32,7 @@ class Command:
     experiment: table.Experiment
     texts: list
     seeds: list | None
+    call: dict
     axes: list
     variants: list
     notes: list
@@ -80,7 +82,7 @@ def parse(argv):
     notes = asked.syntax_notes(texts)
     combined = [own(table.Settings) | own(table.Call) | call | values for values in asked.combinations(axes)]
     variants = [*dict.fromkeys(asked.make_variant(values, notes) for values in combined)]
-    return Command(given, loading, experiment, texts, seeds, axes, variants, [*notes], argv)
+    return Command(given, loading, experiment, texts, seeds, call, axes, variants, [*notes], argv)
 
 
 def run(command, processes):

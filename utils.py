@@ -129,16 +129,13 @@ def names_of(rows, most):
     rows: dictionaries with the prompt, seed, settings and arguments of each.
     """
     names, rows = [], [row.get("arguments", {}) | row for row in rows]
-    known = dict.fromkeys(name for row in rows for name in row if name in {*SETTINGS, *row.get("arguments", ())})
+    known = dict.fromkeys(name for row in rows for name in row if name in SETTINGS or name in row.get("arguments", ()))
     differing = [name for name in known if len({str(row.get(name)) for row in rows}) > 1]
     for row in rows:
         text = in_one_line(row["prompt"], most + 1) or "(no prompt)"
         text = text if len(text) <= most else text[: most - 3] + "..."
-        names.append(
-            ", ".join(
-                [text, *(f"{name.replace('_', ' ')} {row[name]}" for name in differing if row.get(name) is not None)]
-            )
-        )
+        given = [f"{name.replace('_', ' ')} {row[name]}" for name in differing if row.get(name) is not None]
+        names.append(", ".join([text, *given]))
     return names
 
 

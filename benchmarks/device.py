@@ -80,7 +80,7 @@ def images(device, dtypes, N=50, pairs=4):
 
 
 def build(name, device):
-    """A network with random weights, on the device, and what it is inputs of one sample: its arguments by name."""
+    """A network with random weights, on the device, and its arguments for one sample, by name."""
     kind, config, small, _, _ = NETWORKS[name]
     usual = torch.get_default_dtype()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16 if kind is FluxTransformer2DModel else torch.float16

@@ -53,9 +53,9 @@ def few_steps(sampler, text, seed, solver, steps):
     scheduler.step = lambda output, t, x, return_dict=True, **_: step(output, t, x, return_dict=return_dict)
     vars(pipeline)["scheduler"] = scheduler
     pipeline.set_progress_bar_config(disable=True)
-    told = {"prompt": text} if sampler.model.prompted else {}
-    told |= sampler.arguments | {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps}
-    image = pipeline(**told, output_type="np").images[0]
+    given = {"prompt": text} if sampler.model.prompted else {}
+    given |= sampler.arguments | {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps}
+    image = pipeline(**given, output_type="np").images[0]
     return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:2], 3))
 
 

@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
+from diffusion import on
 from settings import Failure, in_one_line, out_of_memory
 
 BEGINNING = threading.Lock()  # before the loop, as a tokenizer's padding is shared by all threads
@@ -405,7 +406,7 @@ class Loop:
         """Return the argument of some lanes that changes with the step, at their steps n; values: at each step."""
         if not isinstance(values, torch.Tensor):
             return values[n[0]]
-        found = values[torch.tensor(n, device="cpu").to(values.device, non_blocking=True)]
+        found = values[on(values, n)]
         found = found.expand(-1, rows, *found.shape[2:]) if found.shape[1] == 1 else found
         return found.transpose(0, 1).flatten(0, 1)
 

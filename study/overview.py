@@ -104,7 +104,7 @@ class Overview:
         """Return a command line that makes the same samples whatever the defaults are: all values are flags."""
         given = dict(self.command.given)
         swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
-        swept |= {word.partition("=")[0].strip().replace("-", "_") for word in given.get("call", ())}
+        swept |= self.command.call.keys()
         for name in ("coarse_steps", "guidance_scale"):  # as used: the default may be reduced, or the model's own
             used = {getattr(task.settings, name, task.arguments.get(name)) for task in self.tasks}
             given[name] = used.pop() if len(used) == 1 else given.get(name)

@@ -120,4 +120,5 @@ def by_setting(last, names):
 
 def _spread(values):
     """Return mean ± standard deviation; deviations below 1e-6 are left out."""
-    return f"{values.mean():.3g}" + (f" ± {values.std():.1g}" if values.std() >= 1e-6 else "")
+    deviation = values.std()
+    return f"{values.mean():.3g}" + (f" ± {deviation:.1g}" if deviation >= 1e-6 else "")
