@@ -23,13 +23,14 @@ With a window of 1, refinement 0 evaluates each node once, in order: a multistep
 Ahead of the last node, t_k, d is foretold, and behind it interpolated. With V_n = x_n - P_n x_0, and s and y the last
 changes of V and of d between evaluations, d_j is foretold as one of
 
-    d_k                                       held,
-    d_k + y (j - t_k) / (t_k - t_{k-1})       a line in time, while that foretells clearly better,
+    d_k + c y (j - t_k) / (t_k - t_{k-1})     a line in time,
     d_k + y s'(V_j - V_k) / s's               a secant along the state, wherever s'y < 0.
 
-The last is for guidance. It makes d's Jacobian strongly negative in a few directions, so that an overshoot of the state
-turns d back by several times as much, and explicit steps oscillate. With the secant, the states ahead depend on
-themselves through one number each, z_j = s'(V_j - V_k) / s's, in a small triangular system.
+Of the line's slope c is kept, between 0 and 1: as much as the last slope has in it of the one before, so that a change
+that fades is not carried on, and one that turned round is not either. The secant is for guidance. It makes d's
+Jacobian strongly negative in a few directions, so that an overshoot of the state turns d back by several times as
+much, and explicit steps oscillate. With the secant, the states ahead depend on themselves through one number each, z_j
+= s'(V_j - V_k) / s's, in a small triangular system.
 """
 
 import math
@@ -50,9 +51,8 @@ DOUBTFUL = 2.0  # 127.5 times a refinement's change of the sample over its norm;
 SECANTS = 2  # pairs of changes kept for each node
 BLOCK = 64  # nodes that are solved for together
 # For a window of 1, with N = 28 to 200.
-DENSER = 0.9  # nodes are even in (j / N)^0.9: somewhat denser at the start, where d changes most
-LAST = 0.5  # length of the last interval: the sample is almost d at the last node, whose state nothing corrects
-CLEARLY = 0.8  # share of the held d's miss of which a line must have missed less at the last two nodes
+DENSER = 0.85  # nodes are even in (j / N)^0.85: somewhat denser at the start, where d changes most
+LAST = 0.3  # length of the last interval: the sample is almost d at the last node, whose state nothing corrects
 POINTS = 3  # of the interpolation behind, on the way; a cubic's one-sided end feeds oscillations
 GAP = 2.5  # times the tolerance: by how much a state as foretold may differ from it as interpolated, in grey levels
 FIRST, LEAST, MOST = 0.04, 0.5, 1.5  # chosen nodes: first interval over N; ratios of an interval to the one before
@@ -68,7 +68,7 @@ def collocation(
     x, denoise, boundaries: as of `srds.srds`. The iterates' states are those at the boundaries.
     solver: has unrolled(shape), a `diffusion.Chain`; signal; gain; and clean(x, m, n), d of states and model outputs.
     nodes: M of k = 0, evenly spaced, at most N. None: 13, or 100 if nodes are dense; all N if N is at most twice that.
-        With a window of 1, as many as the tolerance needs.
+        With a window of 1, as many as the tolerance needs, held more strictly if `dense`.
     window: most nodes in a tick, except for those that a refinement adds and for the first tick from a start. None:
         see `usual_window`. 1: one node a tick, always, and each once in k = 0, see above.
     refinements: the last refinement to yield; None: all, until each grid point is a node.
@@ -117,7 +117,7 @@ def collocation(
     if start:
         system.X, system.d, moving = chain.held(x, t, *start), start[1][t].to(x) @ start[0], [*range(len(t))]
     elif window == 1:
-        system, moving = one_by_one(chain, evaluate, x, nodes, tolerance), []
+        system, moving = one_by_one(chain, evaluate, x, nodes, tolerance * (DENSELY_MOVED if dense else 1)), []
     while True:
         M, dense = len(system.t), dense or len(system.t) >= min(N, DENSE)
         wide = window or usual_window(M, narrow=dense and k == 0 and not start)
@@ -147,15 +147,11 @@ def one_by_one(chain, evaluate, x, nodes, tolerance):
 
     evaluate(X, n): d, (1, E), of a state at a grid point. nodes: how many; None: as the tolerance demands.
     """
-    K, N, n, better, given = chain.K, chain.K.shape[1], 0, [], nodes and placed(chain.K.shape[1], nodes)
+    K, N, n, given = chain.K, chain.K.shape[1], 0, nodes and placed(chain.K.shape[1], nodes)
     t, V, seen, D = torch.zeros(0, dtype=int, device="cpu"), torch.zeros_like(x), x[:0], x[:0]
     while True:
         at = torch.tensor([n], device="cpu")
-        d = evaluate(chain.states(x, at) + V, at)
-        if len(t) > 1:
-            held, line = ((d - interpolation(N, t, points)[at].to(x) @ D).norm() for points in (1, 2))
-            better.append(bool(line < CLEARLY * held))
-        t, seen, D = torch.cat([t, at]), torch.cat([seen, V]), torch.cat([D, d])
+        t, seen, D = torch.cat([t, at]), torch.cat([seen, V]), torch.cat([D, evaluate(chain.states(x, at) + V, at)])
         if n == N - 1:
             system = System(t, chain.states(x, t, D, interpolation(N, t)))
             system.X_seen, system.D, system.d, system.seen[:] = chain.states(x, t) + seen, D, D.clone(), True
@@ -164,7 +160,10 @@ def one_by_one(chain, evaluate, x, nodes, tolerance):
         W, sy, ss = interpolation(N, t, POINTS), float(s @ y), float(s @ s) + 1e-12
         gap = 127.5 * float(((K[at] @ W).to(x) @ D - V).square().mean().sqrt())
         end = given[len(t)] if given else following(t, gap, tolerance, N)
-        W[n:] = interpolation(N, t, 2 if sy >= 0 and all(better[-2:]) else 1)[n:]
+        W[n:], line = interpolation(N, t, 1)[n:], interpolation(N, t, 2)[n:]
+        if sy >= 0 and len(t) > 1:
+            before, now = (D[-3:].diff(dim=0) / on(D, t[-3:].diff())[:, None])[[0, -1]]  # the line's slopes
+            W[n:] += min(max(float(before @ now) / (float(before @ before) + 1e-12), 0), 1) * (line - W[n:])
         V = (K[[end]] @ W).to(x) @ D
         if sy < 0:
             free = (K[n:end] @ W) @ (D @ s).double().cpu() - float(seen[-1] @ s)  # s'(V - V_k), if d were held
@@ -179,7 +178,9 @@ def placed(N, M):
     order = torch.arange(min(M, N), device="cpu")
     even = (order / (len(order) - 2 + LAST)).clamp(max=1).double() ** (1 / DENSER)
     apart = ((even * (N - 1)).round().long() - order).cummax(0)[0] + order
-    return apart.clamp(max=N - len(order) + order).tolist()
+    t = apart.clamp(max=N - len(order) + order)
+    t[1:-1] = t[:-1].diff().sort()[0].cumsum(0)  # a line foretells worse over a longer interval
+    return t.tolist()
 
 
 def following(t, gap, tolerance, N):

@@ -222,7 +222,7 @@ def test_where_guidance_turns_d_back_with_the_state_the_secant_follows_it(nodes,
     P = problem.solver.unrolled(noise.shape[1:]).P.float()
     problem.denoise = lambda x, n: 1 - 5 * (x - P[n].reshape(-1, 1, 1, 1) * noise)
     (first,), _ = serial(problem, noise, nodes=nodes, refinements=0)
-    assert grey(first.states, problem.sequential(noise)) < 0.05
+    assert grey(first.states, problem.sequential(noise)) < 0.1
 
 
 @pytest.mark.parametrize("problem", [Gaussian, Mixture])
