@@ -1,15 +1,22 @@
 """What sampling yields: refinements, their changes and costs, and whether sampling stops there."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import safetensors.torch
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn.functional import one_hot
 
 from settings import SettingError
+
+# The columns of `results.csv` before those of the settings.
+MEASURED = ("prompt seed folder k final verdict serial_evaluations total_evaluations network_calls widest_tick seconds "
+            "sequential_seconds peak_memory_mib difference psnr ssim image_change trajectory_change damping "
+            "error").split()  # fmt: skip
 
 
 class Refinement(NamedTuple):
@@ -116,11 +123,14 @@ class Sample:
     """All refinements of a prompt; the first is the initialisation, k = 0.
 
     It holds the states of each. If memory is short, take one refinement at a time from `Sampler.refine`.
+
+    trajectory: that of the last refinement, from which others can start.
     """
 
     prompt: str
     seed: int
     refinements: tuple[Refinement, ...]
+    trajectory: Trajectory = field(repr=False)
 
     stop_reason = property(lambda self: self.refinements[-1].stop_reason)
     image = property(lambda self: self.refinements[-1].image)
@@ -128,6 +138,15 @@ class Sample:
     serial_evaluations = property(lambda self: self.refinements[-1].serial_evaluations)
     total_evaluations = property(lambda self: self.refinements[-1].total_evaluations)
     seconds = property(lambda self: self.refinements[-1].seconds)
+
+    def table(self, truth=None):
+        """Return a row for each refinement, with the columns of `results.csv` that a sample knows: a pandas DataFrame.
+
+        truth: a `Sequential`, for the columns that compare with it, which are otherwise empty.
+        """
+        known = {"prompt": self.prompt, "seed": self.seed, "sequential_seconds": truth and truth.seconds}
+        rows = [{**known, "final": each is self.refinements[-1], **entry_of(each, truth)} for each in self.refinements]
+        return pd.DataFrame(rows, columns=[name for name in MEASURED if name in rows[0]])
 
 
 def measured(iterate, image, network_calls, widest_tick, earlier):
@@ -141,6 +160,23 @@ def measured(iterate, image, network_calls, widest_tick, earlier):
     counts = iterate.ticks, iterate.lane_steps, network_calls, widest_tick
     how = iterate.exact, iterate.all_nodes, 127.5 * float(iterate.damping)
     return Refinement(iterate.k, image, iterate.states, *counts, *how, change, moved, "", 0.0, iterate.settled)
+
+
+def entry_of(refinement, truth=None):
+    """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given.
+
+    For a video, SSIM is the mean over its frames.
+    """
+    image, unstored = refinement.image, ("image", "states", "exact", "all_nodes")
+    entry = {name: value for name, value in refinement._asdict().items() if name not in unstored}
+    entry["difference"] = difference(image, truth.image) if truth else None
+    # The PSNR of equal images is infinite.
+    entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image)) if entry["difference"] else None
+    wide = min(image.shape[-3:-1]) >= 7  # the width of its window
+    pairs = zip(*(each.reshape(-1, *image.shape[-3:]) for each in (truth.image, image))) if truth and wide else ()
+    similarities = [structural_similarity(*pair, channel_axis=2) for pair in pairs]
+    entry["ssim"] = float(np.mean(similarities)) if similarities else None
+    return entry
 
 
 def difference(image, other):

@@ -166,13 +166,14 @@ class Sampler:
         arguments: those of the pipeline's call, as in `encode`.
         """
         prompt = self.encode(prompt, **arguments)
-        return Sample(prompt.text, self._seed(seed), tuple(self.refine(prompt, seed, start=start)))
+        refinements = tuple(self.refine(prompt, seed, start=start))
+        return Sample(prompt.text, self._seed(seed), refinements, self.trajectory(refinements[-1].states, seed, prompt))
 
     def refine(self, prompt, seed=None, on_tick=None, start=None, **arguments) -> Iterator[Refinement]:
         """Yield the initialisation and each refinement as soon as it is known, until the stop rule is met.
 
         prompt: a text, or what `encode` returns for one. seed: None for the settings' own. on_tick: called before each
-        network call with the number of its lanes. start: the `Trajectory` of an earlier sample by this model, from
+        network call with the number of its lanes. start: an earlier `Sample` by this model, or a `Trajectory`, from
         which to start; its prompt, guidance, number of steps and solver may differ. arguments: as in `encode`.
 
         Raises FloatingPointError if the last state or the image is not finite, and SettingError for a start that does
@@ -221,7 +222,7 @@ class Sampler:
         return *steps, *self._given, *restarts
 
     def trajectory(self, states, seed=None, prompt=None) -> Trajectory:
-        """Return what `refine` can start from, for the states, (B + 1, ...), and seed of a sample or ground truth.
+        """Return what `refine` can start from, for the states, (B + 1, ...), and seed of a refinement or ground truth.
 
         prompt: that of the states, if its arguments, such as strength, change the steps; None for the last one sampled.
         """
@@ -236,6 +237,7 @@ class Sampler:
         x, denoise = loop.x, self._counted(self.processes.split(loop.denoise), on_tick)
         held = begun = None
         if start is not None:
+            start = start.trajectory if isinstance(start, Sample) else start
             start.check(x.shape[1:])
             held = start.clean.to(x).flatten(1), start.weights(loop.N)
         if settings.method == "srds":

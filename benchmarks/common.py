@@ -16,11 +16,12 @@ sys.path.insert(0, str(ROOT))
 
 from diffusion import boundaries
 from models import scenes
+from refinement import entry_of
 from sampler import Sampler
 from settings import SEED
 from srds import srds
 from study.console import quiet_libraries
-from study.sampling import Shared, entry_of
+from study.sampling import Shared
 
 quiet_libraries()  # before a script imports what remarks on being imported
 TEXTS = (ROOT / "prompts.txt").read_text(encoding="utf-8").splitlines()

@@ -8,12 +8,10 @@ from dataclasses import fields
 
 import pandas as pd
 
+from refinement import MEASURED
 from settings import Call, Settings, in_one_line
 from utils import names_of
 
-MEASURED = ("prompt seed folder k final verdict serial_evaluations total_evaluations network_calls widest_tick seconds "
-            "sequential_seconds peak_memory_mib difference psnr ssim image_change trajectory_change damping "
-            "error").split()  # fmt: skip
 SETTINGS = [each.name for kind in (Settings, Call) for each in fields(kind) if each.name not in ("seed", "call")]
 MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
 WIDTH = 100  # columns of a terminal

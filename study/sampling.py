@@ -3,13 +3,11 @@
 import contextlib
 from datetime import UTC, datetime
 
-import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 import utils
-from refinement import difference
+from refinement import entry_of
 
 
 class Shared:
@@ -42,13 +40,14 @@ def sample(sampler, task, shared):
     task: a `study.key.Task`. shared: the `Shared` of its prompt and seed.
     """
     settings, seed, prompt, N, truth = sampler.settings, task.seed, shared.prompt, sampler.boundaries[-1], None
+    device = sampler.device
     images, entries, errors = {}, [], None
     if task.made_by["ground_truth"]:
         truth, errors = shared.truth(sampler), []
         images |= {"srds_ddim_gt": truth.image, "srds_ddim_course": shared.coarse_image(sampler)}
     sampler.processes.broadcast(task.folder)  # tells those that share lanes which sample's ticks follow
-    if sampler.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(sampler.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with (
         ticking(settings.method, None if settings.schedule == "sweep" else N) as on_tick,
         contextlib.closing(sampler.refine(prompt, seed, on_tick, task.start)) as refinements,
@@ -56,13 +55,13 @@ def sample(sampler, task, shared):
         for refinement in refinements:
             name = f"srds_iteration_{refinement.k}" if refinement.k else "srds_initialized"
             images[name] = images["srds_final"] = refinement.image
-            entries.append(entry_of(refinement, truth))
+            peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+            entries.append({**entry_of(refinement, truth), "peak_memory_mib": peak})
             if truth:
                 errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
             tqdm.write(utils.line_of(entries[-1]))
     if not refinement.settled:
         tqdm.write(f"  note: not settled within {N} serial evaluations; sequential sampling is better here")
-    device = sampler.device
     result = {
         "model": sampler.model.title,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -72,25 +71,6 @@ def sample(sampler, task, shared):
     }  # fmt: skip
     kept = sampler.trajectory(refinement.states, seed) if task.made_by["keep_trajectories"] else None
     return {"made_by": task.made_by, "result": result}, images, kept
-
-
-def entry_of(refinement, truth):
-    """Return a refinement as in `result.json`; its difference, PSNR (dB) and SSIM are to the ground truth, if given.
-
-    For a video, SSIM is the mean over its frames.
-    """
-    image, device = refinement.image, refinement.states.device
-    unstored = ("image", "states", "exact", "all_nodes")
-    entry = {name: value for name, value in refinement._asdict().items() if name not in unstored}
-    entry["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    entry["difference"] = difference(image, truth.image) if truth else None
-    # The PSNR of equal images is infinite.
-    entry["psnr"] = float(peak_signal_noise_ratio(truth.image, image)) if entry["difference"] else None
-    wide = min(image.shape[-3:-1]) >= 7  # the width of its window
-    pairs = zip(utils.frames(truth.image), utils.frames(image)) if truth and wide else ()
-    similarities = [structural_similarity(*pair, channel_axis=2) for pair in pairs]
-    entry["ssim"] = float(np.mean(similarities)) if similarities else None
-    return entry
 
 
 @contextlib.contextmanager

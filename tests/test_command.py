@@ -198,6 +198,8 @@ def test_from_python_a_sample_is_the_commands_to_the_bit(run, tiny):
     assert (pixels(out / "srds_final.png") == sample.image).all()
     assert (pixels(out / "srds_ddim_gt.png") == truth.image).all()
     table = pd.read_csv(out / "trajectory_errors_table.csv", index_col=0)
+    rows, own = pd.read_csv(out / "results.csv"), sample.table(truth).drop(columns=["seconds", "sequential_seconds"])
+    pd.testing.assert_frame_equal(rows[[*own]], own, check_dtype=False)
     errors = [(each.states - truth.states)[1:].flatten(1).norm(dim=1) for each in sample.refinements[1:]]
     np.testing.assert_allclose(table.values, torch.stack(errors), rtol=1e-6)
 

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import sampler as door
 from models.loading import ModelError
 from pipelines import SD, flux, pixels, stable_diffusion
-from refinement import Trajectory, difference, judge, trajectory_change
+from refinement import MEASURED, Trajectory, difference, judge, trajectory_change
 from sampler import Sampler
 from settings import SettingError, Settings
 
@@ -123,6 +123,27 @@ def test_a_start_from_the_same_trajectory_saves_ticks_and_leads_to_it_again(sett
         first = again.refinements[0]
         assert (first.serial_evaluations, first.total_evaluations) == (1, 3), "all blocks begin at once"
         torch.testing.assert_close(first.states, before.states, atol=1e-4, rtol=1e-3)
+
+
+def test_a_sample_is_the_start_that_its_own_sampler_makes_of_it(sampler):
+    """Whatever its seed, steps and blocks."""
+    other = sampler.vary(fine_steps=14, coarse_steps=4, solver="ddpm")
+    sample = other("a dog", seed=5)
+    first = lambda start: sampler("a", start=start).refinements[0].states
+    assert first(sample).equal(first(other.trajectory(sample.states, seed=5)))
+    assert next(sampler.refine("a", start=sample)).states.equal(first(sample))
+    assert not first(sample).equal(first(other.trajectory(sample.states, seed=4)))
+
+
+def test_a_sample_is_a_table_with_or_without_ground_truth(sampler):
+    sample, truth = sampler.vary(tolerance=0)("a", seed=3), sampler.sequential("a", seed=3)
+    plain, compared = sample.table(), sample.table(truth)
+    assert [*plain] == [*compared] and set(compared) < {*MEASURED} and plain.final.tolist() == [False] * 3 + [True]
+    assert compared.difference.tolist() == [difference(each.image, truth.image) for each in sample.refinements]
+    differing = {name for name in plain if not plain[name].equals(compared[name])}
+    assert differing == {"difference", "psnr", "ssim", "sequential_seconds"} and plain[[*differing]].isna().all(
+        axis=None
+    )
 
 
 @pytest.mark.parametrize("method", ["srds", "collocation"])
