@@ -143,3 +143,9 @@ def sweep(lanes, n):
     k = min(lane.k for lane in lanes)
     lanes = [lane for lane in lanes if lane.k == k]
     return [lane for lane in lanes if lane.n == n[lane.i]] or lanes
+
+
+def rehearsal(boundaries, schedule="pipelined", refinements=None, started=False, denoise=lambda x, n: x):
+    """Yield the iterates of `srds` without a network, for their counts. started: whether `begun` is given."""
+    step, begun = lambda x, m, start, end, past: (x, past), torch.zeros(len(boundaries) - 1, 1) if started else None
+    return srds(torch.zeros(1, 1), denoise, step, boundaries, schedule, refinements, begun=begun)

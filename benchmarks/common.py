@@ -19,7 +19,7 @@ from models import scenes
 from refinement import entry_of
 from sampler import Sampler
 from settings import SEED
-from srds import srds
+from srds import rehearsal
 from study.console import quiet_libraries
 from study.sampling import Shared
 
@@ -101,13 +101,7 @@ def clock(call, device, *inputs):
 def tick_widths(N, B, refinements):
     """The lanes in each tick of a pipelined sample that stops after so many refinements."""
     widths = []
-
-    def denoise(x, n):
-        widths.append(len(x))
-        return x
-
-    step = lambda x, m, start, end, past: (x, past)
-    iterates = srds(torch.zeros(1, 1, 1), denoise, step, boundaries(N, B))
+    iterates = rehearsal(boundaries(N, B), denoise=lambda x, n: widths.append(len(x)) or x)
     next((iterate for iterate in iterates if iterate.k == refinements), None)  # there is none if k = 0 is exact
     return widths
 

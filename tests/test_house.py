@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "models", "study", "benchmarks", "tests")
+FOLDERS = ("", "models", "study", "benchmarks", "examples", "tests")
 PATHS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
          for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))}  # fmt: skip
 OF_THE_COMMAND = {
@@ -66,7 +66,11 @@ def test_help_and_bad_arguments_need_no_torch(words):
 @pytest.mark.slow
 def test_importing_the_rooms_changes_nothing_in_the_process():
     """Neither a library's verbosity, nor a warning filter, a signal handler or the environment."""
-    rooms = [room for room in PATHS if not room.startswith(("benchmarks", "tests", "models.train", "models.fashion"))]
+    rooms = [
+        room
+        for room in PATHS
+        if not room.startswith(("benchmarks", "examples", "tests", "models.train", "models.fashion"))
+    ]
     process = run(f"""
 import accelerate, logging, matplotlib.figure, os, pandas, peft, signal, sys, torch, warnings
 import diffusers, huggingface_hub, transformers

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import Gaussian, Mixture, Stiff
-from diffusion import boundaries
+from diffusion import boundaries, normal
+from examples import own_denoiser
 from settings import SCHEDULES
-from srds import algorithm_1, srds
+from srds import algorithm_1, rehearsal, srds
 
 
 def counted(N, B, schedule, refinements=None):
@@ -47,6 +48,8 @@ def test_ticks_lane_steps_and_widest_tick(N, B, schedule, ticks, lane_steps, wid
     assert [iterate.lane_steps for iterate in seen[: len(lane_steps)]] == lane_steps
     assert max(widths) == widest
     assert [iterate.k for iterate in seen] == list(range(B + 1))
+    counts = lambda iterates: [(iterate.k, iterate.ticks, iterate.lane_steps, iterate.exact) for iterate in iterates]
+    assert counts(rehearsal(boundaries(N, B), schedule)) == counts(seen), "they are known without the network"
 
 
 def test_a_bound_saves_lane_steps_and_keeps_ticks():
@@ -157,3 +160,30 @@ def test_memory_does_not_grow_with_the_steps(noise):
     short, long = most_alive(40, 5), most_alive(160, 5)
     assert 5 < short < 40 and long <= short + 2, (short, long)
     assert most_alive(100, 20) < 150  # 67 boundary states of 5 iterations, and their F, G and lanes
+
+
+# The example of a denoiser of one's own
+
+
+def test_the_examples_denoiser_has_the_exact_score_of_its_mixture():
+    """Tweedie: E[x0 | x] = (x + noise^2 grad log p(x)) / signal."""
+    n, x = torch.tensor([3, 40]), normal((2, own_denoiser.DIMENSIONS), 1).double().requires_grad_()
+    signal, noise = own_denoiser.GRID.signal[n, None], own_denoiser.GRID.noise[n, None]
+    variance = signal**2 * own_denoiser.SPREAD**2 + noise**2
+    away = (x[:, None] - signal[..., None] * own_denoiser.MEANS).square().sum(2)
+    score = torch.autograd.grad((-away / (2 * variance)).logsumexp(1).sum(), x)[0]
+    expected = ((x + noise**2 * score) / signal).float()
+    torch.testing.assert_close(own_denoiser.denoise(x.detach().float(), n), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_example_converges_within_the_bound_that_it_plots(tmp_path):
+    samples = [own_denoiser.errors(normal((1, own_denoiser.DIMENSIONS), seed)) for seed in (0, 1)]
+    for refined, theory, collocated in samples:
+        far = refined[:, 1]
+        assert (far <= theory + own_denoiser.ROUNDING).all() and theory[-1] == 0 == far[-1].round(decimals=5)
+        assert (theory[:3] < 10 * far[:3]).all(), "and it is no empty bound"
+        assert collocated[-1, 1] < 1e-3 < collocated[0, 1] and collocated[-1, 0] < own_denoiser.N / 2
+    own_denoiser.plot(samples, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    iterate = own_denoiser.stopped(normal((1, own_denoiser.DIMENSIONS), 0))
+    assert 0 < iterate.k < own_denoiser.B and samples[0][0][iterate.k, 1] < 1e-3, "its own rule has left the loop"
