@@ -93,10 +93,12 @@ def run(command, processes):
 
     bench, folder = Bench(command, processes), Folder(command.experiment.output_dir)
     with processes.in_turn():
-        folder.open()
+        folder.open(command.experiment.dry_run)
     tasks = bench.tasks()
     overview = Overview(command, bench, folder, tasks)
     left = overview.begin()
+    if left is None:
+        return
     try:
         if processes.sharing > 1 and not processes.first:
             bench.follow(tasks)

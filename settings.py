@@ -224,8 +224,8 @@ class Settings(Checked):
                                  "or one that is damped where the coarse step overshoots", usual="damped")
     seed: int = row(SEED, whole(0, 2**64 - 1), "seed of all noise", "SEED", short="-s")
     nodes: int | None = row(NODES, whole(2, optional=True), "points in time in the first solution", "M", "collocation",
-                            usual="13; 100 for pixels, or if the model proves rough in time; "
-                            "as the tolerance needs with --window 1")
+                            usual="13, or 100 for pixels or a model that proves rough in time, or with "
+                            "--window 1 as the tolerance needs")
     window: int | None = row(WINDOW, whole(optional=True), "most nodes in a tick, not counting those that a "
                              "refinement adds; 1: one evaluation at a time, for devices without room for batches", "W",
                              "collocation", usual="8; with 100 nodes or more, half their root")
@@ -330,6 +330,7 @@ class Experiment(Checked):
                                "of each tick, or the samples", group="experiment",
                                usual="samples, if there are more of them than processes")
     output_dir: str = row(None, path(), "directory for images and analysis (required)", "DIR", "output", "-o")
+    dry_run: bool = row(False, flag, "print what would be made, and what it takes; write nothing", group="output")
     again: bool = row(False, flag, "make samples again that are there already", group="output")
     keep_trajectories: bool = row(False, flag, "keep trajectories, for --start-from", group="output")
     no_report: bool = row(False, flag, "leave out report.html, the page that shows the run", group="output")

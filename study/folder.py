@@ -113,8 +113,8 @@ class Folder:
         self.given, self.path = path, Path(os.path.realpath(path))
         self.samples = self.path / "samples"
 
-    def open(self):
-        """Make the directory, and finish or remove what a killed command has left.
+    def open(self, dry=False):
+        """Make the directory, and finish or remove what a killed command has left; if it is a dry run, only look.
 
         Raises SettingError if it cannot be made or written to, or if it holds files with our names, but no run.json.
         """
@@ -122,16 +122,19 @@ class Folder:
             ours = sorted(path.name for path in self.path.glob("*") if AT_THE_TOP.fullmatch(path.name))
             if ours and not read_run(self.path):
                 raise OSError(f"it holds {ours[0]}, but no run.json of this program")
-            self.samples.mkdir(parents=True, exist_ok=True)
+            if not dry:
+                self.samples.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(self.samples)
             if self.samples.is_symlink():
                 raise OSError("its `samples` is a link")
-            if not all(os.access(place, os.W_OK | os.X_OK) for place in (self.path, self.samples)):
+            if not all(os.access(place, os.W_OK | os.X_OK) for place in (self.path, self.samples) if place.exists()):
                 raise OSError("it is not writable")
         except OSError as error:
             remedy = f"cannot be used ({error.strerror or error}); give another directory, existing or new"
             raise SettingError("output_dir", self.given, remedy) from None
         unfinished = PART + 16 * "[0-9a-f]"
-        for part in [*self.samples.glob(unfinished), *self.path.glob(unfinished)]:
+        for part in () if dry else [*self.samples.glob(unfinished), *self.path.glob(unfinished)]:
             found = read_sample(part.parent, part.name)
             place = found and self.samples / folder_name(found["made_by"])
             with contextlib.suppress(OSError):

@@ -14,12 +14,33 @@ from PIL import Image
 from tqdm import tqdm
 
 import utils
+from diffusion import boundaries
 from models.loading import MIRRORS
 from settings import ROWS, Failure, flag_of, in_one_line
+from srds import rehearsal
 from study.folder import WriteError, load_samples, pack, read_file, read_sample
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
 from study.report import page
 from study.results import results_table, summary
+
+LISTED = 10  # samples that a dry run names, and refinements whose evaluations it counts
+
+
+def evaluations(settings, started):
+    """Return a line that says how many evaluations a sample takes, as far as that is known without the network.
+
+    settings: those of the sample, resolved. started: whether it starts from a trajectory.
+    """
+    N, B = settings.fine_steps, settings.coarse_steps
+    if settings.method == "srds":
+        iterates = rehearsal(boundaries(N, B), settings.schedule, settings.max_iterations, started)
+        counts = [f"{each.k}: {each.ticks} ({each.lane_steps})" for each in itertools.islice(iterates, LISTED + 1)]
+        what = f"B = {B}, {settings.schedule}: k = {', '.join(counts)}"
+    else:
+        M = settings.nodes and min(settings.nodes, N)
+        once = f"k = 0: {M} ({M}), " * bool(M and settings.window == 1 and not started)  # at each node
+        what = f"M = {M or ROWS['nodes'].metadata['usual']}: {once}in the end at most {N}"
+    return f"serial (total) evaluations of {settings.method}, N = {N}, {what}; of sequential sampling: {N}"
 
 
 class Overview:
@@ -33,22 +54,27 @@ class Overview:
     # Before sampling
 
     def begin(self):
-        """Print what will run, load the model if a sample is left, and write `run.json`.
+        """Print what will run, load the model if a sample is left, and write `run.json`; for a dry run, only print.
 
-        Returns the tasks that are left, grouped by prompt and seed: a list of lists.
+        Returns the tasks that are left, grouped by prompt and seed: a list of lists; None for a dry run.
         """
         again, distinct = self.command.experiment.again, {task.folder: task for task in self.tasks}
         here = self.processes.first
         left = [name for name, task in distinct.items() if here and (not self.folder.has(task) or again)]
         left = [distinct[name] for name in self.processes.broadcast(left)]
         self._introduce(len(distinct) - len(left), [] if again else left)
+        names = utils.names_of([task.made_by for task in self.tasks], 60)
+        titles = [f"sample {i} of {len(names)}: {name}" for i, name in enumerate(names, 1)]
+        self.titles = {task.folder: title for task, title in zip(self.tasks, titles)}
+        if self.command.experiment.dry_run:
+            lines = [f"{title}\n  samples/{folder}" for folder, title in self.titles.items()][:LISTED]
+            lines += dict.fromkeys(evaluations(settings, self.bench.starts) for settings, _ in self.bench.variants)
+            lines += ["fewer if strength leaves out steps"] * ("strength" in self.bench.model.parameters)
+            return print(*lines, sep="\n")
         if left:
             self.bench.warm(left[0].settings, left[0].arguments)
         if here:
             self.folder.write("run.json", pack(self._record()))
-        names = utils.names_of([task.made_by for task in self.tasks], 60)
-        titles = [f"sample {i} of {len(names)}: {name}" for i, name in enumerate(names, 1)]
-        self.titles = {task.folder: title for task, title in zip(self.tasks, titles)}
         return [[*group] for _, group in itertools.groupby(left, lambda task: (task.text, task.seed))]
 
     def _introduce(self, there, made_anew):

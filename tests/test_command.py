@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -134,6 +135,32 @@ def test_a_run_records_its_settings_and_a_command_that_makes_the_same_samples(ru
     monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
     assert main.main(shlex.split(record["reproduce"])[2:]) == 0
     assert "8 of 8 samples are there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, counts",
+    [
+        ([], "srds, N = 9, B = 3, pipelined: k = 0: 3 (6), 1: 5 (12), 2: 7 (16), 3: 9 (18); of sequential sampling: 9"),
+        (["--max-iterations", "1", "--schedule", "sweep"], "srds, N = 9, B = 3, sweep: k = 0: 3 (3), 1: 7 (11);"),
+        (["--method", "collocation", "--nodes", "5", "--window", "1", "--max-iterations", "0"],
+         "collocation, N = 9, M = 5: k = 0: 5 (5), in the end at most 9;"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_says_what_is_made_and_what_it_takes_and_makes_nothing(more, counts, run, monkeypatch):
+    argv = ["--prompt", "a moon", "-tol", "0", "--no-ground-truth", *more]
+    with monkeypatch.context() as patched:
+        patched.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+        status, out, printed = run("--dry-run", *argv, "--seeds", "3-14")
+    assert status == 0 and not out.exists()
+    named = re.findall("sample ([0-9]+) of 12: a moon, seed ([0-9]+)\n  samples/(.*)", printed)
+    assert [(number, seed) for number, seed, _ in named] == [(str(i), str(i + 2)) for i in range(1, 11)]
+    assert f"serial (total) evaluations of {counts}" in printed and printed.count("serial") == 1
+    _, out, then = run(*argv, "--seed", "3")
+    assert then.splitlines()[0] == printed.splitlines()[0] and sample_folders(out)[0].name == named[0][2]
+    for k, entry in enumerate(sample_records(out)[0]["result"]["refinements"]):
+        assert f"{k}: {entry['serial_evaluations']} ({entry['total_evaluations']})" in counts
+    before = files(out)
+    assert "1 of 1 samples are there already" in run("--dry-run", *argv, "--seed", "3")[2] and files(out) == before
 
 
 @pytest.mark.slow
@@ -418,6 +445,7 @@ def test_bad_input_is_one_line_and_status_2(argv, words, workplace, tiny, monkey
     model = [] if "--model" in argv else ["--model", str(tiny)]
     assert main.main(["-o", "out", *model, *argv]) == 2
     out, err = capsys.readouterr()
+    assert main.main(["-o", "out", *model, *argv, "--dry-run"]) == 2 and capsys.readouterr().err == err
     assert out == "" and err.startswith("main.py: error: argument ") and err.count("\n") == 1 and words in err, err
     assert any(remedy in err for remedy in ("; ", " give ", "expected one argument"))
     assert state() == before
