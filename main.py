@@ -11,10 +11,11 @@ import errno
 import os
 import sys
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 
 import asked
 import settings as table
-from settings import ROWS, Failure, SettingError, did_you_mean, flag_of, in_one_line, number
+from settings import ROWS, VERSION, Failure, SettingError, did_you_mean, flag_of, in_one_line, number
 from study.console import prepare_terminal, quiet_libraries
 
 
@@ -47,6 +48,8 @@ def make_parser():
     how = {"allow_abbrev": False, "usage": "main.py [options]", "argument_default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__.splitlines()[0], **how)
     parser.error = refuse
+    versions = f"SRDS {VERSION}, torch {version('torch')}, diffusers {version('diffusers')}"
+    parser.add_argument("--version", action="version", version=versions, help="show versions and exit")
     groups = {name: parser.add_argument_group(name) for name in table.GROUPS}
     for name, each in ROWS.items():
         about, kind = each.metadata, str(each.type)

@@ -49,6 +49,7 @@ CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 PARALLELS = ("lanes", "samples")
+VERSION = "1.0.0"
 GROUPS = ("model", "sampling", "collocation", "experiment", "output")
 
 

@@ -524,6 +524,7 @@ def test_help_has_every_flag_in_five_groups(capsys):
     out, err = capsys.readouterr()
     assert err == "" and all(f"{flag} " in out or f"{flag}\n" in out for flag in FLAGS)
     groups = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert main.main(["--version"]) == 0 and f"torch {torch.__version__}, diffusers" in capsys.readouterr().out
     assert groups[-5:] == ["model:", "sampling:", "collocation:", "experiment:", "output:"]
     assert "lines that begin with #" in " ".join(out.split())
 
