@@ -9,13 +9,14 @@ import argparse
 import contextlib
 import errno
 import os
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 
 import asked
 import settings as table
-from settings import ROWS, VERSION, Failure, SettingError, did_you_mean, flag_of, in_one_line, number
+from settings import ROWS, VERSION, Failure, SettingError, did_you_mean, flag_of, in_one_line, number, words_of
 from study.console import prepare_terminal, quiet_libraries
 
 
@@ -63,23 +64,56 @@ def make_parser():
     return parser
 
 
-def parse(argv):
-    """Return the `Command` of a command line, checked as far as possible without the model. Raises Failure."""
+def read_flags(argv):
+    """Return the values that a command line gives, by setting, a tuple of those of a repeated flag. Raises Failure."""
     parsed, unknown = make_parser().parse_known_args(argv)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         refuse(f"argument {word} is not known{did_you_mean(word, map(flag_of, ROWS))}; --help lists all")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
+
+
+def recorded(path, given):
+    """Return the words of the command line in a `run.json`, without those about settings that are given now, by name.
+
+    Raises SettingError.
+    """
+    from study.folder import read_json
+
+    try:
+        words = shlex.split(read_json(*os.path.split(path), "run")["reproduce"])[2:]
+        read_flags(words)
+    except (TypeError, ValueError, Failure):
+        why = "is no run.json that this version reads" if os.path.exists(path) else "does not exist"
+        raise SettingError("config", path, f"{why}; give the run.json of an output directory") from None
+    replaced = {name for word in words_of(given) for name in subjects(word)}
+    return [word for word in words if not subjects(word) & replaced]
+
+
+def subjects(word):
+    """Return the names of the settings, or of the argument of the pipeline's call, that a word such as --eta=1 sets."""
+    flag, _, value = word.partition("=")
+    one = (value.partition("=")[0] if flag == "--call" else flag[2:]).strip().replace("-", "_")
+    names = asked.read_sweep([value])[0][0] if flag == "--sweep" else [one]
+    return {{"seeds": "seed", "prompts": "prompt"}.get(name, name) for name in names}
+
+
+def parse(argv):
+    """Return the `Command` of a command line, checked as far as possible without the model. Raises Failure."""
+    given = read_flags(argv)
     if "output_dir" not in given:
         refuse("argument --output-dir/-o is required; give a directory, existing or new")
+    if "config" in given:
+        unset = {name: None for name, each in ROWS.items() if "None" in str(each.type)}  # whatever the defaults are
+        given = unset | read_flags(recorded(given["config"], given) + argv)
     own = lambda kind: {each.name: given[each.name] for each in fields(kind) if each.name in given}
     experiment, loading = table.Experiment(**own(table.Experiment)), table.Loading(**own(table.Loading))
     axes, call = asked.read_sweep(experiment.sweep), asked.read_call(given.get("call", ()))
     seeds = None if experiment.seeds is None else asked.read_seeds(experiment.seeds)
     several = ({"seed": "seeds"} if seeds else {}) | dict.fromkeys(call.keys() & given.keys(), "call")
     for name, other in (several | {name: "sweep" for axis in axes for name in axis[0]}).items():
-        if name in given | call:
-            raise SettingError(name, (call | given)[name], f"cannot be given together with --{other}; give one of them")
+        if (value := (call | given).get(name)) is not None:
+            raise SettingError(name, value, f"cannot be given together with --{other}; give one of them")
     texts = [table.text()("prompt", text.strip()) for text in experiment.prompt or ()]
     texts += asked.read_prompts(experiment.prompts) if experiment.prompts is not None else []
     notes = asked.syntax_notes(texts)

@@ -315,6 +315,8 @@ class Experiment(Checked):
     """What the command samples and writes, as its flags give it; `asked` reads the texts among them."""
 
     # fmt: off
+    config: str | None = row(None, path(optional=True), "run again what a run.json has recorded, with its "
+                             "prompts; flags beside it replace what it says", "FILE", "experiment")
     prompts: str | None = row(None, path(optional=True), "text file in UTF-8, one prompt a line; lines that begin "
                               "with # are comments", "FILE", "experiment", "-p")
     prompt: tuple[str, ...] | None = row(None, anything, "a prompt; may be repeated", "TEXT", "experiment")
@@ -344,3 +346,9 @@ ROWS = {each.name: each for kind in (Loading, Settings, Call, Experiment) for ea
 def flag_of(name):
     """Return the long flag of a setting."""
     return f"--{name.replace('_', '-')}"
+
+
+def words_of(given):
+    """Return the words of a command line that gives these values, by setting; None and False are left out."""
+    some = lambda value: value if isinstance(value, tuple) else [value] * (value is not None and value is not False)
+    return [flag_of(name) + f"={one}" * (one is not True) for name, value in given.items() for one in some(value)]

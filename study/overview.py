@@ -16,7 +16,7 @@ from tqdm import tqdm
 import utils
 from diffusion import boundaries
 from models.loading import MIRRORS
-from settings import ROWS, Failure, flag_of, in_one_line
+from settings import ROWS, Failure, in_one_line, words_of
 from srds import rehearsal
 from study.folder import WriteError, load_samples, pack, read_file, read_sample
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
@@ -128,19 +128,15 @@ class Overview:
 
     def _reproduce(self):
         """Return a command line that makes the same samples whatever the defaults are: all values are flags."""
-        given = dict(self.command.given)
+        # The texts, as a file can be edited.
+        given = self.command.given | dict.fromkeys(("prompts", "config", "again")) | {"prompt": (*self.command.texts,)}
         swept = {name for axis in self.command.axes for name in axis[0]} | ({"seed"} if self.command.seeds else set())
         swept |= self.command.call.keys()
         for name in ("coarse_steps", "guidance_scale"):  # as used: the default may be reduced, or the model's own
             used = {getattr(task.settings, name, task.arguments.get(name)) for task in self.tasks}
             given[name] = used.pop() if len(used) == 1 else given.get(name)
-        words = ["python", "main.py"]
-        for name, each in ROWS.items():
-            value = given.get(name, each.default)
-            if name not in swept and not any(value is one for one in (None, False, "")):
-                values = value if isinstance(value, tuple) else [value]
-                words += [flag_of(name) if one is True else f"{flag_of(name)}={one}" for one in values]
-        return shlex.join(words)
+        values = {name: given.get(name, each.default) for name, each in ROWS.items() if name not in swept}
+        return shlex.join(["python", "main.py", *words_of(values)])
 
     # While sampling
 

@@ -30,7 +30,7 @@ from conftest import arguments, files, pixels, run_record, sample_folders, sampl
 from models import loading
 from refinement import difference
 from sampler import Sampler
-from settings import ROWS, Call, Failure, Settings, in_one_line
+from settings import ROWS, Call, Failure, Settings, in_one_line, words_of
 from study import bench
 from study.folder import pack
 
@@ -125,16 +125,59 @@ def test_what_runs_is_said_first_then_each_refinement_and_a_table_closes(run):
     assert row.split()[:4] == ["a", "moon", "3", "9"] and row.endswith(" exact") and len(row) <= 100
 
 
-def test_a_run_records_its_settings_and_a_command_that_makes_the_same_samples(run, tiny, monkeypatch, capsys):
-    _, out, _ = run(*"--prompt=a --prompt=-b --seeds 7-8 --no-ground-truth --eta 0.5 --sweep tol=1,0".split())
+def test_a_run_records_its_settings_and_a_command_that_makes_the_same_samples(run, tmp_path, monkeypatch, capsys):
+    """As its words and by --config, whatever has become of the file of prompts and of the defaults."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\\# 3\n-b\n")
+    _, out, _ = run("-p", str(prompts), *"--seeds 7-8 --no-ground-truth --eta 0.5 --sweep tol=1,0 --again".split())
     record = run_record(out)
     assert record["settings"].keys() >= ROWS.keys() - {each.name for each in fields(Call)}
     assert record["settings"]["coarse_steps"] == "3" and record["settings"]["seed"] == "7, 8"
     assert record["environment"]["device"] == "cpu" and record["environment"]["torch"] in torch.__version__
     assert shlex.split(record["command"])[2:4] == ["-o", str(out)]
     monkeypatch.setattr(bench, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    prompts.write_text("another\n")
     assert main.main(shlex.split(record["reproduce"])[2:]) == 0
     assert "8 of 8 samples are there already" in capsys.readouterr().out
+    names = [each.name for each in fields(Settings)]
+    edited = dict(zip(names, Settings.__init__.__defaults__)) | {"solver": "dpmsolver++", "max_iterations": 7}
+    monkeypatch.setattr(Settings.__init__, "__defaults__", (*edited.values(),))
+    assert main.main(["--config", str(out / "run.json"), "-o", str(out)]) == 0
+    assert "8 of 8 samples are there already" in capsys.readouterr().out
+    assert run_record(out)["reproduce"] == record["reproduce"] and "--again" not in record["reproduce"]
+
+
+def record_of(folder, **reproduce):
+    """A run.json in a folder, of a command with these values; its path."""
+    folder.mkdir(exist_ok=True)
+    words = " ".join(words_of(reproduce))
+    (folder / "run.json").write_bytes(pack({**RUN, "reproduce": f"python main.py {words}"}))
+    return str(folder / "run.json")
+
+
+SWEEP, CALL = ("fs:cs=9:3,16:4", "tol=1,2"), ("strength=0.5", "clip-skip=1")
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], {}),
+        (["-fs", "20", "--prompt", "c"], {"fine_steps": 20, "prompt": ("c",), "sweep": SWEEP[1:]}),
+        (["-p", "good.txt"], {"prompts": "good.txt", "prompt": None}),
+        (["--seed", "5"], {"seed": 5, "seeds": None}),
+        (["-tol", "3"], {"tolerance": 3, "sweep": SWEEP[:1]}),
+        (["--sweep", "eta=0,1"], {"eta": "left out", "sweep": (*SWEEP, "eta=0,1")}),
+        (["--call", "strength=0.9"], {"call": (CALL[1], "strength=0.9")}),
+        (["--sweep", "strength=1,0.9", "-cs", "2"], {"call": CALL[1:], "sweep": (SWEEP[1], "strength=1,0.9")}),
+        (["--call", "guidance_scale=3"], {"guidance_scale": None, "call": (*CALL, "guidance_scale=3")}),
+    ],
+)
+def test_what_is_given_beside_config_replaces_what_is_recorded_of_the_same(argv, expected, workplace):
+    recorded = {"eta": 0.5, "guidance_scale": 2, "prompt": ("a", "b"), "seeds": "3,4", "call": CALL, "sweep": SWEEP}
+    config = record_of(workplace / "run", output_dir="old", **recorded)
+    given = main.parse(["--config", config, "-o", "new", *argv]).given
+    expected = recorded | {"output_dir": "new", "solver": None} | expected
+    assert {name: given.get(name, "left out") for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -392,6 +435,10 @@ SWEEPS = {
     "fine-steps:coarse-steps=25:5,100": "'fine-steps:coarse-steps=25:5,100' is not usable",
     "tolerence=1,2": "did you mean tolerance?", "cs=2,3 coarse-steps=4": "--sweep: 'coarse-steps=4' is not usable",
 }  # fmt: skip
+RECORDS = {
+    "missing.json": "does not exist", "good.txt": "is no run.json that this version reads",
+    **dict.fromkeys(["folder", "later/run.json", "torn/run.json"], "is no run.json that this version reads"),
+}  # fmt: skip
 BAD = [
     *(([*A, f"{flag.split('/')[0]}={value}"], f"{flag}: ") for flag, some in NOT_USABLE.items() for value in some),
     *((["-p", name], f"argument --prompts/-p: {name!r} {words}") for name, words in FILES.items()),
@@ -414,6 +461,7 @@ BAD = [
     ([*A, "-gs", "2", "--sweep", "guidance_scale=1,2"], "cannot be given together with --sweep; give one of them"),
     ([*A, "--height", "64"], "--height: 64 is one of two sides; give both"),
     ([*A, "--start-from", "nowhere"], "--start-from: 'nowhere' is not the directory of a run"),
+    *(([*A, "--config", name], f"--config: {name!r} {why}; give the run.json of an") for name, why in RECORDS.items()),
     ([*A, "--two\nlines"], "argument --two lines is not known; --help lists all"),
     ([*A, "stray"], "argument stray is not known"),
     ([*A, "--tolerence", "1"], "argument --tolerence is not known; did you mean --tolerance?"),
@@ -432,6 +480,8 @@ def workplace(tmp_path, monkeypatch):
         Path(f"{name}.txt").write_bytes(data)
     os.mkdir("folder")
     os.mkdir("out")
+    record_of(tmp_path / "later", of_another_version=1)
+    record_of(tmp_path / "torn", prompt="a 'b")
     Path("out/run.json").write_bytes(pack(RUN))
     Path("out/srds_final.png").write_text("an image")
     return tmp_path
