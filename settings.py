@@ -41,6 +41,7 @@ DTYPE = "auto"
 MAX_BATCH = None
 # The experiment
 PARALLEL = None
+PLOT_FORMAT = "png"
 
 METHODS = ("srds", "collocation")
 SOLVERS = ("ddim", "euler", "ddpm", "dpmsolver++")
@@ -336,6 +337,7 @@ class Experiment(Checked):
     dry_run: bool = row(False, flag, "print what would be made, and what it takes; write nothing", group="output")
     again: bool = row(False, flag, "make samples again that are there already", group="output")
     keep_trajectories: bool = row(False, flag, "keep trajectories, for --start-from", group="output")
+    plot_format: str = row(PLOT_FORMAT, choice("png", "pdf", "svg"), "format of plots, besides png", group="output")
     no_report: bool = row(False, flag, "leave out report.html, the page that shows the run", group="output")
     # fmt: on
 

@@ -20,9 +20,11 @@ from settings import Failure, SettingError, Settings
 from study.key import folder_name
 
 PICTURES = (r"srds_(initialized|iteration_[0-9]+|final|filmstrip|ddim_gt|ddim_course)\.png"
-            r"|srds_final\.webp|trajectory_errors_plot\.png|trajectory_errors_table\.csv")  # fmt: skip
+            r"|srds_(final|refinements)\.webp|trajectory_errors_plot\.png|trajectory_errors_table\.csv")  # fmt: skip
 IN_A_SAMPLE = re.compile(rf"{PICTURES}|trajectory\.safetensors|result\.json")
-AT_THE_TOP = re.compile(rf"{PICTURES}|results\.csv|report\.html|run\.json")
+AT_THE_TOP = re.compile(
+    rf"{PICTURES}|trajectory_errors_plot\.(pdf|svg)|sweep\.(png|pdf|svg)|results\.csv|report\.html|run\.json"
+)
 PART = ".part-"  # the names of unfinished files and folders begin with this
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
 

@@ -20,7 +20,7 @@ from settings import ROWS, Failure, in_one_line, words_of
 from srds import rehearsal
 from study.folder import WriteError, load_samples, pack, read_file, read_sample
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
-from study.report import page
+from study.report import page, sweep
 from study.results import results_table, summary
 
 LISTED = 10  # samples that a dry run names, and refinements whose evaluations it counts
@@ -149,7 +149,11 @@ class Overview:
         """Return the files of a sample's folder, bytes by name, for what `study.sampling.sample` returns."""
         files = utils.pictures([record], lambda record, name: utils.sheet(images[name]))
         if len(utils.frames(images["srds_final"])) > 1:
-            files["srds_final.webp"] = utils.animation(images["srds_final"])
+            files["srds_final.webp"] = utils.animation(images["srds_final"], 125)
+        else:
+            texts = utils.captions(record)
+            frames = utils.captioned([images[name] for name in texts], texts.values())
+            files["srds_refinements.webp"] = utils.animation(frames, 1000)
         if trajectory:
             files["trajectory.safetensors"] = trajectory.packed()
         return files | {"result.json": pack({**record, "files": {name: len(data) for name, data in files.items()}})}
@@ -185,10 +189,12 @@ class Overview:
                 raise WriteError(f"{self.folder.path / place} cannot be read; {remedy}") from error
 
         settings = {str({**record["made_by"], "prompt": None, "seed": None, "start": None}) for record in records}
-        files = utils.pictures(records, image_of, alike=len(settings) == 1) if records else {}
-        if len(records) == 1 and "srds_final.webp" in records[0]["files"]:
-            place = f"samples/{folder_name(records[0]['made_by'])}/srds_final.webp"
-            files["srds_final.webp"] = read_file(self.folder.path, place)
+        kinds = dict.fromkeys(["png", self.command.experiment.plot_format])
+        files = utils.pictures(records, image_of, len(settings) == 1, kinds) if records else {}
+        for name in ("srds_final.webp", "srds_refinements.webp") if len(records) == 1 else ():
+            if name in records[0]["files"]:
+                files[name] = read_file(self.folder.path, f"samples/{folder_name(records[0]['made_by'])}/{name}")
+        files |= sweep(samples, kinds)
         files["results.csv"] = results_table(samples).encode(errors="backslashreplace")
         if not self.command.experiment.no_report:
             files["report.html"] = page([(run, samples, "")]).encode(errors="backslashreplace")

@@ -5,24 +5,18 @@ python -m study.report DIR [DIR ...] -o compare.html
 
 import argparse
 import base64
-import io
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import pandas as pd
-from cycler import cycler
-from matplotlib.figure import Figure
 
 import utils
 from settings import Failure, in_one_line
 from study.folder import load_samples, read_file, read_run, read_sample, replace_file
-from study.results import MADE_ON, MEASURED, by_setting, last_rows, results_rows, settings_of, varied
-
-# Lines can be distinguished without colours.
-LOOKS = cycler(color=["0", "0.3", "0.6"] * 10, linestyle=["-", "--", ":"] * 10, marker=[*"osD^v<>pX*"] * 3)
+from study.results import COLUMNS, MADE_ON, MEASURED, by_setting, last_rows, results_rows, settings_of, varied
 
 
 def page(runs):
@@ -30,19 +24,20 @@ def page(runs):
 
     Images in that folder are embedded; those of a run whose path is "" are linked, for a page in the run's own folder.
     """
-    tables = [results_rows(samples).assign(run=1 + i) for i, (_, samples, _) in enumerate(runs)]
+    tables = [results_rows(samples).assign(run=i) for i, (_, samples, _) in enumerate(runs, 1)]
     rows = pd.concat(tables, ignore_index=True)
-    differing = [*["run"] * (len(runs) > 1), *varied(rows)]
+    differing = ["run"] * (len(runs) > 1) + varied(rows)
     rows["setting"] = settings_of(rows, differing)
     pairs = [(record, root) for _, samples, root in runs for _, record in samples]
     last = last_rows(rows).assign(record=[record for record, _ in pairs], root=[root for _, root in pairs])
-    columns = dict.fromkeys(["run"] * (len(runs) > 1) + ["prompt", "seed", *differing, *MEASURED, *MADE_ON])
+    columns = dict.fromkeys([*differing, *COLUMNS, *MEASURED, *MADE_ON])
     shown = [name for name in columns if name in rows and rows[name].fillna(0).astype(bool).any()]
     how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "finalize": _plain}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
+    drawn = lambda draw: utils.plotted([draw], 1, "svg").decode().partition("<svg")[2]
     return environment.get_template("report.html.jinja").render(
         runs=[run for run, _, _ in runs], count=len(last), failed=last["error"].count(),
-        varied=[name for name in differing if name != "run"], plots=plots(rows, differing),
+        plots=[(words, map(drawn, draws)) for words, draws in plots(rows, differing)], differing=differing,
         means=by_setting(last, differing).reset_index(names="setting"), rows=rows[shown],
         groups=[(*key, part.to_dict("records")) for key, part in last.groupby(["prompt", "seed"], sort=False)],
         source=_source, facts=utils.facts,
@@ -62,67 +57,77 @@ def _source(root, folder, image):
     return f"data:image/png;base64,{base64.b64encode(read_file(root, path)).decode()}" if root else path
 
 
+def sweep(samples, kinds):
+    """Return the plots of samples with several settings, bytes by name: in each format, all plots in one figure."""
+    rows = results_rows(samples).assign(run=1)
+    draws = [draw for _, some in plots(rows, varied(rows)) for draw in some] if varied(rows) else []
+    return {f"sweep.{kind}": utils.plotted(draws, 2, kind) for kind in kinds} if draws else {}
+
+
 def plots(rows, names):
-    """Return pairs of a plot's caption and the plot as SVG.
+    """Yield pairs of a caption and two functions, each of which draws a plot on the axes that it is given.
 
-    One plot has differences against the cost of refinements, a line for each setting; and for each setting in `names`
-    with three numbers or more, one has the last refinements against it.
+    First, differences against the cost of refinements, a line for each setting; then, for each setting in `names` with
+    three numbers or more, last refinements against it.
     """
-    known = rows[rows["difference"].notna()]
-    numbers = known[[name for name in names if name != "run"]].apply(pd.to_numeric, errors="coerce")
-    swept = [values for _, values in numbers.items() if values.nunique() > 2]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "axes.prop_cycle": LOOKS}):
-        first = [against_cost(known, names)] if len(known) else []
-        return first + [against_setting(last_rows(known), values, names) for values in swept]
+    rows = rows[rows["difference"].notna()]
+    if "method" in names:  # leave out what is the same for each method
+        same = rows.groupby("method")[names].nunique(dropna=False).max() == 1
+        names = [name for name in names if name in ("run", "method") or not same[name]]
+    numbers = rows[[name for name in names if name != "run"]].apply(pd.to_numeric, errors="coerce")
+    if len(rows):
+        words = "Each refinement against its cost; means over samples, bands from least to most."
+        yield words, [partial(against_cost, rows, names, cost) for cost in ("serial_evaluations", "seconds")]
+    for values in (values for _, values in numbers.items() if values.nunique() > 2):
+        setting, last = values.name.replace("_", " "), last_rows(rows)
+        words = f"Last refinements against {setting}; means over samples, bars from least to most."
+        yield words, [partial(against_setting, last, names, values, y) for y in ("difference", "serial_evaluations")]
 
 
-def against_cost(rows, names):
-    """Return caption and plot: means over samples, a point for each refinement."""
+def lines(rows, names, axis=None):
+    """Yield the rows and the look of each line in a plot: of each setting in `names`, but for the one on the axis.
 
-    def draw(axes, across, part, label):
-        samples = [each[[across, "difference"]].values.tolist() for _, each in part.groupby(["run", "folder"])]
-        axes.plot(*utils.padded(samples).mean(0).T, label=label)
-        axes.set_xlabel(across.replace("_", " "))
+    Its colour is the method's or, if another setting comes first, shows that; its style shows the others.
+    """
+    first, *others = sorted(names, key=lambda name: (name != "method", name == "run")) or ["method"]
+    value = rows["method" if first == axis else first].astype(str)
+    shades = dict(zip(value.unique(), utils.shades(value.nunique()))) | utils.COLORS
+    style = settings_of(rows, [name for name in others if name != axis])
+    for text, part in rows.groupby(settings_of(rows, [name for name in names if name != axis]), sort=False):
+        i = [*style.unique()].index(style[part.index[0]])
+        look = {"linestyle": ["-", "--", ":", "-."][i % 4], "marker": "osD^v<>pX*"[i % 10], "markersize": 4}
+        label = text if len(text) <= 40 else f"{text[:27]}...{text[-10:]}"
+        yield part, look | {"color": shades[value[part.index[0]]], "label": label or "mean"}
 
-    svg = two_plots(rows, names, ("serial_evaluations", "seconds"), draw, sharey=True)
-    return "Each refinement against its cost; means over samples.", svg
+
+def against_cost(rows, names, cost, axes):
+    """Plot the difference of each refinement, means over samples, against serial evaluations or seconds."""
+    points = lambda part: [each[[cost, "difference"]].values.tolist() for _, each in part.groupby(["run", "folder"])]
+    shown = [(points(part), look) for part, look in lines(rows, names)]
+    truth = rows.groupby("steps")["sequential_seconds" if cost == "seconds" else "steps"].mean().to_dict()
+    utils.cost_plot(axes, shown, cost.replace("_", " "), truth)
 
 
-def against_setting(rows, values, names):
-    """Return caption and plot: means over samples of last refinements, and bars from least to most.
+def against_setting(rows, names, values, column, axes):
+    """Plot a column of last refinements, means over samples and bars from least to most, against a setting.
 
     values: the setting's numbers, a Series; NaN for a value that is none.
     """
-    ticks, words = sorted(values.dropna().unique()), values.name.replace("_", " ")
-
-    def draw(axes, column, part, label):
+    if column == "difference":
+        utils.log_scale(axes, rows[column])
+    else:
+        axes.plot(rows.groupby(values)["steps"].mean(), "--", color=utils.COLORS["sequential"], label="sequential")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    for part, look in lines(rows, names, values.name):
         found = part.groupby(values)[column].agg(["mean", "min", "max"])
-        axes.plot(found["mean"], label=label)
-        axes.vlines(found.index, found["min"], found["max"], "0.6")
-        axes.set_xscale("log" if ticks[0] > 0 else "linear")
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set(xlabel=words, ylabel=column.replace("_", " "))
-
-    svg = two_plots(rows, [name for name in names if name != values.name], ("difference", "serial_evaluations"), draw)
-    return f"Last refinements against {words}; means over samples, bars from least to most.", svg
-
-
-def two_plots(rows, names, columns, draw, **how):
-    """Return the SVG of two plots side by side; draw(axes, column, rows, label) draws the line of a setting."""
-    lines = rows.groupby(settings_of(rows, names), sort=False)
-    figure = Figure(figsize=(10, 3.6 + 0.25 * -(-len(lines) // 3)), layout="constrained")
-    for axes, column in zip(figure.subplots(1, 2, **how), columns):
-        axes.grid(True, color="0.9")
-        for label, part in lines:
-            draw(axes, column, part, label.replace("$", r"\$"))  # not a formula
-    figure.axes[0].set_ylabel("difference, grey levels of 255")
-    figure.axes[0].set_yscale("symlog", linthresh=0.01)
-    if len(lines) > 1:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=3)
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    return file.getvalue()[file.getvalue().index("<svg") :]
+        axes.plot(found["mean"], **look)
+        axes.vlines(found.index, found["min"], found["max"], look["color"], alpha=0.4)
+    ticks = sorted(values.dropna().unique())
+    axes.set_xscale("log" if ticks[0] > 0 else "linear")
+    axes.set_xticks([], minor=True)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(xlabel=values.name.replace("_", " "), ylabel=column.replace("_", " "))
+    utils.label_lines(axes)
 
 
 def read_study(folder, every=False):

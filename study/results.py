@@ -17,8 +17,8 @@ MADE_ON = ["model", "device", "dtype"]  # unknown for a failed sample
 WIDTH = 100  # columns of a terminal
 # Columns of the closing tables, with their headings and formats.
 COLUMNS = {"k": ("k", "{:.3g}"), "serial_evaluations": ("serial", "{:.4g}"), "total_evaluations": ("total", "{:.0f}"),
-           "network_calls": ("calls", "{:.4g}"), "seconds": ("seconds", "{:.2f}"),
-           "sequential_seconds": ("sequential s", "{:.2f}"), "difference": ("difference", "{:.2g}")}  # fmt: skip
+           "difference": ("difference", "{:.2g}"), "seconds": ("seconds", "{:.2f}"),
+           "sequential_seconds": ("sequential s", "{:.2f}"), "network_calls": ("calls", "{:.4g}")}  # fmt: skip
 # Comparisons of an image with its own ground truth. PSNR, infinite for equal images, has no mean.
 PAIRED = {"difference": "difference", "ssim": "SSIM"}
 
@@ -39,25 +39,25 @@ def results_rows(samples):
             known = said["settings"] | said
             entries = [{"verdict": "failed"} if said["error"] else {"verdict": "not made", "error": "not made"}]
         rows += [known | entry | {"final": entry is entries[-1]} for entry in entries]
-    columns = dict.fromkeys([*MEASURED, *settings, *MADE_ON, "stop_reason"])
+    columns = dict.fromkeys([*MEASURED, *settings, *MADE_ON, "stop_reason", "steps"])
     return pd.DataFrame(rows, columns=[*columns], dtype=object)
 
 
 def results_table(samples):
     """Return `results.csv`, with the rows of `results_rows`."""
     how = {"lineterminator": "\n", "quoting": csv.QUOTE_NONNUMERIC}  # as a prompt may hold a carriage return
-    return results_rows(samples).drop(columns="stop_reason").to_csv(index=False, **how)
+    return results_rows(samples).drop(columns=["stop_reason", "steps"]).to_csv(index=False, **how)
 
 
 def last_rows(rows):
     """Return the last row of each sample, with floats for the numbers of the closing tables."""
-    numbers = [*COLUMNS, *PAIRED, "trajectory_change", "tolerance"]
+    numbers = [*COLUMNS, *PAIRED, "trajectory_change", "tolerance", "steps"]
     return rows[rows["final"].astype(bool)].astype(dict.fromkeys(numbers, float))
 
 
 def varied(rows):
     """Return the names of the settings (with model, device and dtype) in which rows differ."""
-    names = [name for name in rows if name not in {*MEASURED, "stop_reason", "run"}]
+    names = [name for name in rows if name not in {*MEASURED, "stop_reason", "steps", "run"}]
     return [name for name in names if rows[name].nunique(dropna=name in MADE_ON) > 1]
 
 

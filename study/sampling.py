@@ -53,8 +53,7 @@ def sample(sampler, task, shared):
         contextlib.closing(sampler.refine(prompt, seed, on_tick, task.start)) as refinements,
     ):
         for refinement in refinements:
-            name = f"srds_iteration_{refinement.k}" if refinement.k else "srds_initialized"
-            images[name] = images["srds_final"] = refinement.image
+            images[utils.image_name(refinement.k)] = images["srds_final"] = refinement.image
             peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
             entries.append({**entry_of(refinement, truth), "peak_memory_mib": peak})
             if truth:
@@ -67,7 +66,7 @@ def sample(sampler, task, shared):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "sampled": datetime.now(UTC).isoformat(timespec="seconds"), "stop_reason": refinement.stop_reason,
         "sequential_seconds": truth.seconds if truth else None, "refinements": entries, "errors": errors, "steps": N,
-        "size": [*utils.sheet(refinement.image).shape[1::-1]],
+        "elements": refinement.states[0].numel(), "size": [*utils.sheet(refinement.image).shape[1::-1]],
     }  # fmt: skip
     kept = sampler.trajectory(refinement.states, seed) if task.made_by["keep_trajectories"] else None
     return {"made_by": task.made_by, "result": result}, images, kept

@@ -113,6 +113,7 @@ def contents(folder):
     readers = {".png": lambda path: pixels(path).tobytes(), ".html": lambda path: None}
     # Texts such as "NA" stay texts.
     readers[".csv"] = lambda path: pd.read_csv(path, keep_default_na=False).filter(regex="^((?!seconds).)*$").to_csv()
+    readers[".webp"] = readers[".png"]  # the first of its images
     readers[".json"] = lambda path: without_times(json.loads(path.read_text()))
     return {name: readers[Path(name).suffix](folder / name) for name in files(folder)}
 

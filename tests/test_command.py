@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, strategies
+from PIL import Image
 from test_sequences import RUN
 
 import main
@@ -36,6 +37,7 @@ from study.folder import pack
 
 ROOT = Path(main.__file__).parent
 SET = {"srds_initialized.png", "srds_final.png", "srds_filmstrip.png"}
+OWN = {"srds_refinements.webp"}  # of one sample
 TRUTH = {"srds_ddim_gt.png", "srds_ddim_course.png", "trajectory_errors_plot.png", "trajectory_errors_table.csv"}
 TOP = {"run.json", "results.csv"}
 
@@ -74,7 +76,7 @@ def exact_run(tiny, tmp_path_factory):
 
 def test_one_sample_is_in_its_folder_and_the_same_files_show_it_at_the_top(exact_run):
     (folder,) = sample_folders(exact_run)
-    own = SET | TRUTH | iterations(3)
+    own = SET | OWN | TRUTH | iterations(3)
     assert files(folder) == own | {"result.json"} and top(exact_run) == own | TOP
     assert files(exact_run) == top(exact_run) | {f"samples/{folder.name}/{name}" for name in files(folder)}
     for name in own:
@@ -216,12 +218,16 @@ def test_several_samples_are_shown_side_by_side(run, tmp_path):
     assert [folder.name[:-9] for folder in folders] == ["a-red-sun-42", "uber-the-hills-42", "3-42"]
     own = SET | TRUTH | iterations(2)
     assert top(out) == own | TOP
-    assert all(files(folder) == own | {"result.json"} for folder in folders)
-    cells = [pixels(folder / "srds_iteration_1.png") for folder in folders]
-    overview = pixels(out / "srds_iteration_1.png")
-    assert overview.shape == (132, 132, 3) and (overview[64:68] == 255).all() and (overview[:, 64:68] == 255).all()
-    assert (overview[:64, :64] == cells[0]).all() and (overview[:64, 68:] == cells[1]).all()
-    assert (overview[68:, :64] == cells[2]).all() and (overview[68:, 68:] == 255).all()
+    assert all(files(folder) == own | OWN | {"result.json"} for folder in folders)
+    overview, (size, below) = pixels(out / "srds_iteration_1.png"), (192, 18 + 4)  # a cell's image, and its caption
+    assert overview.shape == (2 * (size + below) + 4, 2 * size + 4, 3)
+    places = [overview[y:, x:] for y in (0, size + below + 4) for x in (0, size + 4)]
+    for folder, place in zip(folders, places):
+        image = Image.open(folder / "srds_iteration_1.png").resize((size, size), Image.Resampling.BICUBIC)
+        assert (place[:size, :size] == np.asarray(image)).all()
+        caption = place[size : size + below, :size]
+        assert (caption == 255).mean() > 0.8 and caption.min() < 128
+    assert (places[3] == 255).all()
     tables = [pd.read_csv(folder / "trajectory_errors_table.csv", index_col=0) for folder in [out, *folders]]
     np.testing.assert_allclose(tables[0].values, np.sqrt(sum(table.values**2 for table in tables[1:])), rtol=1e-6)
     assert printed.count(" max-iterations\n") == 3
@@ -239,7 +245,7 @@ def test_a_run_leaves_an_image_a_refinement_and_its_comparison_to_the_truth(more
     status, out, printed = run("--prompt", "a moon", "-tol", "0", *more)
     result = sample_records(out)[0]["result"]
     count, last = len(result["refinements"]) - 1, result["refinements"][-1]
-    assert status == 0 and top(out) == SET | iterations(count) | TOP | (TRUTH if boundaries else set())
+    assert status == 0 and top(out) == SET | OWN | iterations(count) | TOP | (TRUTH if boundaries else set())
     assert last["serial_evaluations"] <= ticks and (count == 0) == (boundaries == 9)
     assert result["stop_reason"] == stop_reason and f" {stop_reason}\n" in printed
     if boundaries:
@@ -392,7 +398,7 @@ def test_names_that_are_not_utf_8_are_read_and_written(tiny, tmp_path):
     argv = arguments(out, tiny, "-p", str(prompts), "--no-ground-truth", "--max-iterations", "1", prompts=[])
     argv.remove("--no-report")
     assert main.main(argv) == 0 and run_record(out)["settings"]["prompts"]
-    assert top(out) == TOP | SET | iterations(1) | {"report.html"}
+    assert top(out) == TOP | SET | OWN | iterations(1) | {"report.html"}
 
 
 def test_ctrl_c_leaves_what_is_known_of_every_sample(run, monkeypatch, capsys):
