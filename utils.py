@@ -196,7 +196,7 @@ def error_plot(errors, records, kind):
 
 def plotted(draws, columns, kind, title=""):
     """Return a figure as png, pdf or svg, in which text is text; each of `draws` draws on the axes that it is given."""
-    figure = Figure(figsize=(6 * columns, 3.9 * (len(draws) // columns)), layout="constrained")
+    figure = Figure(figsize=(5.5 * columns, 3.6 * (len(draws) // columns)), layout="constrained")
     figure.suptitle(title, parse_math=False)
     for draw, axes in zip(draws, figure.subplots(len(draws) // columns, columns, squeeze=False).flat):
         draw(axes)
@@ -242,14 +242,15 @@ def cost_plot(axes, lines, words, costs):
 
 
 def label_lines(axes):
-    """Write the label of each line beside its end, or above or below if others are there, and draw a grid."""
+    """Write the label of a line beside its end, of several beside the plot at the heights of theirs; draw a grid."""
     axes.grid(True, color="0.9")
     axes.autoscale_view()
     lines, figure = [line for line in axes.get_lines() if line.get_label()[0] != "_"], axes.figure
     across, heights = (axes.transData - axes.transAxes).transform([line.get_xydata()[-1] for line in lines]).T
     order, apart = heights.argsort(), np.arange(len(lines)) * min(1 / len(lines), figure.dpi / axes.bbox.height / 6)
     heights[order] = np.minimum(np.maximum.accumulate(heights[order] - apart) + apart, 1 - apart[::-1])
-    for line, *place in zip(lines, across + 0.02 if len(lines) == 1 else np.full(len(lines), 1.02), heights):
+    aside = (across > 0.9) | (len(lines) > 1)
+    for line, *place in zip(lines, np.where(aside, 1, across) + 0.02, heights):
         arrow = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "relpos": (0, 0.5)}
         how = {"color": line.get_color(), "va": "center", "fontsize": 8, "parse_math": False, "arrowprops": arrow}
         axes.annotate(line.get_label(), line.get_xydata()[-1], place, "data", "axes fraction", **how)

@@ -22,11 +22,13 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, strategies
+from matplotlib.figure import Figure
 from PIL import Image
-from test_sequences import RUN
+from test_sequences import REFINEMENT, RESULT, RUN, make_task
 
 import main
 import pipelines
+import utils
 from conftest import arguments, files, pixels, run_record, sample_folders, sample_records
 from models import loading
 from refinement import difference
@@ -231,6 +233,77 @@ def test_several_samples_are_shown_side_by_side(run, tmp_path):
     tables = [pd.read_csv(folder / "trajectory_errors_table.csv", index_col=0) for folder in [out, *folders]]
     np.testing.assert_allclose(tables[0].values, np.sqrt(sum(table.values**2 for table in tables[1:])), rtol=1e-6)
     assert printed.count(" max-iterations\n") == 3
+
+
+def filmstrip(refinements, truth=100):
+    """The filmstrip of samples with so many refinements beyond k = 0, whose images are grey, as pixels.
+
+    Refinement k differs from the ground truth by 20, 5 and then 0 grey levels.
+    """
+    errors = RESULT["errors"] if truth else None
+    entries = lambda count: [REFINEMENT | {"k": k, "difference": 1.0 if truth else None} for k in range(count + 1)]
+    results = [{**RESULT, "refinements": entries(count), "errors": errors} for count in refinements]
+    records = [{"made_by": make_task(seed=i).made_by, "result": result} for i, result in enumerate(results)]
+    shades = {"srds_initialized": 120, "srds_iteration_1": 105}
+    image_of = lambda record, name: np.full((192, 192, 3), shades.get(name, 100), np.uint8)
+    return np.asarray(Image.open(io.BytesIO(utils.pictures(records, image_of, alike=False)["srds_filmstrip.png"])))
+
+
+def test_the_filmstrip_has_the_difference_times_20_below_each_image_and_nothing_after_the_last():
+    strip, step = filmstrip([2, 1]), 192 + 4
+    title, caption = 8 + 18 + 4, 3 * 18 + 4
+    row = title + 2 * step + caption
+    assert strip.shape == (2 * row, 4 * step - 4, 3)
+    means = lambda top: [strip[top : top + 192, c * step : c * step + 192].mean() for c in range(4)]
+    assert means(title) == [120, 105, 100, 100] and means(title + step) == [255, 100, 0, 0]
+    assert means(row + title) == [120, 105, 255, 100] and means(row + title + step) == [255, 100, 255, 0]
+    alone = filmstrip([2], truth=None)
+    assert alone.shape == (title + step + caption - 18, 3 * step - 4, 3)
+    assert alone[title + step - 4 :].mean() > 200, "only the captions are below the images"
+
+
+def test_the_filmstrip_has_at_most_six_images_a_row_and_sixteen_rows_and_says_what_it_leaves_out():
+    step, row = 192 + 4, 8 + 18 + 4 + 2 * (192 + 4) + 3 * 18 + 4
+    few, many = filmstrip([12] * 16), filmstrip([12] * 20)
+    assert few.shape == (16 * row, 6 * step - 4, 3) and many.shape == (16 * row + 8 + 18 + 4, 6 * step - 4, 3)
+    assert (many[: 16 * row] == few).all() and many[16 * row :].min() < 128
+
+
+def test_on_a_plots_logarithmic_axis_zeros_have_a_line_of_their_own_below_whole_decades():
+    axes = Figure().subplots()
+    utils.log_scale(axes, [[0, 3e-5], [0.02, 0.2]])
+    places = axes.transAxes.inverted().transform(axes.transData.transform([(0, 10.0**e) for e in range(-5, 1)]))[:, 1]
+    zero = axes.transAxes.inverted().transform(axes.transData.transform((0, 0)))[1]
+    assert 0 < zero < places[0] - 0.02 and places[-1] == pytest.approx(1)
+    np.testing.assert_allclose(np.diff(places), np.diff(places)[0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", *(f"$10^{{{e}}}$" for e in range(-5, 1))]
+
+
+def test_the_plot_has_root_mean_squares_and_is_also_written_as_svg_without_sampling_again(run, monkeypatch):
+    argv = ["--prompt", "a moon", "--prompt", "a sun", "--max-iterations", "1"]
+    _, out, _ = run(*argv)
+    before, table = files(out), pd.read_csv(out / "trajectory_errors_table.csv", index_col=0).values
+    monkeypatch.setattr(utils, "error_plot", Mock(side_effect=utils.error_plot))
+    status, _, printed = run(*argv, "--plot-format", "svg")
+    assert status == 0 and "2 of 2 samples are there already" in printed
+    assert files(out) == before | {"trajectory_errors_plot.svg"}
+    errors = utils.error_plot.call_args.args[0]
+    np.testing.assert_allclose(errors[1:], table / np.sqrt(2 * 4 * 8 * 8), rtol=1e-6)  # two samples of 4 x 8 x 8
+    text = (out / "trajectory_errors_plot.svg").read_text()
+    assert ", srds, ddim, N = 9, B = 3, samples: 2<" in text and "L2" not in text and "prompt" not in text
+    assert "sequential, N = 9<" in text and utils.COLORS["srds"] in text and utils.COLORS["collocation"] not in text
+    assert run(*argv)[0] == 0 and files(out) == before
+
+
+def test_an_animation_shows_a_samples_refinements_and_then_the_ground_truth_a_second_each(exact_run):
+    with Image.open(exact_run / "srds_refinements.webp") as animation:
+        frames = [(animation.seek(i), np.asarray(animation), animation.info["duration"])[1:] for i in range(5)]
+        assert animation.n_frames == 4 + 1 and {duration for _, duration in frames} == {1000}
+    for (frame, _), name in zip(
+        frames, ["srds_initialized", *(f"srds_iteration_{k}" for k in (1, 2, 3)), "srds_ddim_gt"]
+    ):
+        image = np.asarray(Image.open(exact_run / f"{name}.png").resize((192, 192)), int)
+        assert frame.shape[0] > 192 and abs(frame[:192, :, :3] - image).mean() < 12
 
 
 @pytest.mark.parametrize(

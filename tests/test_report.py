@@ -15,6 +15,7 @@ import pytest
 from test_folder import failing
 
 import main
+import utils
 from conftest import run_record, sample_folders
 from study import report
 from study.folder import load_samples
@@ -101,6 +102,7 @@ def test_settings_of_a_sweep_are_columns_lines_and_strips_of_their_own(made):
     words = {*re.findall(r"<text[^>]*>\s*(.*?)\s*</text>", plot)}
     assert {"3", "4", "6", "fine steps", "solver ddim", "solver ddpm"} <= words
     assert "against solver" not in page, "two names are no axis"
+    assert (made / "sweep" / "sweep.png").is_file() and not (made / "out" / "sweep.png").exists()
 
 
 def test_runs_side_by_side_are_told_apart_by_what_differs(study, tmp_path):
@@ -113,6 +115,21 @@ def test_runs_side_by_side_are_told_apart_by_what_differs(study, tmp_path):
     for more, count in (([], 3), (["--all"], 8)):
         assert report.main([both[0], "-o", str(page), *more]) == 0
         assert f": {count} samples" in page.read_text()
+
+
+def test_a_comparison_names_every_setting_that_differs_and_gives_each_method_its_colour(made, tiny, tmp_path):
+    more = ["--method", "collocation", "--nodes", "3", "--window", "1", "--seed", "7", "-fs", "6"]
+    assert run(tmp_path / "other", tiny, *more, "--dtype", "float32", prompts=["a"]) == 0
+    folders = [str(made / "out"), str(tmp_path / "other")]
+    assert report.main([*folders, "-o", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    table = text.partition('id="differing"')[2].partition("</table>")[0]
+    rows = {name: values for name, *values in (re.findall("<td>(.*?)</td>", row) for row in table.split("<tr>")[2:])}
+    expected = {"method": ["srds", "collocation"], "nodes": ["None", "3"], "window": ["None", "1"]}
+    expected |= {"schedule": ["pipelined", "None"], "dtype": ["auto", "float32"], "output dir": folders}
+    assert rows.items() >= expected.items() and not rows.keys() & {"seed", "fine steps", "model"}
+    plot = text[text.index("<svg") :].partition("</svg>")[0]
+    assert all(utils.COLORS[name] in plot for name in ("srds", "collocation", "sequential"))
 
 
 @pytest.mark.slow
@@ -174,5 +191,6 @@ def test_the_page_works_in_a_browser(study):
     assert differences == sorted(differences) and [float(each) for each in found["down"] if each] == differences[::-1]
     assert set(found["filtered"]) == {NASTY[1]} and found["border"] == "20%" and "difference" in found["difference"]
     stages = ["k = 0", "k = 1", "ground truth"]
+    assert found["enlarged"] and found["closed"]
     assert found["options"] == [stages, stages] and found["chosen"] == [stages[0], stages[-1]] and found["source"]
     assert found["images"] == 2 and found["broken"] == found["alone"] == 0 and found["errors"] == []
