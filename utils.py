@@ -43,7 +43,7 @@ def pictures(records, image_of, alike=True, kinds=("png",)):
     if alike and truth:
         together = np.linalg.norm(padded([result["errors"] for result in results]), axis=0)  # over all samples
         files["trajectory_errors_table.csv"] = error_table(together).encode()
-        errors = together / np.sqrt(sum(result.get("elements", 1) for result in results))
+        errors = together / np.sqrt(sum(result["elements"] for result in results))
         files |= {f"trajectory_errors_plot.{kind}": error_plot(errors, records, kind) for kind in kinds}
     return files
 
