@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 import diffusion
 from collocation import collocation, usual_window
 from models.loading import find_model, is_compiled, known, load_pipeline, networks
-from models.loop import Loop
+from models.loop import Loop, side_by_side
 from refinement import Refinement, Sample, Sequential, Trajectory, judge, measured
 from settings import SETTINGS, Failure, Loading, Settings, text, whole
 from srds import Iterate, algorithm_1, srds
@@ -65,6 +65,7 @@ class Sampler:
     arguments: those of the pipeline's call, by name, such as guidance_scale or image, unless others are given with a
         prompt; None for none.
     processes: those that share the lanes of each tick, of which the others `serve`; None for this process alone.
+    together: how many samples share calls, see `batch`; it sets the sizes of compiled ones.
 
     Public attributes: model and device; and, known from the first look at the pipeline's loop, shape (of a state),
     boundaries and solver.
@@ -72,7 +73,7 @@ class Sampler:
     Raises SettingError if the model cannot do what is asked, and ModelError for a pipeline that cannot be sampled.
     """
 
-    def __init__(self, pipeline, settings=None, arguments=None, *, processes=None):
+    def __init__(self, pipeline, settings=None, arguments=None, *, processes=None, together=1):
         self.asked, self.arguments = settings or Settings(), dict(arguments or {})
         self.pipeline, self.processes = pipeline, processes or ALONE
         with torch.device("cpu"):  # for schedulers and tables, whatever torch's default device is
@@ -80,12 +81,12 @@ class Sampler:
             self.device = torch.device(pipeline._execution_device)
             self.settings = self.asked.resolve(self.model)
             self.model.check_call(self.arguments)
-        self._answers, self._solvers = (), {}
+        self._answers, self._solvers, self.together = (), {}, together
 
     def loop(self, prompt, seed=None):
         """Return the `models.loop.Loop` of a prompt and seed."""
         settings, seed, prompt = self.settings, self._seed(seed), self.encode(prompt)
-        sizes = settings.max_batch, settings.fixed_batch and self.widest, self.compiled
+        sizes = settings.max_batch, settings.fixed_batch and self.widest, self.compiled and self.together
         depends_on = seed, settings.fine_steps, *sizes, *self._given
         if depends_on not in prompt.loops:
             prompt.loops = {key: loop for key, loop in prompt.loops.items() if key[0] == seed}
@@ -168,6 +169,25 @@ class Sampler:
         prompt = self.encode(prompt, **arguments)
         refinements = tuple(self.refine(prompt, seed, start=start))
         return Sample(prompt.text, self._seed(seed), refinements, self.trajectory(refinements[-1].states, seed, prompt))
+
+    def batch(self, asked, most=None) -> Iterator[tuple[int, Sample]]:
+        """Sample prompts side by side, in network calls that they share; yield index and `Sample` of each when done.
+
+        asked: a list with the prompt, seed and start of each sample, of which the last ones may be left out. most: how
+        many are made at a time; None: all. If one fails, the others are made, and then its error is raised.
+        """
+        self.together, errors = most or len(asked) or 1, []
+
+        def made(numbered):
+            i, (prompt, *more) = numbered
+            try:
+                return i, self(replace(self.encode(prompt), loops={}), *more)  # loops of its own
+            except Exception as error:
+                errors.append(error)
+
+        yield from filter(None, side_by_side(made, enumerate(asked), self.together))
+        for error in errors:
+            raise error
 
     def refine(self, prompt, seed=None, on_tick=None, start=None, **arguments) -> Iterator[Refinement]:
         """Yield the initialisation and each refinement as soon as it is known, until the stop rule is met.
@@ -282,7 +302,7 @@ class Sampler:
         if self.settings.fixed_batch:
             return [diffusion.fixed_batch(most, max_batch)]
         if self.compiled:  # few, as each is compiled: doubling, then the largest
-            most = min(most, max_batch or most)
+            most = min(most * self.together, max_batch or most * self.together)
             return [*(rows * 2**i for i in range(20) if rows * 2**i < most), most]
         return []
 
@@ -311,10 +331,10 @@ class Sampler:
 
         Raises FloatingPointError if the network's output is not finite.
         """
-        loop, compiled = self.loop(""), self.compiled
-        widths = range(1, self.widest + 1) if compiled else (1, self.widest)
+        loop = self.loop("")
+        widths = [size // max(loop.rows) for size in loop.sizes] or [1, self.widest * self.together]
         with contextlib.closing(loop):
-            for lanes in [*widths] * (3 if compiled else 1):  # a CUDA graph is recorded at the second call
+            for lanes in widths * (3 if self.compiled else 1):  # a CUDA graph is recorded at the second call
                 x = loop.x.expand(lanes, *loop.x.shape[1:])
                 outputs = loop.denoise(x, torch.zeros(lanes, dtype=int, device="cpu"))
                 expect(outputs.isfinite().all(), "the network's output", loop.dtype)

@@ -9,9 +9,12 @@ out each call of a network and each step of the scheduler, and waits for the ans
 2. Run. The loop runs with W copies of the sample, which stand for L <= W states, each at a step of its own. Networks
    get the rows of these L states, and are told the times of their steps.
 3. Decode. The loop runs once more, with a last state handed in, so that the pipeline decodes it in its own way.
+
+Samples that are made side by side have a loop each, in a thread each, and share the calls of networks.
 """
 
 import contextlib
+import contextvars
 import copy
 import functools
 import inspect
@@ -25,11 +28,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
-from diffusion import on
 from settings import Failure, in_one_line, out_of_memory
 
 BEGINNING = threading.Lock()  # before the loop, as a tokenizer's padding is shared by all threads
 ROUNDING = 0.02  # of the largest number: by how much a copy's encoding may differ from one sample's
+ASK = contextvars.ContextVar("ask")  # in a thread of `inside_out`: asks whoever has called it, and returns the answer
 COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
 
 
@@ -38,7 +41,42 @@ class Refused(Failure):
 
 
 class Left(BaseException):
-    """Raised in a pipeline's call that nobody waits for any more."""
+    """Raised in a thread that nobody waits for any more."""
+
+
+def inside_out(function, *arguments):
+    """Call a function in a thread, and yield what it asks, to be answered by `send`; returns what the function returns.
+
+    An answer that is an exception is raised where it was asked for.
+    """
+    asked, answers = queue.SimpleQueue(), queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+
+    def ask(*event):
+        asked.put(event)
+        if isinstance(answer := answers.get(), BaseException):
+            raise answer
+        return answer
+
+    def run():
+        try:
+            ASK.set(ask)
+            with torch.cuda.device(device):
+                asked.put(("end", function(*arguments)))
+        except BaseException as error:
+            asked.put(("error", error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (event := asked.get())[0] not in ("end", "error"):
+            answers.put((yield event))
+        if event[0] == "error":
+            raise event[1]
+        return event[1]
+    finally:
+        answers.put(Left())
+        thread.join()
 
 
 def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
@@ -50,29 +88,20 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     before the loop, by what they were told; new ones are added. seed: for draws without a generator. threads:
     torch's; None: as now.
     """
-    asked, answers, twin, looping = queue.SimpleQueue(), queue.SimpleQueue(), copy.copy(pipeline), False
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-    beginning, most = contextlib.ExitStack(), torch.get_num_threads()
+    beginning, most, twin, looping = contextlib.ExitStack(), torch.get_num_threads(), copy.copy(pipeline), False
     # Pipelines read from these the scale of a LoRA in their text encoders.
     scales = repr({name: value for name, value in arguments.items() if name.endswith("attention_kwargs")})
 
-    def ask(*event):
-        asked.put(event)
-        answer = answers.get()
-        if answer is Left:
-            raise Left
-        return answer
-
     def call(name, module, *args, **kwargs):
         if looping:
-            return ask("network", name, module, args, kwargs)
+            return ASK.get()("network", name, module, args, kwargs)
         told = name, scales, *map(content, tree_flatten((args, kwargs))[0])
         if told not in encoded:
             encoded[told] = module(*args, **kwargs)
         return copy.copy(encoded[told])  # as the pipeline may change a list of features
 
     def step(model_output, timestep, sample, *_, return_dict=True, **__):
-        states = ask("step", model_output, sample, timestep)
+        states = ASK.get()("step", model_output, sample, timestep)
         if hasattr(scheduler, "_step_index"):  # a pipeline that inpaints asks for noise of the next step
             begun = scheduler.begin_index or 0 if scheduler.step_index is None else scheduler.step_index
             scheduler._step_index = begun + 1
@@ -91,17 +120,15 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
         return tqdm(iterable, total=total, disable=True)
 
     def run():
-        try:
-            with torch.cuda.device(device), beginning:
-                torch.get_num_threads()  # a thread's first query resets its number to the shared one, so before setting
-                torch.set_num_threads(threads or most)
-                asked.put("begun")
-                beginning.enter_context(BEGINNING)
-                beginning.enter_context(torch.random.fork_rng([device] * (device >= 0)))
-                torch.manual_seed(seed)  # for what is drawn without the generator
-                asked.put(("end", twin(**arguments)))
-        except BaseException as error:
-            asked.put(("error", error))
+        with beginning:
+            torch.get_num_threads()  # a thread's first query resets its number to the shared one, so before setting
+            torch.set_num_threads(threads or most)
+            ASK.get()("begun")
+            beginning.enter_context(BEGINNING)
+            devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+            beginning.enter_context(torch.random.fork_rng(devices))
+            torch.manual_seed(seed)  # for what is drawn without the generator
+            return twin(**arguments)
 
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
@@ -112,19 +139,12 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     attention = {part: part.attn_processors for part in shared if hasattr(part, "attn_processors")}
     vars(twin).update(scheduler=scheduler, progress_bar=progress_bar, maybe_free_model_hooks=lambda: None)
     vars(scheduler).update(step=step, set_timesteps=set_timesteps)
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     try:
-        asked.get()
-        torch.set_num_threads(most)  # as new threads inherit the number set last
-        while (event := asked.get())[0] in ("network", "step"):
-            answers.put((yield event))
-        if event[0] == "error":
-            raise event[1]
-        return event[1]
+        with contextlib.closing(inside_out(run)) as thread:
+            next(thread)
+            torch.set_num_threads(most)  # as new threads inherit the number set last
+            return (yield from thread)
     finally:
-        answers.put(Left)
-        thread.join()
         for part, processors in attention.items():
             part.set_attn_processor(processors)
 
@@ -146,6 +166,7 @@ def is_list(value):
 
 
 flatten = functools.partial(tree_flatten, is_leaf=is_list)
+flat_arguments = lambda args, kwargs: flatten((dict(enumerate(args)), kwargs))
 
 
 def same(one, other, off=0.0):
@@ -177,14 +198,41 @@ def rows(answer, told):
     return len(last[-1] if is_list(last) and not listed else last), listed
 
 
-def by_copies(value, before, rows, copies):
-    """Return a tensor of copies of a sample as (rows, copies, ...). before: that of one sample, with `rows` or more.
+def copied_along(value, before, rows):
+    """Return the dimension along which the copies of a sample lie in an argument; None if they share it.
 
-    A network sees rows x copies samples, so what is more than one row of a sample, such as those of a video's frames,
-    lies together.
+    before: the argument for one sample.
     """
-    rows = rows if len(before) % rows == 0 else len(before)
-    return value.unflatten(0, (rows, copies, -1))
+    one, many = (each.shape if isinstance(each, torch.Tensor) else () for each in (before, value))
+    differing = [dim for dim, sizes in enumerate(zip(one, many)) if sizes[0] != sizes[1]]
+    # Copies of a single one, as of a given mask, are not made by the pipeline.
+    return differing[0] if differing else 0 if one[:1] == (rows,) and rows > 1 else None
+
+
+def gathered(values, before, rows, spots, listed=None):
+    """Return copies from several calls as those of one, for a leaf of a network's arguments or of its answer.
+
+    values: the leaf in each call. before: that of one sample. spots: which copies, pairs of a call and a place in it.
+    listed: for an answer, whether its lists have an entry for each sample; None for arguments, whose length shows it.
+
+    A network sees rows x copies samples: the copies of each of a sample's rows lie next to each other, and what is more
+    than one row of a sample, such as those of a video's frames, lies together.
+    """
+    if is_list(before) and (len(values[0]) > len(before) if listed is None else listed):
+        copies = [len(value) // len(before) for value in values]
+        return [values[i][r * copies[i] + place] for r in range(len(before)) for i, place in spots]
+    if is_list(before):
+        return type(before)(gathered(each, was, rows, spots, listed) for *each, was in zip(*values, before))
+    dim = 0 if listed is not None and getattr(before, "ndim", 0) else copied_along(values[0], before, rows)
+    if dim is None:
+        return values[0]
+    rows = rows if before.shape[dim] % rows == 0 else before.shape[dim]
+    parts = [value.movedim(dim, 0).unflatten(0, (rows, -1, before.shape[dim] // rows)) for value in values]
+    if spots == [(0, place) for place in range(parts[0].shape[1])]:
+        return values[0]
+    found = torch.stack([parts[i][:, place % parts[i].shape[1]] for i, place in spots], 1)
+    # With the same strides in a call of any width, or a compiled network would be compiled again.
+    return found.flatten(0, 2).movedim(0, dim).contiguous()
 
 
 class Told(NamedTuple):
@@ -215,7 +263,7 @@ class Loop:
         self.pipeline, self.template, self.arguments, self.seed = pipeline, scheduler, arguments, seed
         self.kind = f"the {type(pipeline).__name__}"
         self.encoded, self.max_batch, self.sizes, self.answers = encoded, max_batch, (), [*answers]
-        self.width, self.widest, self.calls, self.running = 1, 1, 0, None
+        self.width, self.widest, self.calls, self.running, self.kinds = 1, 1, 0, None, {}
         known = inspect.signature(type(pipeline).__call__).parameters
         self.copies = next((name for name in COPIES if name in known), None)
         try:
@@ -244,7 +292,7 @@ class Loop:
                     kind, *event = loop.send(answer)
                     if kind == "network":
                         name, module, args, kwargs = event
-                        leaves, tree = flatten((dict(enumerate(args)), kwargs))
+                        leaves, tree = flat_arguments(args, kwargs)
                         calls.append((name, [type(leaf)(leaf) if is_list(leaf) else leaf for leaf in leaves], tree))
                         if new and not seen:  # afterwards, as a UNet takes an adapter's features out of their list
                             with torch.compiler.set_stance("force_eager"):  # as the loop has times in another shape
@@ -269,6 +317,8 @@ class Loop:
         self.x, self.dtype, self.N = first.float(), first.dtype, len(seen)
         self.told = [self._compared(calls) for calls in zip(*seen)]
         self.rows, self.listed = zip(*(rows(answer, told.first) for answer, told in zip(self.answers, self.told)))
+        if not all(isinstance(values, torch.Tensor) for told in self.told for values in told.changing.values()):
+            self.copies = None  # a number is one for all copies
 
     def _expect(self, condition, what, step):
         if not condition:
@@ -296,10 +346,13 @@ class Loop:
         """Return guided outputs, float32 (L, ...), for L states x, float32, at steps n, int64 (L,) on the CPU."""
         if len(x) > 1 and not self.copies:  # the pipeline makes one sample a call
             return torch.cat([self.denoise(*lane) for lane in zip(x.split(1), n.split(1))])
+        ask = ASK.get(None)
+        if ask and hasattr(self.pipeline, "set_pag_applied_layers"):
+            raise Refused(f"{self.kind} changes what samples side by side share; leave out --batch", status=2)
         try:
             if len(x) > self.width or not self.running:  # of two copies at least, the rows of each can be told
                 most = max(len(x), self.widest if self.copies else 1)
-                self._start(max(2 ** (most - 1).bit_length(), 2 if self.sizes and self.copies else 1))
+                self._start(max(2 ** (most - 1).bit_length(), 2 if (self.sizes or ask) and self.copies else 1))
             if len(x) > self.width:  # the pipeline turned out to make one sample a call
                 return self.denoise(x, n)
             states = torch.cat([x, x[-1:].expand(self.width - len(x), *x.shape[1:])]).to(self.dtype)
@@ -309,7 +362,8 @@ class Loop:
                 self._start(self.width)
                 event = self.running.send(states)
             for c in range(len(self.told)):
-                event = self.running.send(self._answer(c, n.tolist(), *event[1:]))
+                request = self, c, n.tolist(), event[2], *flat_arguments(*event[3:])
+                event = self.running.send(ask(request) if ask else answered([request])[0])
             return event[1][: len(x)].to(torch.float32, copy=True)
         except BaseException:
             self.close()
@@ -336,7 +390,7 @@ class Loop:
             for begun in (False, True):  # the look's states are used from the second step on
                 for c, told in enumerate(self.told):
                     alike = alike and (not begun or self._alike(c, told, *event[3:]))
-                    event = self.running.send(self._joined([self.answers[c]], c, [(1, 1)]))
+                    event = self.running.send(self.joined([self.answers[c]], c, [(0, 0)]))
                 alike = alike and len(event[2]) == width
                 if not begun:
                     event = self.running.send(self.x.to(self.dtype).expand(width, *self.x.shape[1:]))
@@ -347,91 +401,22 @@ class Loop:
         if not alike:
             if width == 1:
                 raise Refused(f"{self.kind} differs between calls with the same seed")
-            self.copies = None
+            self.copies, self.kinds = None, {}
             self._start(1)
 
     def _alike(self, c, told, args, kwargs):
         """Return whether network c is told the same of the first and the last copy as it was of one sample."""
-        leaves, _ = flatten((dict(enumerate(args)), kwargs))
-        pairs = [pair for j, pair in enumerate(zip(leaves, told.first, strict=True)) if j not in told.changing]
-        lanes = {0, self.width - 1}
-        return all(same(self._cut(*pair, [lane], self.rows[c]), pair[1], ROUNDING) for lane in lanes for pair in pairs)
+        pairs = enumerate(zip(flat_arguments(args, kwargs)[0], told.first, strict=True))
+        pairs = [pair for j, pair in pairs if j not in told.changing]
+        one = lambda value, before, lane: gathered([value], before, self.rows[c], [(0, lane)])
+        return all(same(one(*pair, lane), pair[1], ROUNDING) for lane in {0, self.width - 1} for pair in pairs)
 
-    def _answer(self, c, n, name, module, args, kwargs):
-        """Return what a network says of the first len(n) copies, at steps n, and anything for the rest."""
-        (_, first, changing), rows = self.told[c], self.rows[c]
-        leaves, tree = flatten((dict(enumerate(args)), kwargs))
-        sizes = [max(1, size // rows) for size in self.sizes] if self.copies else []
-        most = sizes[-1] if sizes else max(1, self.max_batch // rows) if self.max_batch else len(n)
-        numbers = [values for values in changing.values() if not isinstance(values, torch.Tensor)]
-        outputs, counts = [], []
-        for _, run in itertools.groupby(range(len(n)), lambda i: [values[n[i]] for values in numbers]):
-            run = [*run]
-            for lanes in (run[i : i + most] for i in range(0, len(run), most)):
-                size = next((size for size in sizes if size >= len(lanes)), len(lanes))
-                filled = [*lanes, *lanes[-1:] * (size - len(lanes))]
-                told = [self._cut(value, before, filled, rows) for value, before in zip(leaves, first)]
-                for j, values in changing.items():
-                    told[j] = self._at(values, [n[lane] for lane in filled], rows)
-                args, kwargs = tree_unflatten(told, tree)
-                # A copy, as the next replay of a CUDA graph writes to the same memory.
-                outputs.append(tree_map_only(torch.Tensor, torch.clone, module(*args.values(), **kwargs)))
-                counts.append((len(lanes), size))
-                self.calls += 1
-        return self._joined(outputs, c, counts)
-
-    def _cut(self, value, before, lanes, rows):
-        """Return the part of an argument for some lanes. before: the same argument for one sample.
-
-        The copies of each of a sample's rows lie next to each other.
-        """
-        if is_list(value):
-            if len(value) > len(before):
-                return [value[r * self.width + lane] for r in range(len(before)) for lane in lanes]
-            return type(value)(self._cut(each, was, lanes, rows) for each, was in zip(value, before))
-        if not isinstance(value, torch.Tensor) or not value.ndim or self.width == 1:
-            return value
-        if value.shape == before.shape and len(before) == rows > 1:  # not copied by the pipeline, as a given mask
-            return value.repeat_interleave(len(lanes), 0)
-        dim = next((dim for dim, size in enumerate(before.shape) if value.shape[dim] == self.width * size), None)
-        if dim is None or lanes == [*range(self.width)]:
-            return value
-        picked = slice(lanes[0], lanes[-1] + 1) if len(lanes) == lanes[-1] + 1 - lanes[0] else lanes
-        value, before = value.movedim(dim, 0), before.movedim(dim, 0)  # most often the first
-        # With the same strides in a call of any width, or a compiled network would be compiled again.
-        return by_copies(value, before, rows, self.width)[:, picked].flatten(0, 2).movedim(0, dim).contiguous()
-
-    @staticmethod
-    def _at(values, n, rows):
-        """Return the argument of some lanes that changes with the step, at their steps n; values: at each step."""
-        if not isinstance(values, torch.Tensor):
-            return values[n[0]]
-        found = values[on(values, n)]
-        found = found.expand(-1, rows, *found.shape[2:]) if found.shape[1] == 1 else found
-        return found.transpose(0, 1).flatten(0, 1)
-
-    def _joined(self, outputs, c, counts):
-        """Return the output of network c for all copies.
-
-        outputs: for each call, that for its lanes. counts: for each call, the lanes and the copies that filled it up.
-        """
-        missing, rows, listed = self.width - sum(count for count, _ in counts), self.rows[c], self.listed[c]
-
-        def join(values, before):
-            if is_list(before) and listed:
-                found = [[value[r * size : r * size + count] for value, (count, size) in zip(values, counts)]
-                         for r in range(len(before))]  # fmt: skip
-                return [each for row in found for each in [*itertools.chain(*row), *row[0][:1] * missing]]
-            if is_list(before):
-                return type(before)(join(each, was) for each, was in zip(zip(*values), before))
-            if not isinstance(before, torch.Tensor) or not before.ndim:
-                return values[0]
-            parts = [by_copies(value, before, rows, size)[:, :count] for value, (count, size) in zip(values, counts)]
-            return torch.cat([*parts, parts[0][:, :1].expand(-1, missing, *[-1] * before.ndim)], 1).flatten(0, 2)
-
+    def joined(self, outputs, c, spots):
+        """Return the output of network c for all copies, from those of calls. spots: of the first, see `gathered`."""
         leaves, tree = flatten(self.answers[c])
+        spots, how = [*spots, *spots[:1] * (self.width - len(spots))], (self.rows[c], self.listed[c])
         pairs = zip(zip(*(flatten(output)[0] for output in outputs)), leaves)
-        return tree_unflatten([join(values, was) for values, was in pairs], tree)
+        return tree_unflatten([gathered(values, was, how[0], spots, how[1]) for values, was in pairs], tree)
 
     # Decode
 
@@ -452,3 +437,88 @@ class Loop:
                         answer = event[1](*event[2], **event[3])
             except StopIteration as end:
                 return end.value[0]
+
+
+# Calls of networks. A request is a loop, the number of its network, the steps of its first copies, the network, and the
+# leaves and the tree of what this is told of all copies.
+
+
+def kind(loop, c, n, module, leaves, tree):
+    """Return what requests must have in common to be answered by one call: hashable."""
+    (_, first, changing), rows = loop.told[c], loop.rows[c]
+
+    def of(value, before):
+        if is_list(before):
+            return len(before) if len(value) > len(before) else (*map(of, value, before),)
+        dim = copied_along(value, before, rows)
+        return content(before) if dim is None else (dim, before.shape, before.dtype)
+
+    if c not in loop.kinds:
+        leaves = (changing[j].shape[1:] if j in changing else of(*pair) for j, pair in enumerate(zip(leaves, first)))
+        limits = loop.max_batch, *loop.sizes, loop.copies or id(loop)  # without copies, its rows cannot be told
+        loop.kinds[c] = id(module), repr(tree), rows, loop.listed[c], limits, *leaves
+    return loop.kinds[c]
+
+
+def answered(requests):
+    """Return what the network says to each of some requests of one kind, in as few calls as may be."""
+    (loop, c, _, module, _, tree), *_ = requests
+    rows, changing = loop.rows[c], [loop.told[c].changing for loop, c, *_ in requests]
+    sizes = [max(1, size // rows) for size in loop.sizes] if loop.copies else []
+    most = sizes[-1] if sizes else max(1, (loop.max_batch or 10**9) // rows)
+    lanes, outputs = [(i, lane) for i, request in enumerate(requests) for lane in range(len(request[2]))], []
+    for some in (lanes[i : i + most] for i in range(0, len(lanes), most)):
+        filled = some + some[-1:] * (next((size for size in sizes if size >= len(some)), len(some)) - len(some))
+        leaves = zip(*(request[4] for request in requests))
+        told = [gathered(values, before, rows, filled) for values, before in zip(leaves, loop.told[c].first)]
+        for j in changing[0]:
+            values = [changing[i][j][requests[i][2][lane]] for i, lane in filled]
+            told[j] = values[0]
+            if isinstance(values[0], torch.Tensor):
+                values = torch.stack(values, 1)
+                told[j] = values.expand(max(rows, len(values)), *values.shape[1:]).flatten(0, 1)
+        args, kwargs = tree_unflatten(told, tree)
+        # A copy, as the next replay of a CUDA graph writes to the same memory.
+        outputs.append(tree_map_only(torch.Tensor, torch.clone, module(*args.values(), **kwargs)))
+    places = [[divmod(at, most) for at, (i, _) in enumerate(lanes) if i == own] for own in range(len(requests))]
+    for (loop, *_), spots in zip(requests, places):
+        loop.calls += len(dict(spots))
+    return [loop.joined(outputs, c, spots) for (loop, c, *_), spots in zip(requests, places)]
+
+
+def attempted(requests):
+    """Return what `answered` does, or a request's error; if one call for several fails, each has its own."""
+    try:
+        return answered(requests)
+    except Exception as error:
+        again = len(requests) > 1 and not out_of_memory(error)
+        return [attempted([each])[0] if again else error for each in requests]
+
+
+@torch.no_grad()
+def side_by_side(function, items, most):
+    """Call a function for each item, at most so many at a time, and yield what calls return; an error ends all.
+
+    Each has a thread of its own, of which one runs at a time, until it comes to a call of a network. Once all have,
+    this thread makes these calls: one for all requests of a kind.
+    """
+    items, answers = iter(items), {}
+    if most == 1:
+        yield from map(function, items)
+    try:
+        while True:
+            answers |= {inside_out(function, item): None for item in itertools.islice(items, most - len(answers))}
+            if not answers:
+                return
+            kinds = {}
+            for thread, answer in answers.items():
+                try:
+                    (request,) = thread.send(answer)
+                    kinds.setdefault(kind(*request), {})[thread] = request
+                except StopIteration as end:
+                    yield end.value
+            # At once, as all are to be closed after an interrupt.
+            answers = {one: said for some in kinds.values() for one, said in zip(some, attempted([*some.values()]))}
+    finally:
+        for thread in answers:
+            thread.close()

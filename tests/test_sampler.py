@@ -1,6 +1,7 @@
 """The door for Python: what a pipeline in memory is sampled to, when a run stops, and what stays as it was."""
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import sampler as door
 from models.loading import ModelError
-from pipelines import SD, flux, pixels, stable_diffusion
+from models.loop import Refused
+from pipelines import SD, flux, pixels, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from refinement import MEASURED, Trajectory, difference, judge, trajectory_change
 from sampler import Sampler
 from settings import SettingError, Settings
@@ -285,6 +287,119 @@ def test_what_the_caller_does_between_refinements_is_not_in_its_seconds(sampler,
         now[0] += 100
 
 
+# Side by side
+
+THREE = [("a red sun", 1), ("moon", 2), ("", 1)]
+
+
+def counting(sampler, seen):
+    """A context that adds the number of samples in each call of the network to a list, after the first look."""
+    sampler.loop("")
+    network = sampler.pipeline.components.get("unet") or sampler.pipeline.transformer
+    how = {"with_kwargs": True}
+    return network.register_forward_pre_hook(lambda _, args, kw: seen.append(len([*args, *kw.values()][0])), **how)
+
+
+def assert_same(alone, together):
+    """The same counts and verdicts, and the same states and images up to the rounding of another batch."""
+    counts = "k serial_evaluations total_evaluations network_calls widest_tick verdict exact".split()
+    for one, other in zip(alone.refinements, together.refinements, strict=True):
+        assert [getattr(one, name) for name in counts] == [getattr(other, name) for name in counts]
+        torch.testing.assert_close(one.states, other.states, atol=1e-4 * float(one.states.std()), rtol=1e-4)
+        assert abs(one.image.astype(int) - other.image).max() <= 1
+    assert (alone.prompt, alone.seed) == (together.prompt, together.seed)
+
+
+@pytest.mark.parametrize("model, most", [("demo", None), ("fashion", 2)])
+@pytest.mark.parametrize("settings", [{}, {"method": "collocation", "window": 3}])
+def test_samples_of_a_batch_are_those_made_alone_each_with_its_counts_and_stop(model, settings, most):
+    """All of the batch are in each call of the network: it takes as many as the deepest sample has ticks."""
+    seen, settings = [], Settings(fine_steps=9, coarse_steps=4, tolerance=1, **settings)
+    sampler = Sampler.from_pretrained(model, settings, device="cpu")
+    alone = [sampler(*each) for each in THREE]
+    with counting(sampler, seen):
+        together = dict(sampler.batch(THREE, most))
+    for i, one in enumerate(alone):
+        assert_same(one, together[i])
+    ticks = sorted(one.serial_evaluations for one in alone)
+    assert len(seen) == ticks[-1] if most is None else ticks[-1] < len(seen) < sum(ticks)
+    assert ticks[0] < ticks[-1], "they stop at refinements of their own"
+
+
+@pytest.mark.parametrize("make", [stable_diffusion_xl, stable_diffusion_3, flux])
+def test_in_a_shared_call_each_sample_has_its_own_conditions(make):
+    settings = Settings(fine_steps=4, coarse_steps=2, tolerance=0)
+    sampler, seen = Sampler(make(), settings, {"height": 64, "width": 64}), []
+    alone = [sampler(*each) for each in THREE]
+    with counting(sampler, seen):
+        together = dict(sampler.batch(THREE))
+    assert len(seen) == 4 and max(seen) == 6 * max(sampler.loop("").rows)
+    assert (alone[0].states - alone[1].states).abs().mean() > 1e-3
+    for i, one in enumerate(alone):
+        assert_same(one, together[i])
+
+
+def test_samples_that_differ_in_more_than_their_rows_are_made_in_calls_of_their_own(sampler):
+    asked = [sampler.encode("a", **more) for more in ({}, {"height": 96, "width": 64}, {"guidance_scale": 1.0})]
+    alone, seen = [sampler(prompt) for prompt in asked], []
+    with counting(sampler, seen):
+        together = dict(sampler.batch([(prompt, None) for prompt in asked]))
+    assert len(seen) == 2 + sum(one.serial_evaluations for one in alone), "and two looks, at other arguments"
+    for i, one in enumerate(alone):
+        assert_same(one, together[i])
+
+
+@pytest.mark.parametrize("settings", [{"max_batch": 6}, {"fixed_batch": True}])
+def test_limits_of_a_call_hold_for_a_batch(settings, sampler):
+    varied, seen = sampler.vary(tolerance=0, **settings), []
+    truths = [varied.sequential(*each).states for each in THREE]
+    with counting(varied, seen):
+        together = dict(varied.batch(THREE))
+    assert max(seen) == {"max_batch": 6, "fixed_batch": 8}[[*settings][0]]
+    assert len(seen) < sum(one.serial_evaluations for one in together.values())
+    if varied.settings.fixed_batch:
+        assert {*seen} == {8} and all(together[i].states.equal(truth) for i, truth in enumerate(truths)), "to the bit"
+
+
+@pytest.mark.parametrize("failure", [ValueError, "not finite"])
+def test_a_sample_of_a_batch_that_fails_leaves_the_others_whole(failure, sampler):
+    """In the network, for the words of one prompt, wherever they are in a call."""
+    words = sampler.loop(sampler.encode("moon")).told[0].first
+    words = next(value[1] for value in words if isinstance(value, torch.Tensor) and value.ndim == 3)
+    alone, made, threads = [sampler(*each) for each in THREE], {}, threading.active_count()
+
+    def fail(unet, args, kwargs, output):
+        found = [torch.allclose(row, words, atol=1e-4) for row in kwargs["encoder_hidden_states"]]
+        if failure is ValueError and any(found):
+            raise ValueError("moon")
+        return (output[0].where(~torch.tensor(found).reshape(-1, 1, 1, 1), math.nan),)
+
+    with sampler.pipeline.unet.register_forward_hook(fail, with_kwargs=True):
+        with pytest.raises((ValueError, FloatingPointError), match="moon|not finite"):
+            made.update(sampler.batch(THREE))
+    assert threading.active_count() == threads
+    with sampler.pipeline.unet.register_forward_hook(fail, with_kwargs=True):
+        with pytest.raises((ValueError, FloatingPointError)):
+            for i, sample in sampler.batch(THREE):
+                made[i] = sample
+    assert made.keys() == {0, 2}
+    for i, sample in made.items():
+        assert_same(alone[i], sample)
+
+
+def test_a_batch_that_is_left_leaves_no_thread_and_what_samples_cannot_share_is_refused(sampler):
+    threads = threading.active_count()
+    batch = sampler.batch([*THREE, ("sea", 4)], 2)
+    next(batch)
+    batch.close()
+    assert threading.active_count() == threads and next(sampler.batch(THREE[:1], 1))[0] == 0
+    parts = {**sampler.pipeline.components, "requires_safety_checker": False}
+    perturbed = Sampler(diffusers.StableDiffusionPAGPipeline(**parts), SMALL)
+    with pytest.raises(Refused, match="changes what samples side by side share"):
+        list(perturbed.batch(THREE))
+    assert threading.active_count() == threads
+
+
 # What is asked, and what is refused
 
 
@@ -367,3 +482,6 @@ def test_compiled_calls_have_few_shapes():
     shapes.clear()
     list(sampler.vary(max_batch=1).iterates("a"))
     assert set(shapes) == {2}
+    shapes.clear()
+    list(sampler.batch(THREE))
+    assert max(shapes) == 18 and {*shapes} <= {2, 4, 8, 16, 18}
