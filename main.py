@@ -124,6 +124,7 @@ def parse(argv):
 
 def run(command, processes):
     """Run a command: arguments -> samples -> those left -> model, if any are -> loop: sample, write -> overview."""
+    from models.loop import side_by_side
     from study.bench import Bench
     from study.folder import Folder
     from study.overview import Overview
@@ -136,18 +137,21 @@ def run(command, processes):
     left = overview.begin()
     if left is None:
         return
+
+    def make(group):
+        for task in group:
+            overview.say(task)
+            try:
+                made = bench.sample(task, overview.say)
+                folder.add(task.folder, overview.files(*made), command.experiment.again)
+            except Exception as error:
+                overview.failed(task, bench.explain(error))
+
     try:
         if processes.sharing > 1 and not processes.first:
             bench.follow(tasks)
         else:
-            for group in processes.deal(left):
-                for task in group:
-                    overview.announce(task)
-                    try:
-                        made = bench.sample(task)
-                        folder.add(task.folder, overview.files(*made), command.experiment.again)
-                    except Exception as error:
-                        overview.failed(task, bench.explain(error))
+            list(side_by_side(make, processes.deal(left), command.experiment.batch))
             processes.broadcast(None)  # to those that follow: there are no more samples
         processes.wait()
     except BaseException:

@@ -25,8 +25,8 @@ class Refinement(NamedTuple):
     image: uint8, (height, width, 3), or (frames, height, width, 3) for a video.
     states: U_0 ... U_B, float32, (B + 1, ...), on the model's device.
     serial_evaluations: batched model evaluations, one after the other (ticks). total_evaluations: evaluations of single
-        states; a guided one counts once (lane-steps). network_calls: calls of the network by this process; with
-        `max_batch`, a tick may take several. widest_tick: most states in a tick.
+        states; a guided one counts once (lane-steps). network_calls: calls of the network by this process, some of them
+        shared with others of a batch; with `max_batch`, a tick may take several. widest_tick: most states in a tick.
     exact: whether it is the sequential sample up to the network's rounding. all_nodes: for collocation, whether every
         grid point is a node; then it is the sequential sample up to what the threshold leaves unseen.
     damping: what was withheld from a correction, 127.5 times its norm over the state's, at the boundary with most.
@@ -34,7 +34,8 @@ class Refinement(NamedTuple):
     trajectory_change: see the function; None for k = 0.
     verdict: "converged", "growing" or "continuing", see `judge`. settled: whether refinement k was completed;
         collocation can be cut short.
-    seconds: since the first tick, with decoding, without the time that the caller took in between.
+    seconds: since the first tick, with decoding, without the time that the caller took in between; in a batch, with the
+        work for its other samples.
     """
 
     k: int

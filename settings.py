@@ -41,6 +41,7 @@ DTYPE = "auto"
 MAX_BATCH = None
 # The experiment
 PARALLEL = None
+BATCH = 1
 PLOT_FORMAT = "png"
 
 METHODS = ("srds", "collocation")
@@ -333,6 +334,7 @@ class Experiment(Checked):
     parallel: str | None = row(PARALLEL, choice(*PARALLELS, optional=True), "what several processes share: the lanes "
                                "of each tick, or the samples", group="experiment",
                                usual="samples, if there are more of them than processes")
+    batch: int = row(BATCH, whole(), "samples made side by side, in network calls that they share", "S", "experiment")
     output_dir: str = row(None, path(), "directory for images and analysis (required)", "DIR", "output", "-o")
     dry_run: bool = row(False, flag, "print what would be made, and what it takes; write nothing", group="output")
     again: bool = row(False, flag, "make samples again that are there already", group="output")

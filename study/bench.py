@@ -9,7 +9,7 @@ from models.adapters import find_adapters
 from models.loading import ModelError, choose_device, choose_dtype, find_model, load_pipeline
 from models.loop import Refused
 from refinement import Trajectory
-from sampler import Sampler
+from sampler import Prompt, Sampler
 from settings import Failure, SettingError, in_one_line, out_of_memory
 from study import key
 from study.folder import read_file, read_run
@@ -33,11 +33,15 @@ class Bench:
         parallel = experiment.parallel or ("samples" if count > processes.size else "lanes")
         self.command, self.processes = command, processes
         self.device = processes.join(choose_device(loading), parallel)
+        if experiment.batch > 1 and processes.sharing > 1:
+            raise SettingError("batch", experiment.batch, "is not for lanes that are shared; give --parallel samples")
         with processes.in_turn():
             self.model, self.adapters = find_model(loading.model, loading.pipeline), find_adapters(loading)
         self.dtype = str(choose_dtype(loading, self.model, self.device)).removeprefix("torch.")
         self.weights = key.weights(self.model, self.adapters)
-        self.prompt, self.shared = None, functools.lru_cache(maxsize=1)(Shared)  # of the last prompt, and seed
+        last = functools.lru_cache(2 * experiment.batch - 1)  # of the last prompts, and seeds
+        self.encoded = last(lambda text: Prompt(text, {}, self.pipeline))
+        self.shared = last(lambda text, seed: Shared(replace(self.encoded(text), loops={}), seed))
         if self.model.prompted and not command.texts:
             raise Failure("argument --prompts/-p or --prompt: give one of them", status=2)
         self.variants = []
@@ -103,7 +107,7 @@ class Bench:
     def sampler(self, settings, arguments):
         """Return a `sampler.Sampler` with these settings and arguments of the pipeline's call."""
         processes = self.processes if self.processes.sharing > 1 else None
-        return Sampler(self.pipeline, settings, arguments, processes=processes)
+        return Sampler(self.pipeline, settings, arguments, processes=processes, together=self.command.experiment.batch)
 
     @functools.cache  # noqa: B019
     def warm(self, settings, arguments):
@@ -117,14 +121,13 @@ class Bench:
             raise failure_of(error) or unknown from error
         return sampler
 
-    def sample(self, task):
+    def sample(self, task, say):
         """Make a sample, see `study.sampling.sample`."""
-        sampler = self.warm(task.settings, task.arguments)
+        # Several side by side would each warm it up, in calls that they share.
+        sampler = (self.sampler if self.command.experiment.batch > 1 else self.warm)(task.settings, task.arguments)
         if task.start:
             task.start.check(sampler.shape)
-        if not self.prompt or self.prompt.text != task.text:
-            self.prompt = sampler.encode(task.text)
-        return sample(sampler, task, self.shared(self.prompt, task.seed))
+        return sample(sampler, task, self.shared(task.text, task.seed), say)
 
     def follow(self, tasks):
         """Share the ticks of each sample that the first process makes, until there are no more."""

@@ -48,7 +48,7 @@ class Overview:
 
     def __init__(self, command, bench, folder, tasks):
         self.command, self.bench, self.folder, self.tasks = command, bench, folder, tasks
-        self.processes, self.errors, self.samples = bench.processes, {}, []
+        self.processes, self.errors, self.samples, self.spoken_of = bench.processes, {}, [], None
         self.begun = datetime.now(UTC).isoformat(timespec="seconds")
 
     # Before sampling
@@ -140,9 +140,11 @@ class Overview:
 
     # While sampling
 
-    def announce(self, task):
-        """Print which sample is next."""
-        tqdm.write(self.titles[task.folder])
+    def say(self, task, *lines):
+        """Print lines about a sample, below its title."""
+        title = [self.titles[task.folder]] * (self.spoken_of is not task)
+        self.spoken_of = task
+        tqdm.write("\n".join([*title, *lines]))
 
     @staticmethod
     def files(record, images, trajectory):
@@ -160,7 +162,7 @@ class Overview:
 
     def failed(self, task, message):
         """Print and record why a sample failed."""
-        tqdm.write(f"  failed: {message}")
+        self.say(task, f"  failed: {message}")
         self.processes.store.set(f"failed/{task.folder}", message)
 
     # After sampling

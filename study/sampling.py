@@ -34,10 +34,10 @@ class Shared:
         return self.made[name]
 
 
-def sample(sampler, task, shared):
+def sample(sampler, task, shared, say):
     """Make a sample and return its record, images by name, and a `refinement.Trajectory` if one is to be kept, or None.
 
-    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed.
+    task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. say: prints a line about a task.
     """
     settings, seed, prompt, N, truth = sampler.settings, task.seed, shared.prompt, sampler.boundaries[-1], None
     device = sampler.device
@@ -58,9 +58,9 @@ def sample(sampler, task, shared):
             entries.append({**entry_of(refinement, truth), "peak_memory_mib": peak})
             if truth:
                 errors.append((refinement.states - truth.states)[1:].cpu().double().flatten(1).norm(dim=1).tolist())
-            tqdm.write(utils.line_of(entries[-1]))
+            say(task, utils.line_of(entries[-1]))
     if not refinement.settled:
-        tqdm.write(f"  note: not settled within {N} serial evaluations; sequential sampling is better here")
+        say(task, f"  note: not settled within {N} serial evaluations; sequential sampling is better here")
     result = {
         "model": sampler.model.title,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

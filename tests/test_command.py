@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -24,6 +25,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, strategies
 from matplotlib.figure import Figure
 from PIL import Image
+from test_processes import assert_equal_runs
 from test_sequences import REFINEMENT, RESULT, RUN, make_task
 
 import main
@@ -61,6 +63,7 @@ def run(tiny, tmp_path, capsys):
         status = main.main(arguments(tmp_path / out, model, "-gs", "2", *more, prompts=[]))
         return status, tmp_path / out, capsys.readouterr().out
 
+    run.out = tmp_path / "out"
     return run
 
 
@@ -490,6 +493,40 @@ def test_ctrl_c_leaves_what_is_known_of_every_sample(run, monkeypatch, capsys):
     assert means.splitlines()[1].split()[:3] == ["all", "3", "1"], "one failed"
     monkeypatch.undo()
     assert "1 of 3 samples are there already" in run(*argv)[2]
+
+
+# Side by side
+
+
+def test_a_batch_leaves_what_samples_made_one_by_one_leave(run, tmp_path):
+    """The same samples, which are not made again, and lines that say which sample they are about."""
+    argv = ["--prompt", "a", "--prompt", "b", "--prompt", "c"]
+    assert run(*argv, out="alone")[0] == 0
+    status, out, printed = run(*argv, "--batch", "2")
+    assert status == 0
+    assert_equal_runs(tmp_path / "alone", out)
+    lines = [line for line in printed.split("\n\n")[0].splitlines() if line.startswith(("sample ", "  k = "))]
+    assert lines[:3] == ["sample 1 of 3: a", "sample 2 of 3: b", "sample 1 of 3: a"]
+    assert sum(line.startswith("  k = ") for line in lines) == len(pd.read_csv(out / "results.csv"))
+    assert "3 of 3 samples are there already" in run(*argv, "--batch", "3")[2]
+
+
+def test_ctrl_c_ends_a_batch_and_keeps_what_is_finished(run, monkeypatch):
+    """In a call of the network, when four of six samples are being made and one is finished."""
+    argv = ["--prompt", "a", "--seeds", "1-6", "--tolerance", "0", "--no-ground-truth"]
+    forward, threads = UNet2DConditionModel.forward, threading.active_count()
+
+    def interrupted(unet, x, *rest, **more):
+        if any((tmp / "result.json").is_file() for tmp in (run.out / "samples").glob("a-*")):
+            raise KeyboardInterrupt
+        return forward(unet, x, *rest, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", interrupted)
+    status, out, printed = run(*argv, "--batch", "4")
+    monkeypatch.undo()
+    made = len(list((out / "samples").glob("a-*")))
+    assert status == 130 and 0 < made < 6 and threading.active_count() == threads
+    assert f"{made} of 6 samples are there already" in run(*argv)[2]
 
 
 # Bad input

@@ -54,6 +54,7 @@ VALUES = strategies.recursive(
         ("lora", [None, ("",), ["a", None], 3], "give a file, a folder or a hub id"),
         ("lora", ["me/it:inf"], "give a finite number after the colon"), ("offload", ["yes"], "give True or False"),
         ("parallel", ["prompts"], "give one of lanes, samples"),
+        ("batch", [0, 2.5, None], "give a whole number from 1 up"),
     ],
 )  # fmt: skip
 def test_what_no_model_could_be_sampled_with_is_refused(setting, values, words):
