@@ -349,6 +349,15 @@ def test_samples_that_differ_in_more_than_their_rows_are_made_in_calls_of_their_
         assert_same(one, together[i])
 
 
+def test_what_samples_have_no_rows_of_must_be_equal_in_a_shared_call():
+    """Images of 64 by 96 and of 96 by 64 pixels have as many tokens, which Flux is told the places of once for all."""
+    sampler = Sampler(flux(), Settings(fine_steps=4, coarse_steps=2, tolerance=0))
+    asked = [sampler.encode("a", height=height, width=160 - height) for height in (64, 96)]
+    together = dict(sampler.batch([(prompt, 1) for prompt in asked]))
+    for i, prompt in enumerate(asked):
+        assert_same(sampler(prompt, 1), together[i])
+
+
 @pytest.mark.parametrize("settings", [{"max_batch": 6}, {"fixed_batch": True}])
 def test_limits_of_a_call_hold_for_a_batch(settings, sampler):
     varied, seen = sampler.vary(tolerance=0, **settings), []
