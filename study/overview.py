@@ -154,7 +154,7 @@ class Overview:
             files["srds_final.webp"] = utils.animation(images["srds_final"], 125)
         else:
             texts = utils.captions(record)
-            frames = utils.captioned([images[name] for name in texts], texts.values())
+            frames = utils.captioned([utils.sheet(images[name]) for name in texts], texts.values())
             files["srds_refinements.webp"] = utils.animation(frames, 1000)
         if trajectory:
             files["trajectory.safetensors"] = trajectory.packed()

@@ -140,6 +140,13 @@ def test_a_video_is_a_sheet_of_frames_and_an_animation(run, tmp_path):
     assert (pixels(out / "srds_ddim_gt.png")[68:132, 100:196] - truth[4].astype(int)).max() <= 1, "the middle frame"
 
 
+def test_a_video_of_one_frame_is_shown_as_an_image(run, tmp_path):
+    ltx().save_pretrained(tmp_path / "ltx")
+    status, out = run("--height", "64", "--width", "96", "--call", "num_frames=1", model=tmp_path / "ltx")
+    assert status == 0 and pixels(out / "srds_final.png").shape == (64, 96, 3)
+    assert (out / "srds_refinements.webp").exists() and not (out / "srds_final.webp").exists()
+
+
 def test_a_long_videos_sheet_has_at_most_25_frames():
     video = np.arange(81, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
     cells = utils.sheet(video)[::5, ::5, 0].flatten()
