@@ -39,10 +39,10 @@ def refinements(sampler, settings, pairs):
     """
     samplers, rows = [sampler.vary(**each) for each in settings], []
     for text, seed in tqdm(pairs, unit="pair"):
-        shared = Shared(text, seed)
+        shared = Shared(sampler.encode(text), seed)
         for each, varied in zip(settings, samplers):
             truth = shared.truth(varied)
-            for refinement in varied.refine(shared.prompt(varied), seed):
+            for refinement in varied.refine(shared.prompt, seed):
                 rows.append({"prompt": text, "seed": seed, **each, **entry_of(refinement, truth)})
     return pd.DataFrame(rows)
 

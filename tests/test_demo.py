@@ -82,3 +82,13 @@ def test_the_model_of_real_pixels_loads_by_name_and_without_remarks(capfd, recwa
         sample = sampler.vary(method=method, tolerance=0)("")
         assert sample.stop_reason == {"srds": "exact", "collocation": "all nodes"}[method]
         assert difference(sample.image, truth.image) < 0.2
+
+
+def test_the_benchmarks_have_a_row_for_each_refinement_of_each_setting(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import common
+
+    sampler = common.load(fine_steps=4, coarse_steps=2, tolerance=0)
+    table = common.refinements(sampler, [{"schedule": "sweep"}, {"method": "collocation"}], common.pairs(1))
+    assert [*table[table["schedule"] == "sweep"].k] == [0, 1, 2] and 0 in [*table[table["method"] == "collocation"].k]
+    assert (table.groupby("method", dropna=False)["difference"].last() < 0.1).all()
