@@ -73,7 +73,7 @@ def read_flags(argv):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
 
 
-def recorded(path, given):
+def recorded_words(path, given):
     """Return the words of the command line in a `run.json`, without those about settings that are given now, by name.
 
     Raises SettingError.
@@ -105,7 +105,7 @@ def parse(argv):
         refuse("argument --output-dir/-o is required; give a directory, existing or new")
     if "config" in given:
         unset = {name: None for name, each in ROWS.items() if "None" in str(each.type)}  # whatever the defaults are
-        given = unset | read_flags(recorded(given["config"], given) + argv)
+        given = unset | read_flags(recorded_words(given["config"], given) + argv)
     own = lambda kind: {each.name: given[each.name] for each in fields(kind) if each.name in given}
     experiment, loading = table.Experiment(**own(table.Experiment)), table.Loading(**own(table.Loading))
     axes, call = asked.read_sweep(experiment.sweep), asked.read_call(given.get("call", ()))
@@ -127,7 +127,7 @@ def run(command, processes):
     from models.loop import side_by_side
     from study.bench import Bench
     from study.folder import Folder
-    from study.overview import Overview
+    from study.overview import Overview, files_of
 
     bench, folder = Bench(command, processes), Folder(command.experiment.output_dir)
     with processes.in_turn():
@@ -143,7 +143,7 @@ def run(command, processes):
             overview.say(task)
             try:
                 made = bench.sample(task, overview.say)
-                folder.add(task.folder, overview.files(*made), command.experiment.again)
+                folder.add(task.folder, files_of(*made), command.experiment.again)
             except Exception as error:
                 overview.failed(task, bench.explain(error))
 
@@ -159,7 +159,6 @@ def run(command, processes):
             overview.end()
         raise
     overview.end()
-    overview.check()
 
 
 def main(argv=None):

@@ -20,11 +20,9 @@ from settings import Failure, SettingError, Settings
 from study.key import folder_name
 
 PICTURES = (r"srds_(initialized|iteration_[0-9]+|final|filmstrip|ddim_gt|ddim_course)\.png"
-            r"|srds_(final|refinements)\.webp|trajectory_errors_plot\.png|trajectory_errors_table\.csv")  # fmt: skip
+            r"|srds_(final|refinements)\.webp|trajectory_errors_(plot\.(png|pdf|svg)|table\.csv)")  # fmt: skip
 IN_A_SAMPLE = re.compile(rf"{PICTURES}|trajectory\.safetensors|result\.json")
-AT_THE_TOP = re.compile(
-    rf"{PICTURES}|trajectory_errors_plot\.(pdf|svg)|sweep\.(png|pdf|svg)|results\.csv|report\.html|run\.json"
-)
+AT_THE_TOP = re.compile(rf"{PICTURES}|sweep\.(png|pdf|svg)|results\.csv|report\.html|run\.json")
 PART = ".part-"  # the names of unfinished files and folders begin with this
 STALE = 3600  # seconds after which an unfinished file or folder is taken to be a killed command's
 
@@ -92,17 +90,17 @@ def pack(content):
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
-class WriteError(Failure):
-    """A file that cannot be written, in one line."""
+class FileError(Failure):
+    """A file in the output directory that cannot be read or written, in one line."""
 
 
 @contextlib.contextmanager
-def reporting(path):
-    """Turn the system's errors into a WriteError that names the path."""
+def reporting(path, what="written"):
+    """Turn the system's errors into a FileError that says what cannot be "read" or "written"."""
     try:
         yield
     except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{path} cannot be {what}: {error.strerror or error}") from error
 
 
 class Folder:
@@ -146,14 +144,14 @@ class Folder:
                     discard(part)
 
     def has(self, task):
-        """Return whether a `study.key.Task`'s sample is there. Raises WriteError if something else has its name."""
+        """Return whether a `study.key.Task`'s sample is there. Raises FileError if something else has its name."""
         place = self.samples / task.folder
         if os.path.islink(place) or place.is_file():
-            raise WriteError(f"{place} does not hold the sample of that name; move it elsewhere")
+            raise FileError(f"{place} does not hold the sample of that name; move it elsewhere")
         return bool(read_sample(self.samples, task.folder))
 
     def add(self, name, files, again=False):
-        """Put a complete sample's folder in its place; files: bytes by name. Raises WriteError.
+        """Put a complete sample's folder in its place; files: bytes by name. Raises FileError.
 
         If a complete one is there, it stays and the new one is dropped; with `again`, the new one replaces it. Other
         files in a folder that is replaced are kept.
@@ -185,7 +183,7 @@ class Folder:
                 discard(replaced)
 
     def write(self, name, data):
-        """Write a file at the top level, replacing an earlier one as a whole. Raises WriteError."""
+        """Write a file at the top level, replacing an earlier one as a whole. Raises FileError."""
         with reporting(self.path / name):
             replace_file(self.path / name, data)
 

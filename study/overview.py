@@ -18,7 +18,7 @@ from diffusion import boundaries
 from models.loading import MIRRORS
 from settings import ROWS, Failure, in_one_line, words_of
 from srds import rehearsal
-from study.folder import WriteError, load_samples, pack, read_file, read_sample
+from study.folder import load_samples, pack, read_file, read_sample, reporting
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
 from study.report import page, sweep
 from study.results import results_table, summary
@@ -26,7 +26,7 @@ from study.results import results_table, summary
 LISTED = 10  # samples that a dry run names, and refinements whose evaluations it counts
 
 
-def evaluations(settings, started):
+def foreseen(settings, started):
     """Return a line that says how many evaluations a sample takes, as far as that is known without the network.
 
     settings: those of the sample, resolved. started: whether it starts from a trajectory.
@@ -43,12 +43,26 @@ def evaluations(settings, started):
     return f"serial (total) evaluations of {settings.method}, N = {N}, {what}; of sequential sampling: {N}"
 
 
+def files_of(record, images, trajectory):
+    """Return the files of a sample's folder, bytes by name, for what `study.sampling.sample` returns."""
+    files = utils.pictures([record], lambda record, name: utils.sheet(images[name]))
+    if len(utils.frames(images["srds_final"])) > 1:
+        files["srds_final.webp"] = utils.animation(images["srds_final"], 125)
+    else:
+        texts = utils.captions(record)
+        frames = utils.captioned([utils.sheet(images[name]) for name in texts], texts.values())
+        files["srds_refinements.webp"] = utils.animation(frames, 1000)
+    if trajectory:
+        files["trajectory.safetensors"] = trajectory.packed()
+    return files | {"result.json": pack({**record, "files": {name: len(data) for name, data in files.items()}})}
+
+
 class Overview:
     """The overview of the samples of a `main.Command`, `study.key.Task`s, in a `study.folder.Folder`."""
 
     def __init__(self, command, bench, folder, tasks):
         self.command, self.bench, self.folder, self.tasks = command, bench, folder, tasks
-        self.processes, self.errors, self.samples, self.spoken_of = bench.processes, {}, [], None
+        self.processes, self.errors, self.spoken_of = bench.processes, {}, None
         self.begun = datetime.now(UTC).isoformat(timespec="seconds")
 
     # Before sampling
@@ -63,12 +77,11 @@ class Overview:
         left = [name for name, task in distinct.items() if here and (not self.folder.has(task) or again)]
         left = [distinct[name] for name in self.processes.broadcast(left)]
         self._introduce(len(distinct) - len(left), [] if again else left)
-        names = utils.names_of([task.made_by for task in self.tasks], 60)
-        titles = [f"sample {i} of {len(names)}: {name}" for i, name in enumerate(names, 1)]
-        self.titles = {task.folder: title for task, title in zip(self.tasks, titles)}
+        names = [*enumerate(utils.names_of([task.made_by for task in self.tasks], 60), 1)]
+        self.titles = {task.folder: f"sample {i} of {len(names)}: {name}" for task, (i, name) in zip(self.tasks, names)}
         if self.command.experiment.dry_run:
             lines = [f"{title}\n  samples/{folder}" for folder, title in self.titles.items()][:LISTED]
-            lines += dict.fromkeys(evaluations(settings, self.bench.starts) for settings, _ in self.bench.variants)
+            lines += dict.fromkeys(foreseen(settings, self.bench.starts) for settings, _ in self.bench.variants)
             lines += ["fewer if strength leaves out steps"] * ("strength" in self.bench.model.parameters)
             return print(*lines, sep="\n")
         if left:
@@ -146,20 +159,6 @@ class Overview:
         self.spoken_of = task
         tqdm.write("\n".join([*title, *lines]))
 
-    @staticmethod
-    def files(record, images, trajectory):
-        """Return the files of a sample's folder, bytes by name, for what `study.sampling.sample` returns."""
-        files = utils.pictures([record], lambda record, name: utils.sheet(images[name]))
-        if len(utils.frames(images["srds_final"])) > 1:
-            files["srds_final.webp"] = utils.animation(images["srds_final"], 125)
-        else:
-            texts = utils.captions(record)
-            frames = utils.captioned([utils.sheet(images[name]) for name in texts], texts.values())
-            files["srds_refinements.webp"] = utils.animation(frames, 1000)
-        if trajectory:
-            files["trajectory.safetensors"] = trajectory.packed()
-        return files | {"result.json": pack({**record, "files": {name: len(data) for name, data in files.items()}})}
-
     def failed(self, task, message):
         """Print and record why a sample failed."""
         self.say(task, f"  failed: {message}")
@@ -168,15 +167,23 @@ class Overview:
     # After sampling
 
     def end(self):
-        """Write the overview of all samples that are there, and print the closing tables, in the first process."""
+        """Write the overview of all samples that are there, and print the closing tables, in the first process.
+
+        Raises Failure if a sample failed, or is no longer there.
+        """
         if not self.processes.first:
             return
         self.errors = {task.folder: self.processes.heard(f"failed/{task.folder}") for task in self.tasks}
         run = self._record()
         self.folder.write("run.json", pack(run))  # now, as the rest may fail, and last, as others may end too
-        self.samples = load_samples(self.folder.path, run)
-        self.folder.show({**self._shown(run, self.samples), "run.json": pack(run)})
-        print(summary(self.samples))
+        samples = load_samples(self.folder.path, run)
+        self.folder.show({**self._shown(run, samples), "run.json": pack(run)})
+        print(summary(samples))
+        failed = [said for said, record in samples if not record]
+        if failed:
+            what = f"{len(failed)} of {len(samples)} samples failed"
+            first = f"the first, of {in_one_line(failed[0]['prompt'], 40)!r}"
+            raise Failure(f"{what}; {first}: {failed[0]['error'] or 'its folder is gone'}")
 
     def _shown(self, run, samples):
         """Return the pictures, the table and the page that show samples: bytes by name."""
@@ -184,28 +191,17 @@ class Overview:
 
         def image_of(record, name):
             place = f"samples/{folder_name(record['made_by'])}/{name}.png"
-            try:
+            with reporting(self.folder.path / place, "read"):
                 return np.asarray(Image.open(io.BytesIO(read_file(self.folder.path, place))).convert("RGB"))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                remedy = "run the command again; if that does not help, remove its folder"
-                raise WriteError(f"{self.folder.path / place} cannot be read; {remedy}") from error
 
         settings = {str({**record["made_by"], "prompt": None, "seed": None, "start": None}) for record in records}
         kinds = dict.fromkeys(["png", self.command.experiment.plot_format])
         files = utils.pictures(records, image_of, len(settings) == 1, kinds) if records else {}
-        for name in ("srds_final.webp", "srds_refinements.webp") if len(records) == 1 else ():
-            if name in records[0]["files"]:
-                files[name] = read_file(self.folder.path, f"samples/{folder_name(records[0]['made_by'])}/{name}")
+        animations = [name for name in records[0]["files"] if name.endswith(".webp")] if len(records) == 1 else ()
+        for name in animations:
+            files[name] = read_file(self.folder.path, f"samples/{folder_name(records[0]['made_by'])}/{name}")
         files |= sweep(samples, kinds)
         files["results.csv"] = results_table(samples).encode(errors="backslashreplace")
         if not self.command.experiment.no_report:
             files["report.html"] = page([(run, samples, "")]).encode(errors="backslashreplace")
         return files
-
-    def check(self):
-        """Raise Failure if a sample failed, or is no longer there."""
-        failed = [said for said, record in self.samples if not record]
-        if failed:
-            what = f"{len(failed)} of {len(self.samples)} samples failed"
-            first = f"the first, of {in_one_line(failed[0]['prompt'], 40)!r}"
-            raise Failure(f"{what}; {first}: {failed[0]['error'] or 'its folder is gone'}")
