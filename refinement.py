@@ -155,9 +155,8 @@ def measured(iterate, image, network_calls, widest_tick, earlier):
 
     Verdict and seconds are still to be filled in.
     """
-    change = moved = None
-    if earlier:
-        change, moved = difference(image, earlier.image), trajectory_change(iterate.states, earlier.states)
+    change = difference(image, earlier.image) if earlier else None
+    moved = trajectory_change(iterate.states, earlier.states) if earlier else None
     counts = iterate.ticks, iterate.lane_steps, network_calls, widest_tick
     how = iterate.exact, iterate.all_nodes, 127.5 * float(iterate.damping)
     return Refinement(iterate.k, image, iterate.states, *counts, *how, change, moved, "", 0.0, iterate.settled)

@@ -53,6 +53,25 @@ def expect(finite, what, dtype):
         raise FloatingPointError(f"{what} is not finite in {str(dtype).removeprefix('torch.')}")
 
 
+def decoded(loop, states):
+    """Return the image or video of a trajectory's last state, see `Refinement`. Raises FloatingPointError."""
+    image = loop.decode(states[-1:])[0]
+    if image.ndim not in (3, 4):
+        raise Failure(f"{loop.kind} returns neither images nor videos")
+    expect(states[-1].isfinite().all() and np.isfinite(image).all(), "the state or the image", loop.dtype)
+    return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:-1], 3))
+
+
+def counted(denoise, on_tick: Callable[[int], object] | None):
+    """Return `denoise`, which first calls `on_tick`, if there is one, with the number of lanes."""
+
+    def ticking(x, n):
+        on_tick(len(x))
+        return denoise(x, n)
+
+    return ticking if on_tick else denoise
+
+
 class Sampler:
     """Sample with a diffusers pipeline as it is in memory, with its weights, adapters, dtype, device and hooks.
 
@@ -207,7 +226,7 @@ class Sampler:
         with contextlib.closing(loop), contextlib.closing(self.iterates(prompt, seed, ticked, start)) as iterates:
             started = time.perf_counter()
             for iterate in iterates:
-                image = self._decoded(loop, iterate.states)
+                image = decoded(loop, iterate.states)
                 refinement = measured(iterate, image, loop.calls - before, max(widths), earlier)
                 complete = iterate.exact or iterate.all_nodes
                 verdict = "converged" if complete else judge(refinement, earlier, rule, tolerance)
@@ -226,11 +245,11 @@ class Sampler:
         """
         loop = self.loop(self.encode(prompt, **arguments), seed)
         loop.widest, (n, solver) = 1, self._steps(loop, seed)
-        points, denoise = n if coarse else range(loop.N + 1), self._counted(loop.denoise, on_tick)
+        points, denoise = n if coarse else range(loop.N + 1), counted(loop.denoise, on_tick)
         with contextlib.closing(loop):
             started = time.perf_counter()
             states = diffusion.sequential(loop.x, denoise, solver.step, points, kept or n)
-            return Sequential(states, self._decoded(loop, states), time.perf_counter() - started)
+            return Sequential(states, decoded(loop, states), time.perf_counter() - started)
 
     @functools.cached_property
     def truth_depends_on(self):
@@ -254,7 +273,7 @@ class Sampler:
         settings, loop = self.settings, self.loop(prompt, seed)
         n, solver = self._steps(loop, seed)
         loop.widest = self.widest
-        x, denoise = loop.x, self._counted(self.processes.split(loop.denoise), on_tick)
+        x, denoise = loop.x, counted(self.processes.split(loop.denoise), on_tick)
         held = begun = None
         if start is not None:
             start = start.trajectory if isinstance(start, Sample) else start
@@ -316,15 +335,7 @@ class Sampler:
 
     def image(self, states, prompt=None, seed=None):
         """Return the image or video of a trajectory's last state, see `Refinement`. Raises FloatingPointError."""
-        return self._decoded(self._looked if prompt is None else self.loop(prompt, seed), states)
-
-    @staticmethod
-    def _decoded(loop, states):
-        image = loop.decode(states[-1:])[0]
-        if image.ndim not in (3, 4):
-            raise Failure(f"{loop.kind} returns neither images nor videos")
-        expect(states[-1].isfinite().all() and np.isfinite(image).all(), "the state or the image", loop.dtype)
-        return np.broadcast_to((image * 255).round().astype(np.uint8), (*image.shape[:-1], 3))
+        return decoded(self._looked if prompt is None else self.loop(prompt, seed), states)
 
     def warm_up(self):
         """Make each call once before it is timed, as a first call chooses kernels and allocates memory.
@@ -342,11 +353,3 @@ class Sampler:
 
     def _seed(self, seed):
         return self.settings.seed if seed is None else CHECK_SEED("seed", seed)
-
-    @staticmethod
-    def _counted(denoise, on_tick: Callable[[int], object] | None):
-        def counted(x, n):
-            on_tick(len(x))
-            return denoise(x, n)
-
-        return counted if on_tick else denoise

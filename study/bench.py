@@ -89,8 +89,7 @@ class Bench:
         if starts and not start:
             remedy = f"has no sample of {in_one_line(text, 40)!r} with seed {seed}; give a run that has it"
             raise SettingError("start_from", self.command.experiment.start_from, remedy)
-        how = settings, arguments, start
-        return Task(text, seed, *how, made_by(self, text, seed, *how))
+        return Task(text, seed, settings, arguments, start, made_by(self, text, seed, settings, arguments, start))
 
     @functools.cached_property
     def pipeline(self):
@@ -116,17 +115,14 @@ class Bench:
         try:
             sampler.warm_up()
         except Exception as error:
-            why = in_one_line(f"{type(error).__name__}: {error}")
-            unknown = ModelError(f"{self.model.name} cannot be run with its configs: {why}")
-            raise failure_of(error) or unknown from error
+            why = f"{type(error).__name__}: {in_one_line(error)}"
+            raise failure_of(error) or ModelError(f"{self.model.name} cannot be run with its configs: {why}") from error
         return sampler
 
     def sample(self, task, say):
         """Make a sample, see `study.sampling.sample`."""
         # Several side by side would each warm it up, in calls that they share.
         sampler = (self.sampler if self.command.experiment.batch > 1 else self.warm)(task.settings, task.arguments)
-        if task.start:
-            task.start.check(sampler.shape)
         return sample(sampler, task, self.shared(task.text, task.seed), say)
 
     def follow(self, tasks):

@@ -11,27 +11,20 @@ from refinement import entry_of
 
 
 class Shared:
-    """What the samples of one prompt, a `sampler.Prompt`, and seed share across samplers; each part is made once."""
+    """What the samples of one prompt, a `sampler.Prompt`, and seed share: each ground truth, made once."""
 
     def __init__(self, prompt, seed):
-        self.prompt, self.seed, self.made = prompt, seed, {}
+        self.prompt, self.seed, self.truths = prompt, seed, {}
 
     def truth(self, sampler):
         """Return a sampler's `refinement.Sequential`."""
         name = sampler.truth_depends_on
-        if name not in self.made:
+        if name not in self.truths:
             N = sampler.boundaries[-1]
             with ticking("ground truth", N) as on_tick:  # every state, as samplers differ in their boundaries
                 truth = sampler.sequential(self.prompt, self.seed, on_tick=on_tick, kept=range(N + 1))
-            self.made[name] = truth._replace(states=truth.states.cpu())
-        return self.made[name]._replace(states=self.made[name].states[sampler.boundaries].to(sampler.device))
-
-    def coarse_image(self, sampler):
-        """Return the image of a sampler's coarse steps alone."""
-        name = sampler.truth_depends_on, *sampler.boundaries
-        if name not in self.made:
-            self.made[name] = sampler.sequential(self.prompt, self.seed, coarse=True).image
-        return self.made[name]
+            self.truths[name] = truth._replace(states=truth.states.cpu())
+        return self.truths[name]._replace(states=self.truths[name].states[sampler.boundaries].to(sampler.device))
 
 
 def sample(sampler, task, shared, say):
@@ -39,18 +32,17 @@ def sample(sampler, task, shared, say):
 
     task: a `study.key.Task`. shared: the `Shared` of its prompt and seed. say: prints a line about a task.
     """
-    settings, seed, prompt, N, truth = sampler.settings, task.seed, shared.prompt, sampler.boundaries[-1], None
-    device = sampler.device
-    images, entries, errors = {}, [], None
+    settings, device, N = sampler.settings, sampler.device, sampler.boundaries[-1]
+    images, entries, truth, errors = {}, [], None, None
     if task.made_by["ground_truth"]:
-        truth, errors = shared.truth(sampler), []
-        images |= {"srds_ddim_gt": truth.image, "srds_ddim_course": shared.coarse_image(sampler)}
+        truth, coarse, errors = shared.truth(sampler), sampler.sequential(shared.prompt, task.seed, coarse=True), []
+        images |= {"srds_ddim_gt": truth.image, "srds_ddim_course": coarse.image}
     sampler.processes.broadcast(task.folder)  # tells those that share lanes which sample's ticks follow
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
         ticking(settings.method, None if settings.schedule == "sweep" else N) as on_tick,
-        contextlib.closing(sampler.refine(prompt, seed, on_tick, task.start)) as refinements,
+        contextlib.closing(sampler.refine(shared.prompt, task.seed, on_tick, task.start)) as refinements,
     ):
         for refinement in refinements:
             images[utils.image_name(refinement.k)] = images["srds_final"] = refinement.image
@@ -68,7 +60,7 @@ def sample(sampler, task, shared, say):
         "sequential_seconds": truth.seconds if truth else None, "refinements": entries, "errors": errors, "steps": N,
         "elements": refinement.states[0].numel(), "size": [*utils.sheet(refinement.image).shape[1::-1]],
     }  # fmt: skip
-    kept = sampler.trajectory(refinement.states, seed) if task.made_by["keep_trajectories"] else None
+    kept = sampler.trajectory(refinement.states, task.seed) if task.made_by["keep_trajectories"] else None
     return {"made_by": task.made_by, "result": result}, images, kept
 
 
