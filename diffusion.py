@@ -24,9 +24,8 @@ class Grid(NamedTuple):
 
     def last(self, steps):
         """Return the grid of the last steps alone, with which image to image goes on from a noisy image."""
-        points = len(self.signal) - steps - 1
-        ends = {"times": self.times[points:], "signal": self.signal[points:], "noise": self.noise[points:]}
-        return self._replace(**ends)
+        n = len(self.signal) - steps - 1
+        return self._replace(times=self.times[n:], signal=self.signal[n:], noise=self.noise[n:])
 
 
 def timesteps(steps, training_steps):

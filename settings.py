@@ -50,7 +50,6 @@ SCHEDULES = ("pipelined", "sweep")
 CORRECTIONS = ("damped", "paper")
 STOP_RULES = ("final", "trajectory")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-PARALLELS = ("lanes", "samples")
 VERSION = "1.0.0"
 GROUPS = ("model", "sampling", "collocation", "experiment", "output")
 
@@ -261,10 +260,8 @@ class Settings(Checked):
         most = model.scheduler.config.num_train_timesteps
         if self.fine_steps > most:
             raise SettingError("fine_steps", self.fine_steps, f"exceeds the model's {most} timesteps; give fewer")
-        if self.method != "srds":
-            return replace(self, solver=solver)
         how = {"schedule": self.schedule or SCHEDULES[0], "correction": self.correction or CORRECTIONS[0]}
-        return replace(self, solver=solver, **how)
+        return replace(self, solver=solver, **how if self.method == "srds" else {})
 
 
 SETTINGS = {each.name for each in fields(Settings)}
@@ -331,8 +328,8 @@ class Experiment(Checked):
                                 group="experiment")
     start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
                                  "a run with --keep-trajectories", "DIR", "experiment")
-    parallel: str | None = row(PARALLEL, choice(*PARALLELS, optional=True), "what several processes share: the lanes "
-                               "of each tick, or the samples", group="experiment",
+    parallel: str | None = row(PARALLEL, choice("lanes", "samples", optional=True), "what several processes share: the "
+                               "lanes of each tick, or the samples", group="experiment",
                                usual="samples, if there are more of them than processes")
     batch: int = row(BATCH, whole(), "samples made side by side, in network calls that they share", "S", "experiment")
     output_dir: str = row(None, path(), "directory for images and analysis (required)", "DIR", "output", "-o")

@@ -162,10 +162,9 @@ def padded(samples):
 
 def error_table(errors):
     """Return the CSV: a row for each refinement except k = 0 (row 0 of `errors`), a column for each boundary."""
-    rows, columns = errors.shape
-    table = pd.DataFrame(errors[1:], columns=[f"Boundary_{i}" for i in range(1, columns + 1)])
-    table.index = [f"Iteration_{k}" for k in range(1, rows)]
-    return table.to_csv(float_format="%.9g", lineterminator="\n")
+    rows = [f"Iteration_{k}" for k in range(1, len(errors))]
+    columns = [f"Boundary_{i}" for i in range(1, errors.shape[1] + 1)]
+    return pd.DataFrame(errors[1:], rows, columns).to_csv(float_format="%.9g", lineterminator="\n")
 
 
 def error_plot(errors, records, kind):

@@ -192,7 +192,10 @@ def _model(name, kind, config, unet, latent):
         what = f"a network of {taken} channels for states of {given}, as for inpainting"
         raise ModelError(f"{name} has {what}; load it as its own class, for instance by --pipeline")
     flow = "FlowMatch" in str(config.get("_class_name")) or config.get("use_flow_sigmas")
-    scheduler = _flow_scheduler(name, config) if flow else _diffusion_scheduler(name, config, latent)
+    try:
+        scheduler = _flow_scheduler(name, config) if flow else _diffusion_scheduler(name, config, latent)
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:  # of diffusers
+        raise ModelError(f"{name} has a scheduler config that cannot be used: {in_one_line(error)}") from None
     # The first version of this program, and its users, have images of 512 pixels of Stable Diffusion 2.
     large = kind.__name__ == "StableDiffusionPipeline" and np.max((unet or {}).get("sample_size") or 64) > 64
     unused = ", ".join(key for key in SPACINGS if not flow and config.get(key))
@@ -224,13 +227,10 @@ def _diffusion_scheduler(name, config, latent):
         raise ModelError(f"{name} predicts {prediction!r}; epsilon, v_prediction and sample are supported")
     if config.get("thresholding"):
         raise ModelError(f"{name} has a scheduler with thresholding, which is not linear in the model's output")
-    try:
-        # Only pixels are clipped. An offset has no effect on trailing spacing, but diffusers warns unless it is 1.
-        settings = {"timestep_spacing": "trailing", "steps_offset": 1}
-        clip = not latent and config.get("clip_sample", True)
-        scheduler = TrailingDDIM.from_config(config, clip_sample=clip, **settings)
-    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name} has a scheduler config that DDIM cannot take: {in_one_line(error)}") from None
+    # Only pixels are clipped. An offset has no effect on trailing spacing, but diffusers warns unless it is 1.
+    settings = {"timestep_spacing": "trailing", "steps_offset": 1}
+    clip = not latent and config.get("clip_sample", True)
+    scheduler = TrailingDDIM.from_config(config, clip_sample=clip, **settings)
     if prediction == "epsilon" and scheduler.alphas_cumprod.min() <= 0:
         raise ModelError(f"{name} predicts epsilon at zero terminal SNR, at which epsilon does not determine the image")
     return scheduler
@@ -246,10 +246,7 @@ def _flow_scheduler(name, config):
     if other or kind != "FlowMatchEulerDiscreteScheduler":
         what = " and ".join([str(kind), *other])
         raise ModelError(f"{name} has {what}; flow matching needs a plain FlowMatchEulerDiscreteScheduler")
-    try:
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ModelError(f"{name} has a scheduler config that cannot be used: {in_one_line(error)}") from None
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def choose_device(loading):
