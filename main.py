@@ -1,8 +1,8 @@
-"""Sample images by refining a whole diffusion trajectory at once (SRDS, or collocation), and show how they converge.
+"""Sample images by refining a whole diffusion trajectory at once (SRDS or collocation), and show how they converge.
 
     python main.py --prompts prompts.txt --output-dir output/my_experiment
 
-The defaults are in `settings.py`, to be edited for experiments.
+The defaults are constants in `settings.py`; edit them for experiments.
 """
 
 import argparse
@@ -24,9 +24,8 @@ from study.console import prepare_terminal, quiet_libraries
 class Command:
     """A command line, parsed and checked.
 
-    given: the values that it gives, by setting. texts: the prompts. seeds: those of --seeds, or None. call: the
-    arguments of --call, by name. axes, variants: the sweep, see `asked`. notes: lines to print before sampling. argv:
-    its words.
+    given: its values, by setting. texts: the prompts. seeds: those of --seeds, or None. call: the arguments of --call, by
+    name. axes, variants: the sweep, see `asked`. notes: lines to print before sampling. argv: its words.
     """
 
     given: dict
@@ -65,7 +64,7 @@ def make_parser():
 
 
 def read_flags(argv):
-    """Return the values that a command line gives, by setting, a tuple of those of a repeated flag. Raises Failure."""
+    """Return the values in a command line, by setting; those of a repeated flag as a tuple. Raises Failure."""
     parsed, unknown = make_parser().parse_known_args(argv)
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
@@ -74,9 +73,9 @@ def read_flags(argv):
 
 
 def recorded_words(path, given):
-    """Return the words of the command line in a `run.json`, without those about settings that are given now, by name.
+    """Return the words of the command line in a `run.json`, without those about settings that are given now.
 
-    Raises SettingError.
+    given: the values given now, by setting. Raises SettingError.
     """
     from study.folder import read_json
 
@@ -91,7 +90,7 @@ def recorded_words(path, given):
 
 
 def subjects(word):
-    """Return the names of the settings, or of the argument of the pipeline's call, that a word such as --eta=1 sets."""
+    """Return the names of the settings or of the argument of the pipeline's call that a word such as --eta=1 sets."""
     flag, _, value = word.partition("=")
     one = (value.partition("=")[0] if flag == "--call" else flag[2:]).strip().replace("-", "_")
     names = asked.read_sweep([value])[0][0] if flag == "--sweep" else [one]
@@ -123,7 +122,7 @@ def parse(argv):
 
 
 def run(command, processes):
-    """Run a command: arguments -> samples -> those left -> model, if any are -> loop: sample, write -> overview."""
+    """Run a command: arguments -> tasks -> tasks left -> model, if any is left -> for each: sample, write -> overview."""
     from models.loop import side_by_side
     from study.bench import Bench
     from study.folder import Folder
@@ -152,22 +151,22 @@ def run(command, processes):
             bench.follow(tasks)
         else:
             list(side_by_side(make, processes.deal(left), command.experiment.batch))
-            processes.broadcast(None)  # to those that follow: there are no more samples
+            processes.broadcast(None)  # tells the processes that follow that there are no more samples
         processes.wait()
     except BaseException:
-        with contextlib.suppress(Failure):  # what ended the run is what is reported
+        with contextlib.suppress(Failure):  # the error that ended the run is the one to report
             overview.end()
         raise
     overview.end()
 
 
 def main(argv=None):
-    """Run the command and return its exit status: 0; 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command and return its exit status: 0; 1 if the run failed, 2 for bad input, 130 after Ctrl-C."""
     argv = [*(sys.argv[1:] if argv is None else argv)]
     try:
         command = parse(argv)
         quiet_libraries()
-        # torch, and everything that imports it, waits until the arguments have been checked.
+        # torch, and everything that imports it, is imported only once the arguments have been checked.
         from study.processes import Processes
 
         processes = Processes()
@@ -179,24 +178,24 @@ def main(argv=None):
     except Failure as failure:
         return end(one_line(failure), failure.status)
     except KeyboardInterrupt:
-        # torchrun interrupts the other processes when one has ended, which has said why.
+        # If one process has ended, and has printed why, torchrun interrupts the others.
         others = os.environ.get("RANK", "0") != "0"
         what = "interrupted; what was finished is kept, and the same command goes on from there"
         return end("" if others else what, 130)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "onnection" not in str(error):
             raise
-        return end("", 1)  # the process that has ended says why
+        return end("", 1)  # the process that has ended prints why
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise
-        sys.stdout = open(os.devnull, "w")  # its reader, such as `head`, has ended, or its disk is full
+        sys.stdout = open(os.devnull, "w")  # the reader, such as `head`, has ended, or the disk is full
         return end("the output cannot be written; what was finished is kept, and the same command goes on", 1)
     return 0
 
 
 def one_line(failure):
-    """Return a failure's message, after the flags of the argument that it is about."""
+    """Return a failure's message, preceded by the flags of the argument that it is about."""
     if not isinstance(failure, SettingError):
         return str(failure)
     name, value = failure.setting, "" if isinstance(failure.value, bool) else f"{failure.value!r} "
@@ -205,7 +204,7 @@ def one_line(failure):
 
 
 def end(message, status):
-    """Print one line and return the exit status; one of several processes exits at once, and torchrun ends the rest."""
+    """Print one line and return the exit status; one of several processes exits instead, and torchrun ends the others."""
     if message:
         print(f"main.py: error: {in_one_line(message, 10_000)}", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -63,7 +63,7 @@ class Failure(Exception):
 
 
 class SettingError(Failure, ValueError):
-    """A setting that is refused: its name, the given value, and a remedy, which says what is wrong and what to give."""
+    """A setting that is refused: its name, the given value, and a remedy: what is wrong with it, and what to give."""
 
     def __init__(self, setting, value, remedy):
         super().__init__(f"{setting}: {value!r} {remedy}", status=2)
@@ -104,7 +104,10 @@ def number(text):
 
 
 def accepts(convert, wanted, optional=False):
-    """Return a check that `convert` takes a value without TypeError, ValueError or OverflowError, or it may be None."""
+    """Return a check that `convert` takes a value without TypeError, ValueError or OverflowError.
+
+    wanted: the values to give, as the error names them. optional: whether None is allowed.
+    """
 
     def check(setting, value):
         try:
@@ -116,7 +119,7 @@ def accepts(convert, wanted, optional=False):
 
 
 def valid(value, condition):
-    """Return the value; raise ValueError unless the condition holds, or for a bool, which Python counts as a number."""
+    """Return the value. Raises ValueError if the condition fails, or for a bool, which Python counts as a number."""
     if not condition or isinstance(value, bool):
         raise ValueError
     return value
@@ -169,7 +172,7 @@ def split_scale(adapter):
 
 
 def adapters(setting, value):
-    """Check paths or hub ids and return them as a tuple; a single one may be given alone."""
+    """Check paths or hub ids and return them as a tuple; a single one need not be in a list."""
     values = value if isinstance(value, (list, tuple)) else [value]
     values = tuple(os.fspath(each) if isinstance(each, os.PathLike) else each for each in values)
     for each in values:
@@ -206,35 +209,35 @@ class Settings(Checked):
     """How to sample. None stands for the model's usual value. Raises SettingError for what no model can do."""
 
     # fmt: off
-    fine_steps: int = row(FINE_STEPS, whole(), "steps of the sequential sampler to reproduce; at most the model's own",
-                          "N", short="-fs")
-    coarse_steps: int = row(COARSE_STEPS, whole(), "blocks, at most N; sqrt: square root of N; for collocation, only "
-                            "where differences are reported", "B", short="-cs")
+    fine_steps: int = row(FINE_STEPS, whole(), "steps of the sequential sampler to reproduce; at most the model's "
+                          "timesteps", "N", short="-fs")
+    coarse_steps: int = row(COARSE_STEPS, whole(), "number of blocks, at most N; sqrt: square root of N; for "
+                            "collocation, it only sets where differences are reported", "B", short="-cs")
     method: str = row(METHOD, choice(*METHODS), "srds refines blocks of steps; collocation refines points in time")
     solver: str | None = row(SOLVER, choice(*SOLVERS, optional=True), "solver of each step",
                              usual="ddim; euler for flow matching")
-    eta: float = row(ETA, real(1), "noise in the steps of ddim: 0 for none, 1 for as much as ddpm", "E")
+    eta: float = row(ETA, real(1), "noise in the steps of ddim: from 0 for none to 1 for as much as ddpm", "E")
     tolerance: float = row(TOLERANCE, real(10**6), "stop when a refinement changes the image by less, in grey levels "
                            "of 255; 0: go on until exact", "T", short="-tol")
-    stop_rule: str = row(STOP_RULE, choice(*STOP_RULES), "what must be below the tolerance: the image's last change; "
-                         "also the last change of the state at each boundary")
+    stop_rule: str = row(STOP_RULE, choice(*STOP_RULES), "what must be below the tolerance: the image's last change "
+                         "(final), or also the last change of the state at each boundary (trajectory)")
     max_iterations: int | None = row(MAX_ITERATIONS, whole(0, optional=True), "most refinements", "K",
                                      usual="as many as make the sample exact")
     schedule: str | None = row(SCHEDULE, choice(*SCHEDULES, optional=True), "for srds: work on the blocks of all "
-                               "refinements at once, or of one at a time", usual="pipelined")
+                               "refinements at once (pipelined), or of one at a time (sweep)", usual="pipelined")
     correction: str | None = row(CORRECTION, choice(*CORRECTIONS, optional=True), "for srds: the paper's correction, "
-                                 "or one that is damped where the coarse step overshoots", usual="damped")
+                                 "or one that is damped if the coarse step overshoots", usual="damped")
     seed: int = row(SEED, whole(0, 2**64 - 1), "seed of all noise", "SEED", short="-s")
     nodes: int | None = row(NODES, whole(2, optional=True), "points in time in the first solution", "M", "collocation",
                             usual="13, or 100 for pixels or a model that proves rough in time, or with "
                             "--window 1 as the tolerance needs")
     window: int | None = row(WINDOW, whole(optional=True), "most nodes in a tick, not counting those that a "
                              "refinement adds; 1: one evaluation at a time, for devices without room for batches", "W",
-                             "collocation", usual="8; with 100 nodes or more, half their root")
+                             "collocation", usual="8; at first, with 100 nodes or more, half their root")
     max_batch: int | None = row(MAX_BATCH, whole(optional=True), "most network samples in one call, two for a guided "
-                                "state; lower it if memory is short", "M", "model", usual="no limit")
+                                "state; give fewer if memory is short", "M", "model", usual="no limit")
     fixed_batch: bool = row(False, flag, "pad every network call to one shape, for results that are reproducible to "
-                            "the bit", group="model")
+                            "the bit (on devices that allow it)", group="model")
     # fmt: on
 
     def __post_init__(self):
@@ -278,7 +281,7 @@ class Call(Checked):
     negative_prompt: str = row(NEGATIVE_PROMPT, text(empty=True), "text that guidance leads away from", "TEXT")
     height: int | None = row(HEIGHT, whole(1, 2**16, optional=True), "height of the image in pixels", "PX",
                              usual="the pipeline's own; for Stable Diffusion at most 512")
-    width: int | None = row(WIDTH, whole(1, 2**16, optional=True), "width, with a default as for height", "PX")
+    width: int | None = row(WIDTH, whole(1, 2**16, optional=True), "width of the image, as for height", "PX")
     call: tuple[str, ...] = row((), anything, "any other argument of the pipeline's call, such as image=photo.png or "
                                 "strength=0.6: an image file, a JSON or Python value, or text; may be repeated",
                                 "NAME=VALUE")
@@ -299,11 +302,11 @@ class Loading(Checked):
     pipeline: str | None = row(None, text(optional=True), "diffusers class to load the model as, such as "
                                "StableDiffusionImg2ImgPipeline", "CLASS", "model", usual="the model's own")
     variant: str | None = row(VARIANT, text(optional=True), "variant of the weights, such as fp16", "NAME", "model")
-    lora: tuple[str, ...] = row((), adapters, "LoRA weights: a file, folder or hub id, and a scale; may be repeated",
+    lora: tuple[str, ...] = row((), adapters, "LoRA weights: a file, folder or hub id, with a scale; may be repeated",
                                 "FILE[:SCALE]", "model", usual="scale 1")
-    textual_inversion: tuple[str, ...] = row((), adapters, "textual inversion embeddings: a file or hub id; may be "
-                                             "repeated", "FILE", "model")
-    offload: bool = row(False, flag, "keep only the part of the model that is running on the device", group="model")
+    textual_inversion: tuple[str, ...] = row((), adapters, "textual inversion embeddings: a file, folder or hub id; "
+                                             "may be repeated", "FILE", "model")
+    offload: bool = row(False, flag, "keep on the device only the part of the model that is running", group="model")
     compile: bool = row(False, flag, "compile the network with torch: takes minutes once, then calls are faster",
                         group="model")
     # fmt: on
@@ -315,29 +318,29 @@ class Experiment(Checked):
 
     # fmt: off
     config: str | None = row(None, path(optional=True), "run again what a run.json has recorded, with its "
-                             "prompts; flags beside it replace what it says", "FILE", "experiment")
+                             "prompts; other flags replace what it records", "FILE", "experiment")
     prompts: str | None = row(None, path(optional=True), "text file in UTF-8, one prompt a line; lines that begin "
                               "with # are comments", "FILE", "experiment", "-p")
     prompt: tuple[str, ...] | None = row(None, anything, "a prompt; may be repeated", "TEXT", "experiment")
     seeds: str | None = row(None, anything, "several seeds, such as 42-61 or 1,5,9: a sample for each prompt and seed",
                             "SEEDS", "experiment")
     sweep: tuple[str, ...] = row((), anything, "a sample with each value of a setting, such as coarse-steps=5,10,20; "
-                                 "or of several in step, such as fine-steps:coarse-steps=25:5,100:10; may be repeated, "
-                                 "for all combinations", "NAME=V1,V2", "experiment")
+                                 "or of settings that change together, such as fine-steps:coarse-steps=25:5,100:10; "
+                                 "may be repeated, for all combinations", "NAME=V1,V2", "experiment")
     no_ground_truth: bool = row(False, flag, "skip the sequential run that images are compared with",
                                 group="experiment")
     start_from: str | None = row(None, path(optional=True), "start from the trajectories in the output directory of "
                                  "a run with --keep-trajectories", "DIR", "experiment")
     parallel: str | None = row(PARALLEL, choice("lanes", "samples", optional=True), "what several processes share: the "
                                "lanes of each tick, or the samples", group="experiment",
-                               usual="samples, if there are more of them than processes")
+                               usual="samples if there are more of them than processes, else lanes")
     batch: int = row(BATCH, whole(), "samples made side by side, in network calls that they share", "S", "experiment")
     output_dir: str = row(None, path(), "directory for images and analysis (required)", "DIR", "output", "-o")
-    dry_run: bool = row(False, flag, "print what would be made, and what it takes; write nothing", group="output")
+    dry_run: bool = row(False, flag, "print what would be made, and its cost; load and write nothing", group="output")
     again: bool = row(False, flag, "make samples again that are there already", group="output")
     keep_trajectories: bool = row(False, flag, "keep trajectories, for --start-from", group="output")
     plot_format: str = row(PLOT_FORMAT, choice("png", "pdf", "svg"), "format of plots, besides png", group="output")
-    no_report: bool = row(False, flag, "leave out report.html, the page that shows the run", group="output")
+    no_report: bool = row(False, flag, "do not write report.html, the page of the run", group="output")
     # fmt: on
 
 

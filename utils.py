@@ -1,4 +1,4 @@
-"""Outputs for people: images, filmstrip, error plot, CSV and printed lines.
+"""Outputs for people: images, the filmstrip, plots, the CSV of errors and printed lines.
 
 A record is a sample as in `result.json`, see `study.folder`: a dictionary with "made_by" and "result".
 """
@@ -18,18 +18,18 @@ from settings import SETTINGS, in_one_line
 
 SHOWN, ROWS = 64, 16  # samples in an overview's pictures, and in its filmstrip
 IMAGES, GAIN = 6, 20  # most images in a row of the filmstrip, and the factor of the differences below them
-CELL, GAP, LINE = 192, 4, 18  # pixels: width of an image with a caption, space in a mosaic, a line of text
+CELL, GAP, LINE = 192, 4, 18  # pixels: width of an image with a caption, gap in a mosaic, a line of text
 image_name = lambda k: f"srds_iteration_{k}" if k else "srds_initialized"  # of refinement k, without ".png"
-shades = lambda count: colormaps["viridis"](np.linspace(0, 0.8, count))  # colours for as many values, in their order
-COLORS = {"srds": "#d62728", "collocation": "#1f77b4", "sequential": "#7f7f7f"}  # in all plots
+shades = lambda count: colormaps["viridis"](np.linspace(0, 0.8, count))  # colours for `count` values, in their order
+COLORS = {"srds": "#d62728", "collocation": "#1f77b4", "sequential": "#7f7f7f"}  # the same in all plots
 
 
 def pictures(records, image_of, alike=True, kinds=("png",)):
     """Return the files that show samples side by side, bytes by name; for one sample, its own.
 
-    image_of(record, name): the image of a file name without ".png", uint8 (height, width, 3). alike: whether all have
-    the same settings; otherwise they have no common size, steps or boundaries, and only the filmstrip is made. kinds:
-    formats of the plot.
+    image_of(record, name): the sample's image of that name, without ".png", uint8 (height, width, 3). alike: whether
+    all samples have the same settings; otherwise they have no common size, steps or boundaries, and only the filmstrip
+    is made. kinds: formats of the plot.
     """
     results, made = ([record[name] for record in records] for name in ("result", "made_by"))
     truth = all(result["errors"] is not None for result in results)
@@ -49,7 +49,7 @@ def pictures(records, image_of, alike=True, kinds=("png",)):
 
 
 def saved(save, *how, **more):
-    """Return the bytes that a function writes to the file that it is given."""
+    """Return the bytes that `save` writes to the file that is its first argument."""
     file = io.BytesIO()
     save(file, *how, **more)
     return file.getvalue()
@@ -73,7 +73,7 @@ def sheet(image):
 
 
 def mosaic(images, columns=None):
-    """Return images of one size as one on white, in about as many rows as columns unless a number is given."""
+    """Return images of one size as one image on white; without `columns`, in about as many columns as rows."""
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     rest = [np.full_like(images[0], 255)] * (-len(images) % columns)
     cells = np.pad(np.stack([*images, *rest]), [(0, 0), (0, GAP), (0, GAP), (0, 0)], constant_values=255)
@@ -98,7 +98,7 @@ def captioned(images, texts):
 def filmstrip(records, image_of, truth):
     """Return a picture with a row for each sample: refinements with captions, and the ground truth, if there is one.
 
-    Below each image is its difference to the ground truth. Of many samples or refinements, some are left out.
+    Below each image is its difference to the ground truth. If there are many samples or refinements, some are left out.
     """
     shown, room, rows = records[:ROWS], IMAGES - truth, []
     last = max(len(record["result"]["refinements"]) for record in shown) - 1
@@ -129,7 +129,7 @@ def captions(record):
 
 
 def facts(entry):
-    """Return the facts for the caption of a refinement's image: a list of texts."""
+    """Return the texts for the caption of a refinement's image: serial evaluations and, if known, the difference."""
     known = [] if entry["difference"] is None else [f"difference {entry['difference']:.2g}"]
     return [evaluations(entry["serial_evaluations"]), *known]
 
@@ -139,9 +139,9 @@ def evaluations(count):
 
 
 def names_of(rows, most):
-    """Return names that distinguish samples: the prompt, cut, then the seed and each setting in which they differ.
+    """Return names that distinguish samples: the prompt, cut to `most` characters, and the settings that differ.
 
-    rows: dictionaries with the prompt, seed, settings and arguments of each.
+    rows: a dictionary for each sample, with its prompt, seed, settings and arguments.
     """
     names, rows = [], [row.get("arguments", {}) | row for row in rows]
     known = dict.fromkeys(name for row in rows for name in row if name in SETTINGS or name in row.get("arguments", ()))
@@ -155,7 +155,7 @@ def names_of(rows, most):
 
 
 def padded(samples):
-    """Return lists of rows as one array, (samples, refinements, ...); a sample that stopped keeps its last row."""
+    """Return lists of rows as one array, (samples, refinements, ...); a sample that has stopped keeps its last row."""
     longest = max(map(len, samples))
     return np.array([rows + rows[-1:] * (longest - len(rows)) for rows in samples])
 
@@ -168,7 +168,7 @@ def error_table(errors):
 
 
 def error_plot(errors, records, kind):
-    """Return a plot. Left: error at each boundary after each refinement; right: difference against evaluations.
+    """Return a plot. Left: distance at each boundary after each refinement; right: difference against evaluations.
 
     errors: root mean squares, (refinements, boundaries). kind: as in `plotted`.
     """
@@ -194,7 +194,7 @@ def error_plot(errors, records, kind):
 
 
 def plotted(draws, columns, kind, title=""):
-    """Return a figure as png, pdf or svg, in which text is text; each of `draws` draws on the axes that it is given."""
+    """Return a figure as the bytes of a png, pdf or svg, with text as text; `draws` are functions of axes."""
     figure = Figure(figsize=(5.5 * columns, 3.6 * (len(draws) // columns)), layout="constrained")
     figure.suptitle(title, parse_math=False)
     for draw, axes in zip(draws, figure.subplots(len(draws) // columns, columns, squeeze=False).flat):
@@ -204,7 +204,7 @@ def plotted(draws, columns, kind, title=""):
 
 
 def log_scale(axes, values):
-    """Make the vertical axis logarithmic, over whole decades; zeros have a line of their own below them."""
+    """Make the vertical axis logarithmic, over whole decades; zeros lie in a grey band below them."""
     exponents = np.log10([value for value in np.ravel(values) if value > 0] or [1.0])
     low, high = int(np.floor(exponents.min())), int(np.ceil(max(exponents.max(), exponents.min() + 0.5)))
     zero = low - 0.06 * (high - low)
@@ -218,8 +218,9 @@ def log_scale(axes, values):
 def cost_plot(axes, lines, words, costs):
     """Plot differences against costs, on an axis that is logarithmic if they are large.
 
-    lines: the samples and the look of each line, the mean with a band from least to most; a sample is a list of pairs
-    of cost and difference, one for each refinement. words: what costs are. costs: of sequential sampling, by N.
+    lines: for each line, its samples and its look. It shows their mean, and a band from the smallest to the largest
+    value; a sample is a list of pairs of cost and difference, one for each refinement. words: the label of the axis of
+    costs. costs: those of sequential sampling, by N.
     """
     log_scale(axes, [point[1] for samples, _ in lines for points in samples for point in points])
     for samples, look in lines:
@@ -241,7 +242,7 @@ def cost_plot(axes, lines, words, costs):
 
 
 def label_lines(axes):
-    """Write the label of a line beside its end, of several beside the plot at the heights of theirs; draw a grid."""
+    """Write the label of a line beside its end, or of several beside the plot, near their heights; add a grid."""
     axes.grid(True, color="0.9")
     axes.autoscale_view()
     lines, figure = [line for line in axes.get_lines() if line.get_label()[0] != "_"], axes.figure
@@ -256,7 +257,7 @@ def label_lines(axes):
 
 
 def line_of(entry):
-    """Return one line about a refinement."""
+    """Return the line that is printed about a refinement."""
     names = {"image_change": "image change", "trajectory_change": "trajectory change", "difference": "difference"}
     measured = [f"{words} {entry[name]:.2g}" for name, words in names.items() if entry[name] is not None]
     measured += [f"damping {entry['damping']:.2g}"] if entry["damping"] >= 0.005 else []

@@ -2,10 +2,10 @@
 
     python examples/own_denoiser.py own_denoiser.png
 
-The data is a mixture of Gaussians, of which the best denoiser is known: `denoise` below. The methods take such a
-function, a `diffusion.Solver` on a grid of times, and the first noise, and nothing else.
+The data is a mixture of Gaussians, whose best denoiser is known: `denoise` below. The methods take only such a function,
+a `diffusion.Solver` on a grid of times, and the first noise.
 
-The dashed curve is the theory of parareal, which SRDS is. Let e_i^k be the distance of the state at boundary i after k
+The dashed curve is the theoretical bound of parareal, the method behind SRDS. Let e_i^k be the distance of the state at boundary i after k
 refinements from the sequential one, F_i the fine solve of block i, and G_i the coarse one. Then
 
     e_0^k = 0,    e_{i+1}^0 <= b_i e_i^0 + c_i,    e_{i+1}^{k+1} <= a_i e_i^k + b_i e_i^{k+1},
@@ -16,8 +16,8 @@ proof). For equal blocks with b >= 1, the last state's distance is then at most
 
     c a^k b^(B - k - 1) B! / ((k + 1)! (B - k - 1)!),
 
-which falls faster than any geometric series, and at k = B it is 0. As no constants are known in advance, a_i and b_i
-are here the largest ratios between the sequential states and those of the refinements: the least for which it can hold.
+which falls faster than any geometric series and is 0 at k = B. Since no constants are known in advance, a_i and b_i are
+measured here: the largest ratios between the sequential states and those of the refinements. Smaller ones cannot hold.
 """
 
 import math
@@ -36,10 +36,10 @@ from diffusion import Grid, Solver, boundaries, normal, sequential
 from srds import srds
 
 N, B, DIMENSIONS, COMPONENTS, SPREAD = 64, 8, 16, 6, 0.1
-ROUNDING = 2e-6  # of states of length 4
+ROUNDING = 2e-6  # of states whose norm is 4
 MEANS = normal((COMPONENTS, DIMENSIONS), seed=0).double()
 
-# The grid: N + 1 points in time, at which x = signal x0 + noise eps. A network would also be told the times.
+# The grid: N + 1 points in time, at which x = signal x0 + noise eps. A network would also need the times.
 ANGLE = torch.linspace(0.98, 0, N + 1, dtype=torch.float64) * math.pi / 2
 GRID = Grid(ANGLE[:-1], ANGLE.cos(), ANGLE.sin(), prediction_type="sample")  # the denoiser returns x0
 SOLVER = Solver(GRID, "ddim")
@@ -48,17 +48,17 @@ SOLVER = Solver(GRID, "ddim")
 def denoise(x, n):
     """Return the mean of x0 given x, float32 (L, DIMENSIONS), for L states x, float32, at grid points n, int64 (L,)."""
     signal, noise = GRID.signal[n, None], GRID.noise[n, None]
-    variance = signal**2 * SPREAD**2 + noise**2  # of x about signal * mean, if the component is known
+    variance = signal**2 * SPREAD**2 + noise**2  # of x around signal * mean, if the component is known
     away = x.double()[:, None] - signal[..., None] * MEANS  # (L, COMPONENTS, DIMENSIONS)
     weights = (-away.square().sum(2) / (2 * variance)).softmax(1)[..., None]  # of each component, given x
-    x0 = MEANS + (signal * SPREAD**2 / variance)[..., None] * away  # if the component is known
+    x0 = MEANS + (signal * SPREAD**2 / variance)[..., None] * away  # the mean of x0, if the component is known
     return (weights * x0).sum(1).float()
 
 
 def stopped(x, tolerance=1e-3):
-    """Return the first iterate of SRDS at which no state moves any more. A stop rule is whatever leaves the loop.
+    """Return the first iterate of SRDS whose states have moved by less than the tolerance: a stop rule leaves the loop.
 
-    `for refinement in sampler.refine(prompt)` is the same loop, with images, for a pipeline.
+    For a pipeline, `for refinement in sampler.refine(prompt)` is the same loop, with images.
     """
     earlier = None
     for iterate in srds(x, denoise, SOLVER.step, boundaries(N, B)):
@@ -69,10 +69,10 @@ def stopped(x, tolerance=1e-3):
 
 
 def errors(x):
-    """Return for SRDS, the theory and collocation what the plot shows.
+    """Return what the plot shows of SRDS, the theory and collocation, three tensors.
 
-    For both methods: serial evaluations and distance of the last state from the sequential one, for each k, tensors
-    (K, 2). For the theory: the bounds of SRDS's distances, (B + 1,).
+    For each method, (K, 2): for each k, serial evaluations and the distance of the last state from the sequential one.
+    For the theory, (B + 1,): the bounds of SRDS's distances.
     """
     n = boundaries(N, B)
     truth = sequential(x, denoise, SOLVER.step, range(N + 1), n)
@@ -83,9 +83,9 @@ def errors(x):
 
 
 def bounds(truth, states, n):
-    """Return the theory's bounds of the last state's distance for k = 0 ... B, (B + 1,).
+    """Return the bounds of the last state's distance for k = 0 ... B, float64 (B + 1,).
 
-    truth: (B + 1, DIMENSIONS). states: of each refinement, (B + 1, B + 1, DIMENSIONS). n: the boundaries.
+    truth: (B + 1, DIMENSIONS). states: those of each refinement, (B + 1, B + 1, DIMENSIONS). n: the boundaries.
     """
     bound = torch.zeros(B + 1, B + 1, dtype=torch.float64)  # of e_i^k, at [k, i]
     for i, (start, end) in enumerate(pairwise(n)):
@@ -93,7 +93,7 @@ def bounds(truth, states, n):
         solved = lambda points, x: torch.cat([sequential(each[None], denoise, SOLVER.step, points) for each in x])
         fine, coarse = (solved(points, (u, *U)).double() for points in (range(start, end + 1), (start, end)))
         rest, moved = fine - coarse, (U - u).double().norm(dim=1)
-        far = moved > 1e-4  # those of others would be of rounding
+        far = moved > 1e-4  # smaller moves would give ratios of rounding
         a, b = (((each[1:] - each[0]).norm(dim=1) / moved)[far].max() if far.any() else 0 for each in (rest, coarse))
         bound[0, i + 1] = b * bound[0, i] + rest[0].norm()
         for k in range(B):
@@ -102,7 +102,7 @@ def bounds(truth, states, n):
 
 
 def plot(samples, path):
-    """Draw what `errors` returns for several samples, and write it to a file."""
+    """Plot what `errors` returns for each of several samples, and write the plot to a file."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     looks = {"SRDS": ("#d62728", "o-"), "collocation": ("#1f77b4", "s-")}

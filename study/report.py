@@ -20,9 +20,9 @@ from study.results import COLUMNS, MADE_ON, MEASURED, by_setting, last_rows, res
 
 
 def page(runs):
-    """Return the HTML of runs: for each, its `run.json`, its samples, see `study.results`, and the path of its folder.
+    """Return the HTML of runs, each a tuple: its `run.json`, its samples (see `study.results`), the path of its folder.
 
-    Images in that folder are embedded; those of a run whose path is "" are linked, for a page in the run's own folder.
+    The images in that folder are embedded. If the path is "", they are linked, for a page in the run's own folder.
     """
     tables = [results_rows(samples).assign(run=i) for i, (_, samples, _) in enumerate(runs, 1)]
     rows = pd.concat(tables, ignore_index=True)
@@ -46,19 +46,19 @@ def page(runs):
 
 def _plain(value):
     """Return what the page shows of a value: no control characters, and nothing for a missing value."""
-    if type(value) is str:  # and not HTML, of a type of its own
+    if type(value) is str:  # not HTML, which has a type of its own
         return in_one_line(value, 10**6)
     return "" if value is None or value != value else value
 
 
 def _source(root, folder, image):
-    """Return the `src` of a sample's image: its content, or a link in a page of the run's own folder."""
+    """Return the `src` of a sample's image: its content, or a link if `root` is "" (the page is in the run's folder)."""
     path = f"samples/{folder}/{image}.png"
     return f"data:image/png;base64,{base64.b64encode(read_file(root, path)).decode()}" if root else path
 
 
 def sweep(samples, kinds):
-    """Return the plots of samples with several settings, bytes by name: in each format, all plots in one figure."""
+    """Return the plots of samples with several settings, bytes by name: for each format, one figure."""
     rows = results_rows(samples).assign(run=1)
     draws = [draw for _, some in plots(rows, varied(rows)) for draw in some] if varied(rows) else []
     return {f"sweep.{kind}": utils.plotted(draws, 2, kind) for kind in kinds} if draws else {}
@@ -67,27 +67,28 @@ def sweep(samples, kinds):
 def plots(rows, names):
     """Yield pairs of a caption and two functions, each of which draws a plot on the axes that it is given.
 
-    First, differences against the cost of refinements, a line for each setting; then, for each setting in `names` with
-    three numbers or more, last refinements against it.
+    The first pair plots differences against the cost of refinements, with a line for each setting. Then, each setting in
+    `names` that has three different numbers or more has a pair that plots last refinements against it.
     """
     rows = rows[rows["difference"].notna()]
-    if "method" in names:  # leave out what is the same for each method
+    if "method" in names:  # leave out settings that depend on the method alone
         same = rows.groupby("method")[names].nunique(dropna=False).max() == 1
         names = [name for name in names if name in ("run", "method") or not same[name]]
     numbers = rows[[name for name in names if name != "run"]].apply(pd.to_numeric, errors="coerce")
     if len(rows):
-        words = "Each refinement against its cost; means over samples, bands from least to most."
+        words = "Each refinement against its cost; means over samples, bands from least to largest."
         yield words, [partial(against_cost, rows, names, cost) for cost in ("serial_evaluations", "seconds")]
     for values in (values for _, values in numbers.items() if values.nunique() > 2):
         setting, last = values.name.replace("_", " "), last_rows(rows)
-        words = f"Last refinements against {setting}; means over samples, bars from least to most."
+        words = f"Last refinements against {setting}; means over samples, bars from least to largest."
         yield words, [partial(against_setting, last, names, values, y) for y in ("difference", "serial_evaluations")]
 
 
 def lines(rows, names, axis=None):
-    """Yield the rows and the look of each line in a plot: of each setting in `names`, but for the one on the axis.
+    """Yield the rows and the look of each line in a plot: a line for each combination of the settings in `names`.
 
-    Its colour is the method's or, if another setting comes first, shows that; its style shows the others.
+    axis: the setting on the horizontal axis, which makes no lines. The colour shows the method, or the first setting in
+    `names` if the method does not vary; the style shows the others.
     """
     first, *others = sorted(names, key=lambda name: (name != "method", name == "run")) or ["method"]
     value = rows["method" if first == axis else first].astype(str)
@@ -101,7 +102,7 @@ def lines(rows, names, axis=None):
 
 
 def against_cost(rows, names, cost, axes):
-    """Plot the difference of each refinement, means over samples, against serial evaluations or seconds."""
+    """Plot the difference of each refinement, as means over samples, against serial evaluations or seconds."""
     points = lambda part: [each[[cost, "difference"]].values.tolist() for _, each in part.groupby(["run", "folder"])]
     shown = [(points(part), look) for part, look in lines(rows, names)]
     truth = rows.groupby("steps")["sequential_seconds" if cost == "seconds" else "steps"].mean().to_dict()
@@ -109,9 +110,9 @@ def against_cost(rows, names, cost, axes):
 
 
 def against_setting(rows, names, values, column, axes):
-    """Plot a column of last refinements, means over samples and bars from least to most, against a setting.
+    """Plot a column of last refinements against a setting: means over samples, and bars from the least to the largest.
 
-    values: the setting's numbers, a Series; NaN for a value that is none.
+    values: the setting's numbers, a Series; NaN for values that are not numbers.
     """
     if column == "difference":
         utils.log_scale(axes, rows[column])
@@ -131,7 +132,7 @@ def against_setting(rows, names, values, column, axes):
 
 
 def read_study(folder, every=False):
-    """Return the run in an output directory and its samples; with `every`, all samples there. Raises Failure."""
+    """Return the run in an output directory and its samples; if `every`, all samples there. Raises Failure."""
     run = read_run(folder)
     if not run:
         raise Failure(f"{folder} is not the output directory of a run; give one")
@@ -143,7 +144,7 @@ def read_study(folder, every=False):
 
 
 def main(argv=None):
-    """Write the page that compares runs; returns the exit status."""
+    """Write the page that compares runs, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m study.report", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output directories")
     parser.add_argument("-o", "--output", default="compare.html", metavar="FILE", help="the page (%(default)s)")
