@@ -24,8 +24,8 @@ from study.console import prepare_terminal, quiet_libraries
 class Command:
     """A command line, parsed and checked.
 
-    given: its values, by setting. texts: the prompts. seeds: those of --seeds, or None. call: the arguments of --call, by
-    name. axes, variants: the sweep, see `asked`. notes: lines to print before sampling. argv: its words.
+    given: its values, by setting. texts: the prompts. seeds: those of --seeds, or None. call: the arguments of --call,
+    by name. axes, variants: the sweep, see `asked`. notes: lines to print before sampling. argv: its words.
     """
 
     given: dict
@@ -122,7 +122,7 @@ def parse(argv):
 
 
 def run(command, processes):
-    """Run a command: arguments -> tasks -> tasks left -> model, if any is left -> for each: sample, write -> overview."""
+    """Run a command: arguments -> tasks -> those left -> model, if any -> for each: sample, write -> overview."""
     from models.loop import side_by_side
     from study.bench import Bench
     from study.folder import Folder
@@ -204,7 +204,7 @@ def one_line(failure):
 
 
 def end(message, status):
-    """Print one line and return the exit status; one of several processes exits instead, and torchrun ends the others."""
+    """Print one line and return the exit status; one of several processes exits at once, and torchrun ends the rest."""
     if message:
         print(f"main.py: error: {in_one_line(message, 10_000)}", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -29,9 +29,9 @@ CHECK_SEED = whole(0, 2**64 - 1)
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt for a pipeline, with what has been made of it so far.
+    """A prompt for a pipeline, with its encodings and loops so far.
 
-    arguments: further ones of the pipeline's call. encoded: what the text encoders have said. loops: each
+    arguments: further arguments of the pipeline's call. encoded: outputs of the text encoders. loops: each
     `models.loop.Loop` of the last seed, by what it depends on.
     """
 
@@ -42,7 +42,7 @@ class Prompt:
     loops: dict = field(default_factory=dict)
 
 
-# A process that shares its lanes with no other: what a sampler uses of `study.processes.Processes`.
+# What a sampler uses of `study.processes.Processes`, for a process that shares its lanes with no other.
 unchanged = lambda value: value
 ALONE = SimpleNamespace(sharing=1, broadcast=unchanged, split=unchanged, served=unchanged)
 
@@ -78,24 +78,25 @@ class Sampler:
     The pipeline can still be used as before. Its scheduler only gives the noise schedule. If the pipeline offloads its
     parts, the one that ran last stays on the device until another one runs.
 
-    pipeline: one of diffusers, of any class whose loop can be followed, see `models.loop`.
-    settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; `settings` has the model's usual
-        values in place of None.
-    arguments: those of the pipeline's call, by name, such as guidance_scale or image, unless others are given with a
-        prompt; None for none.
-    processes: those that share the lanes of each tick, of which the others `serve`; None for this process alone.
-    together: how many samples share calls, see `batch`; it sets the sizes of compiled ones.
+    pipeline: a diffusers pipeline, of any class whose loop can be followed, see `models.loop`.
+    settings: a `Settings`; None for the defaults. The attribute `asked` keeps it; the attribute `settings` has the
+        model's usual values in place of None.
+    arguments: those of the pipeline's call, by name, such as guidance_scale or image; arguments that are given with a
+        prompt replace them. None for none.
+    processes: the `Processes` that share the lanes of each tick, the others by `serve`; None for this process alone.
+    together: the number of samples that share calls, see `batch`; it sets the sizes of calls of compiled networks.
 
-    Public attributes: model and device; and, known from the first look at the pipeline's loop, shape (of a state),
+    Public attributes: model and device; after the first look at the pipeline's loop, also shape (of a state),
     boundaries and solver.
 
-    Raises SettingError if the model cannot do what is asked, and ModelError for a pipeline that cannot be sampled.
+    Raises SettingError if the model cannot do what the settings ask, and ModelError for a pipeline that cannot be
+    sampled.
     """
 
     def __init__(self, pipeline, settings=None, arguments=None, *, processes=None, together=1):
         self.asked, self.arguments = settings or Settings(), dict(arguments or {})
         self.pipeline, self.processes = pipeline, processes or ALONE
-        with torch.device("cpu"):  # for schedulers and tables, whatever torch's default device is
+        with torch.device("cpu"):  # for schedulers and tables, even if torch's default device is another
             self.model = known(pipeline)
             self.device = torch.device(pipeline._execution_device)
             self.settings = self.asked.resolve(self.model)
@@ -145,7 +146,7 @@ class Sampler:
         return self._steps(self._looked)[1]
 
     def _steps(self, loop, seed=None):
-        """Return boundaries and the `diffusion.Solver` of a loop's steps, the grid's last; strength may leave fewer."""
+        """Return the boundaries and the `diffusion.Solver` of a loop's steps, the last ones of the grid."""
         settings, n = self.settings, diffusion.boundaries(loop.N, min(loop.N, self.settings.coarse_steps))
         with torch.device("cpu"):
             if self.model.flow:  # the grid depends on the size and on further arguments of the pipeline's call
@@ -160,9 +161,10 @@ class Sampler:
 
     @classmethod
     def from_pretrained(cls, model, settings=None, arguments=None, **loading):
-        """Load a model, as the command does: `model` is a hub id, a local folder or "demo".
+        """Load a model, as the command does: `model` is a hub id, a local folder, "demo" or "fashion".
 
-        arguments: those of the pipeline's call, which replace or add to the command's usual ones, see `Model.usual`.
+        arguments: those of the pipeline's call, in addition to or in place of the command's usual ones, see
+        `Model.usual`.
         loading: pipeline, device, dtype, variant, lora, textual_inversion, offload and compile, see `Loading`.
 
         Raises SettingError, if possible before weights are loaded, and ModelError if the model cannot be loaded.
@@ -192,8 +194,8 @@ class Sampler:
     def batch(self, asked, most=None) -> Iterator[tuple[int, Sample]]:
         """Sample prompts side by side, in network calls that they share; yield index and `Sample` of each when done.
 
-        asked: a list with the prompt, seed and start of each sample, of which the last ones may be left out. most: how
-        many are made at a time; None: all. If one fails, the others are made, and then its error is raised.
+        asked: a list of tuples (prompt, seed, start), one for each sample; seed and start may be left out. most: the
+        number that are made at a time; None: all. If one fails, the others are made, and then its error is raised.
         """
         self.together, errors = most or len(asked) or 1, []
 
@@ -212,8 +214,8 @@ class Sampler:
         """Yield the initialisation and each refinement as soon as it is known, until the stop rule is met.
 
         prompt: a text, or what `encode` returns for one. seed: None for the settings' own. on_tick: called before each
-        network call with the number of its lanes. start: an earlier `Sample` by this model, or a `Trajectory`, from
-        which to start; its prompt, guidance, number of steps and solver may differ. arguments: as in `encode`.
+        tick, with the number of its lanes. start: an earlier `Sample` by this model, or a `Trajectory`, to start from;
+        its prompt, guidance, number of steps and solver may differ. arguments: as in `encode`.
 
         Raises FloatingPointError if the last state or the image is not finite, and SettingError for a start that does
         not fit.
@@ -238,7 +240,7 @@ class Sampler:
                 started = time.perf_counter()
 
     def sequential(self, prompt, seed=None, coarse=False, on_tick=None, kept=None, **arguments) -> Sequential:
-        """Sample step by step and return the ground truth; with `coarse`, sample by the B coarse steps alone.
+        """Sample step by step and return the ground truth; if `coarse`, take the B coarse steps alone.
 
         prompt, seed, on_tick, arguments: as in `refine`, which raises the same. kept: the grid points whose states are
         returned, in rising order, 0 to N; None for the boundaries.
@@ -253,7 +255,7 @@ class Sampler:
 
     @functools.cached_property
     def truth_depends_on(self):
-        """What a ground truth depends on besides prompt and seed; samplers for which it is equal can share one."""
+        """What a ground truth depends on besides prompt and seed; samplers with equal values can share it."""
         settings = self.settings
         batch = (self.widest, settings.max_batch) if settings.fixed_batch else None
         steps = settings.fine_steps, settings.solver, settings.eta, batch
@@ -261,15 +263,15 @@ class Sampler:
         return *steps, *self._given, *restarts
 
     def trajectory(self, states, seed=None, prompt=None) -> Trajectory:
-        """Return what `refine` can start from, for the states, (B + 1, ...), and seed of a refinement or ground truth.
+        """Return a start for `refine` made from the states, (B + 1, ...), and seed of a refinement or ground truth.
 
-        prompt: that of the states, if its arguments, such as strength, change the steps; None for the last one sampled.
+        prompt: that of the states, needed if its arguments, such as strength, change the steps; None: the last one.
         """
         n, solver = self._steps(self._looked if prompt is None else self.loop(prompt, seed), seed)
         return Trajectory(solver.held(states, n), n)
 
     def iterates(self, prompt, seed=None, on_tick=None, start=None) -> Iterator[Iterate]:
-        """Yield what `srds.srds` or `collocation.collocation` yields: the method alone, no images, no stop rule."""
+        """Yield the iterates of `srds.srds` or `collocation.collocation`: no images, no stop rule."""
         settings, loop = self.settings, self.loop(prompt, seed)
         n, solver = self._steps(loop, seed)
         loop.widest = self.widest
@@ -292,14 +294,14 @@ class Sampler:
         return self.processes.served(iterates)
 
     def encode(self, prompt, **arguments) -> Prompt:
-        """Return a `Prompt` for a text; what is encoded of it then serves all samplers of this pipeline.
+        """Return a `Prompt` for a text; all samplers of this pipeline then share its encodings.
 
         prompt: a text, None if `prompt_embeds` are among the arguments, or a `Prompt`; one of this pipeline is returned
         unchanged if no arguments are added. arguments: those of the pipeline's call, such as guidance_scale=4 or
         image=picture, which replace the sampler's own.
 
-        Encode again after the pipeline's adapters or text encoders have changed. Raises SettingError for no text, and
-        for an argument that the pipeline does not have.
+        Encode again after the pipeline's adapters or text encoders have changed. Raises SettingError for a prompt that
+        is not a text, and for an argument that the pipeline does not have.
         """
         self.model.check_call(arguments)
         if isinstance(prompt, Prompt):
@@ -316,29 +318,29 @@ class Sampler:
         return any(map(is_compiled, networks(self.pipeline)))
 
     def _batch_sizes(self, rows):
-        """Return the batch sizes that a call may have, if a lane has `rows` network samples; [] for any."""
+        """Return the batch sizes that a call may have, for lanes of `rows` network samples; [] if any size will do."""
         most, max_batch = rows * self.widest, self.settings.max_batch
         if self.settings.fixed_batch:
             return [diffusion.fixed_batch(most, max_batch)]
-        if self.compiled:  # few, as each is compiled: doubling, then the largest
+        if self.compiled:  # few, as each is compiled: powers of 2 times rows, then the largest
             most = min(most * self.together, max_batch or most * self.together)
             return [*(rows * 2**i for i in range(20) if rows * 2**i < most), most]
         return []
 
     @property
     def widest(self):
-        """Most lanes in a call of this process, not counting nodes that collocation adds or starts from."""
+        """Most lanes that this process has in a tick, not counting nodes that collocation adds or starts from."""
         settings = self.settings
         collocated = settings.window or usual_window(settings.fine_steps)
         lanes = settings.coarse_steps if settings.method == "srds" else collocated
         return -(-lanes // self.processes.sharing)
 
     def image(self, states, prompt=None, seed=None):
-        """Return the image or video of a trajectory's last state, see `Refinement`. Raises FloatingPointError."""
+        """Return the image or video of the last of `states`, see `Refinement`. Raises FloatingPointError."""
         return decoded(self._looked if prompt is None else self.loop(prompt, seed), states)
 
     def warm_up(self):
-        """Make each call once before it is timed, as a first call chooses kernels and allocates memory.
+        """Make a call of each size before calls are timed, as a first call chooses kernels and allocates memory.
 
         Raises FloatingPointError if the network's output is not finite.
         """

@@ -2,11 +2,11 @@
 
     python examples/own_denoiser.py own_denoiser.png
 
-The data is a mixture of Gaussians, whose best denoiser is known: `denoise` below. The methods take only such a function,
-a `diffusion.Solver` on a grid of times, and the first noise.
+The data is a mixture of Gaussians, whose best denoiser is known: `denoise` below. The methods take only such a
+function, a `diffusion.Solver` on a grid of times, and the first noise.
 
-The dashed curve is the theoretical bound of parareal, the method behind SRDS. Let e_i^k be the distance of the state at boundary i after k
-refinements from the sequential one, F_i the fine solve of block i, and G_i the coarse one. Then
+The dashed curve is the theoretical bound of parareal, the method behind SRDS. Let e_i^k be the distance of the state at
+boundary i after k refinements from the sequential one, F_i the fine solve of block i, and G_i the coarse one. Then
 
     e_0^k = 0,    e_{i+1}^0 <= b_i e_i^0 + c_i,    e_{i+1}^{k+1} <= a_i e_i^k + b_i e_i^{k+1},
 

@@ -1,16 +1,17 @@
-"""Any diffusers pipeline as a function of states and steps, without a line for its family.
+"""Any diffusers pipeline as a function of states and steps, without code for its family.
 
-A parallel sampler acts between network calls, so all that it needs of a pipeline is the loop over its steps, turned
-inside out. A thread runs the pipeline's own call on a copy of the pipeline, which shares all parts with it, but hands
-out each call of a network and each step of the scheduler, and waits for the answer.
+A parallel sampler acts between network calls, so it needs only the pipeline's loop over its steps, turned inside out. A
+thread runs the pipeline's own call on a copy of the pipeline. The copy shares all parts with the original, but passes
+each network call and each scheduler step to the sampler, and waits for the answer.
 
-1. Look. The loop runs once, with networks answering at each step what they said at the first. It shows the first
-   state, the grid that the pipeline has set, what networks are told at each step, and that nothing else depends on it.
+1. Look. The loop runs once; at each step, network calls return the outputs of the first step. This gives the first
+   state, the grid that the pipeline has set, and the networks' arguments at each step, and checks that nothing else
+   depends on the step.
 2. Run. The loop runs with W copies of the sample, which stand for L <= W states, each at a step of its own. Networks
-   get the rows of these L states, and are told the times of their steps.
-3. Decode. The loop runs once more, with a last state handed in, so that the pipeline decodes it in its own way.
+   get the rows of these L states, with the times of their steps.
+3. Decode. The loop runs once more and is given the last state, so that the pipeline decodes it in its own way.
 
-Samples that are made side by side have a loop each, in a thread each, and share the calls of networks.
+Samples that are made side by side have a loop and a thread each, and share network calls.
 """
 
 import contextlib
@@ -30,9 +31,9 @@ from tqdm import tqdm
 
 from settings import Failure, in_one_line, out_of_memory
 
-BEGINNING = threading.Lock()  # before the loop, as a tokenizer's padding is shared by all threads
-ROUNDING = 0.02  # of the largest number: by how much a copy's encoding may differ from one sample's
-ASK = contextvars.ContextVar("ask")  # in a thread of `inside_out`: asks whoever has called it, and returns the answer
+BEGINNING = threading.Lock()  # held before the loop, as all threads share a tokenizer's padding
+ROUNDING = 0.02  # how far a copy's encoding may differ from one sample's, as a share of the largest number
+ASK = contextvars.ContextVar("ask")  # in a thread of `inside_out`: passes an event to its caller, returns the answer
 COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
 
 
@@ -41,13 +42,13 @@ class Refused(Failure):
 
 
 class Left(BaseException):
-    """Raised in a thread that nobody waits for any more."""
+    """Raised in a thread whose caller no longer waits for it."""
 
 
 def inside_out(function, *arguments):
-    """Call a function in a thread, and yield what it asks, to be answered by `send`; returns what the function returns.
+    """Call a function in a thread, yield each event for which it calls `ASK`, and return the function's result.
 
-    An answer that is an exception is raised where it was asked for.
+    `send` gives the answer to an event; an exception as answer is raised in the thread, by its call of `ASK`.
     """
     asked, answers = queue.SimpleQueue(), queue.SimpleQueue()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
@@ -80,16 +81,16 @@ def inside_out(function, *arguments):
 
 
 def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
-    """Call a pipeline, and yield what its loop asks for, to be answered by `send`; returns what the call returns.
+    """Call a pipeline, yield the events of its loop, which `send` answers, and return the result of the call.
 
     ("network", name, module, args, kwargs): a call of a network. ("step", output, states, time): a step of the
     scheduler. scheduler: one of our own, which is used and changed. steps: a function that is given the scheduler's
-    timesteps, and its sigmas, once they are set, and returns those to go through. encoded: what networks have said
-    before the loop, by what they were told; new ones are added. seed: for draws without a generator. threads:
-    torch's; None: as now.
+    timesteps, and its sigmas, once they are set, and returns those to go through. encoded: the outputs of network calls
+    before the loop, by their arguments; new ones are added. seed: for draws without a generator. threads: the number of
+    torch threads; None to keep the current one.
     """
     beginning, most, twin, looping = contextlib.ExitStack(), torch.get_num_threads(), copy.copy(pipeline), False
-    # Pipelines read from these the scale of a LoRA in their text encoders.
+    # Pipelines read the scale of a LoRA in their text encoders from these.
     scales = repr({name: value for name, value in arguments.items() if name.endswith("attention_kwargs")})
 
     def call(name, module, *args, **kwargs):
@@ -102,7 +103,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
 
     def step(model_output, timestep, sample, *_, return_dict=True, **__):
         states = ASK.get()("step", model_output, sample, timestep)
-        if hasattr(scheduler, "_step_index"):  # a pipeline that inpaints asks for noise of the next step
+        if hasattr(scheduler, "_step_index"):  # a pipeline that inpaints needs the noise of the next step
             begun = scheduler.begin_index or 0 if scheduler.step_index is None else scheduler.step_index
             scheduler._step_index = begun + 1
         return SchedulerOutput(prev_sample=states) if return_dict else (states,)
@@ -121,7 +122,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
 
     def run():
         with beginning:
-            torch.get_num_threads()  # a thread's first query resets its number to the shared one, so before setting
+            torch.get_num_threads()  # before setting: a thread's first query resets its number to the shared one
             torch.set_num_threads(threads or most)
             ASK.get()("begun")
             beginning.enter_context(BEGINNING)
@@ -133,8 +134,8 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             vars(twin)[name] = own = copy.copy(part)
-            vars(own)["_compiled_call_impl"] = functools.partial(call, name, part)  # which a module's call prefers
-    # Perturbed-attention guidance sets processors of its own in the parts that all calls share.
+            vars(own)["_compiled_call_impl"] = functools.partial(call, name, part)  # a module's call prefers it
+    # Perturbed-attention guidance sets its own attention processors in the parts that all calls share.
     shared = pipeline.components.values() if hasattr(pipeline, "set_pag_applied_layers") else ()
     attention = {part: part.attn_processors for part in shared if hasattr(part, "attn_processors")}
     vars(twin).update(scheduler=scheduler, progress_bar=progress_bar, maybe_free_model_hooks=lambda: None)
@@ -142,7 +143,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
     try:
         with contextlib.closing(inside_out(run)) as thread:
             next(thread)
-            torch.set_num_threads(most)  # as new threads inherit the number set last
+            torch.set_num_threads(most)  # new threads inherit the number set last
             return (yield from thread)
     finally:
         for part, processors in attention.items():
@@ -150,14 +151,14 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
 
 
 def content(value):
-    """Return what an argument of an encoder is known by: a tensor's content."""
+    """Return a hashable key for an argument of an encoder: of a tensor, its content."""
     if isinstance(value, torch.Tensor) and not value.is_meta:
         return value.dtype, value.shape, value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return repr(value)
 
 
 def is_list(value):
-    """Return whether a value is a list of tensors or of image sizes: one for each sample, or each layer."""
+    """Return whether a value is a list of tensors or of image sizes, one for each sample or layer."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
     sizes = all(isinstance(each, (list, tuple)) for each in value)
@@ -170,9 +171,9 @@ flat_arguments = lambda args, kwargs: flatten((dict(enumerate(args)), kwargs))
 
 
 def same(one, other, off=0.0):
-    """Return whether two values are equal. Tensors without values are, if they have one shape.
+    """Return whether two values are equal. Tensors without values (meta) are equal if they have the same shape.
 
-    off: by how much floating-point numbers may differ, as a share of the largest.
+    off: how far floating-point numbers may differ, as a share of the largest.
     """
     if one is other:
         return True
@@ -188,9 +189,9 @@ def same(one, other, off=0.0):
 
 
 def rows(answer, told):
-    """Return how many samples a network has answered for, and whether with a list of them, like one it was given.
+    """Return the number of samples in a network's output, and whether the output is a list of them, as an argument is.
 
-    told: the leaves of its arguments.
+    told: the leaves of the network's arguments.
     """
     last = flatten(answer)[0][-1]
     given = [value for value in told if is_list(value) and isinstance(value[0], torch.Tensor)]
@@ -199,24 +200,24 @@ def rows(answer, told):
 
 
 def copied_along(value, before, rows):
-    """Return the dimension along which the copies of a sample lie in an argument; None if they share it.
+    """Return the dimension of an argument along which the copies of a sample lie; None if they share the argument.
 
     before: the argument for one sample.
     """
     one, many = (each.shape if isinstance(each, torch.Tensor) else () for each in (before, value))
     differing = [dim for dim, sizes in enumerate(zip(one, many)) if sizes[0] != sizes[1]]
-    # Copies of a single one, as of a given mask, are not made by the pipeline.
+    # The pipeline makes no copies of an argument with a single row, such as a given mask.
     return differing[0] if differing else 0 if one[:1] == (rows,) and rows > 1 else None
 
 
 def gathered(values, before, rows, spots, listed=None):
-    """Return copies from several calls as those of one, for a leaf of a network's arguments or of its answer.
+    """Return copies from several calls as those of one call, for a leaf of a network's arguments or of its output.
 
-    values: the leaf in each call. before: that of one sample. spots: which copies, pairs of a call and a place in it.
-    listed: for an answer, whether its lists have an entry for each sample; None for arguments, whose length shows it.
+    values: the leaf in each call. before: that of one sample. spots: the copies, pairs of a call and a place in it.
+    listed: for an output, whether its lists have an entry for each sample; None for arguments, whose length shows it.
 
-    A network sees rows x copies samples: the copies of each of a sample's rows lie next to each other, and what is more
-    than one row of a sample, such as those of a video's frames, lies together.
+    A call has rows x copies samples: the copies of each row of a sample lie next to each other. If a row has several
+    entries, such as the frames of a video, they stay together.
     """
     if is_list(before) and (len(values[0]) > len(before) if listed is None else listed):
         copies = [len(value) // len(before) for value in values]
@@ -231,12 +232,12 @@ def gathered(values, before, rows, spots, listed=None):
     if spots == [(0, place) for place in range(parts[0].shape[1])]:
         return values[0]
     found = torch.stack([parts[i][:, place % parts[i].shape[1]] for i, place in spots], 1)
-    # With the same strides in a call of any width, or a compiled network would be compiled again.
+    # The same strides in calls of any width: otherwise, a compiled network would be compiled again.
     return found.flatten(0, 2).movedim(0, dim).contiguous()
 
 
 class Told(NamedTuple):
-    """What a network is told at step 0, the leaves of a tree; and, by place, the leaves that change, at each step."""
+    """A network's arguments at step 0, as the leaves of a tree, and by place, the leaves that change, at each step."""
 
     name: str
     first: list
@@ -247,18 +248,18 @@ class Loop:
     """The loop of a pipeline's call, for one prompt and seed, as a function of states and steps.
 
     x: the first state, float32 (1, ...). N: the number of steps. looked: the scheduler as the pipeline has set it.
-    rows: the samples in a call of each network for one state. calls: how many calls of networks `denoise` has made.
+    rows: for each network, the samples in a call for one state. calls: the number of network calls that `denoise` made.
     """
 
     def __init__(self, pipeline, scheduler, arguments, seed, encoded, max_batch=None, answers=()):
         """arguments: those of the pipeline's call. encoded: see `events`.
 
-        max_batch: most network samples in one call, though at least those of one state; None for no limit. The
-        attribute `sizes` may be set to the sizes that a call may have, rising: each is then filled up with copies.
+        max_batch: most network samples in one call, but at least those of one state; None for no limit. The attribute
+        `sizes` may be set to the sizes that a call may have, rising: each call is then padded to one with copies.
         `widest` may be set to the most states expected, so that the pipeline's call need not begin again for more.
-        answers: what the networks said at step 0 of another prompt; without them, each is called once to look.
+        answers: the networks' outputs at step 0 of another prompt; without them, each network is called once to look.
 
-        Raises Refused, naming the step, if more depends on the step than what the networks are told of it.
+        Raises Refused, naming the step, if more than the networks' arguments depends on the step.
         """
         self.pipeline, self.template, self.arguments, self.seed = pipeline, scheduler, arguments, seed
         self.kind = f"the {type(pipeline).__name__}"
@@ -268,7 +269,7 @@ class Loop:
         self.copies = next((name for name in COPIES if name in known), None)
         try:
             self._look()
-        except (AttributeError, TypeError, ValueError) as error:  # of the pipeline's own checks
+        except (AttributeError, TypeError, ValueError) as error:  # from the pipeline's own checks
             raise Refused(f"{self.kind} cannot be called like this: {in_one_line(error)}", status=2) from error
 
     def _events(self, steps, copies=1, scheduler=None, threads=None, **more):
@@ -294,8 +295,8 @@ class Loop:
                         name, module, args, kwargs = event
                         leaves, tree = flat_arguments(args, kwargs)
                         calls.append((name, [type(leaf)(leaf) if is_list(leaf) else leaf for leaf in leaves], tree))
-                        if new and not seen:  # afterwards, as a UNet takes an adapter's features out of their list
-                            with torch.compiler.set_stance("force_eager"):  # as the loop has times in another shape
+                        if new and not seen:  # after copying, as a UNet empties a list of features
+                            with torch.compiler.set_stance("force_eager"):  # the loop has times of another shape
                                 self.answers.append(module(*args, **kwargs))
                         self._expect(len(calls) <= len(self.answers), "calls other networks", len(seen))
                         answer = copy.copy(self.answers[len(calls) - 1])
@@ -318,14 +319,14 @@ class Loop:
         self.told = [self._compared(calls) for calls in zip(*seen)]
         self.rows, self.listed = zip(*(rows(answer, told.first) for answer, told in zip(self.answers, self.told)))
         if not all(isinstance(values, torch.Tensor) for told in self.told for values in told.changing.values()):
-            self.copies = None  # a number is one for all copies
+            self.copies = None  # all copies share a number
 
     def _expect(self, condition, what, step):
         if not condition:
             raise Refused(f"{self.kind} {what} at step {step}; its steps can only be taken in order")
 
     def _compared(self, calls):
-        """Return the `Told` of a network, given its calls, one a step: name, leaves and their tree."""
+        """Return the `Told` of a network from its calls, one for each step: name, leaves and their tree."""
         (name, first, tree), changing = calls[0], {}
         for i, call in enumerate(calls):
             self._expect(call[0] == name and call[2] == tree, f"calls {name} differently", i)
@@ -334,7 +335,7 @@ class Loop:
             if other:
                 kinds = (torch.Tensor, int, float)
                 self._expect(isinstance(values[0], kinds), f"tells {name} another {type(values[0]).__name__}", other[0])
-                if isinstance(values[0], torch.Tensor):  # a network moves one time to its device, and not several
+                if isinstance(values[0], torch.Tensor):  # a network moves a single time to its device, but not several
                     values = torch.stack([value.reshape(value.shape or (1,)) for value in values]).to(self.x.device)
                 changing[j] = values
         return Told(name, first, changing)
@@ -344,21 +345,21 @@ class Loop:
     @torch.no_grad()
     def denoise(self, x, n):
         """Return guided outputs, float32 (L, ...), for L states x, float32, at steps n, int64 (L,) on the CPU."""
-        if len(x) > 1 and not self.copies:  # the pipeline makes one sample a call
+        if len(x) > 1 and not self.copies:  # the pipeline cannot make copies
             return torch.cat([self.denoise(*lane) for lane in zip(x.split(1), n.split(1))])
         ask = ASK.get(None)
         if ask and hasattr(self.pipeline, "set_pag_applied_layers"):
             raise Refused(f"{self.kind} changes what samples side by side share; leave out --batch", status=2)
         try:
-            if len(x) > self.width or not self.running:  # of two copies at least, the rows of each can be told
+            if len(x) > self.width or not self.running:  # with two copies or more, the rows of each can be told apart
                 most = max(len(x), self.widest if self.copies else 1)
                 self._start(max(2 ** (most - 1).bit_length(), 2 if (self.sizes or ask) and self.copies else 1))
-            if len(x) > self.width:  # the pipeline turned out to make one sample a call
+            if len(x) > self.width:  # the pipeline turned out to make no copies
                 return self.denoise(x, n)
             states = torch.cat([x, x[-1:].expand(self.width - len(x), *x.shape[1:])]).to(self.dtype)
             try:
                 event = self.running.send(states)
-            except StopIteration:  # the loop has been through its steps
+            except StopIteration:  # the loop has done all its steps
                 self._start(self.width)
                 event = self.running.send(states)
             for c in range(len(self.told)):
@@ -370,19 +371,19 @@ class Loop:
             raise
 
     def close(self):
-        """End the call that `denoise` has begun; the next one begins another."""
+        """End the pipeline's call that `denoise` has begun; the next `denoise` begins another."""
         if self.running:
             self.running.close()
         self.running, self.width = None, 1
 
     def _start(self, width):
-        """Begin a call with so many copies, and go to its first step; its networks are not called.
+        """Begin a call of the pipeline with `width` copies, and go to its first step, without calling networks.
 
         If the copies differ from one sample, states are denoised one by one, in a call with one copy.
         """
         self.close()
         self.width = width
-        # One torch thread, or two thread pools would compete at each call of a network on the CPU.
+        # With more than one torch thread, two thread pools would compete at each network call on the CPU.
         again = (lambda steps: steps[-1:].repeat(100 * len(steps))) if self.N == 1 else lambda steps: steps.repeat(3)
         self.running = self._events(again, width, threads=1, output_type="latent")
         try:
@@ -394,7 +395,7 @@ class Loop:
                 alike = alike and len(event[2]) == width
                 if not begun:
                     event = self.running.send(self.x.to(self.dtype).expand(width, *self.x.shape[1:]))
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:  # as of a list of generators
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:  # such as for a list of generators
             if width == 1 or out_of_memory(error):
                 raise
             alike = False
@@ -405,14 +406,14 @@ class Loop:
             self._start(1)
 
     def _alike(self, c, told, args, kwargs):
-        """Return whether network c is told the same of the first and the last copy as it was of one sample."""
+        """Return whether network c has the same arguments for the first and the last copy as for one sample."""
         pairs = enumerate(zip(flat_arguments(args, kwargs)[0], told.first, strict=True))
         pairs = [pair for j, pair in pairs if j not in told.changing]
         one = lambda value, before, lane: gathered([value], before, self.rows[c], [(0, lane)])
         return all(same(one(*pair, lane), pair[1], ROUNDING) for lane in {0, self.width - 1} for pair in pairs)
 
     def joined(self, outputs, c, spots):
-        """Return the output of network c for all copies, from those of calls. spots: of the first, see `gathered`."""
+        """Return the output of network c for all copies, from the outputs of calls. spots: see `gathered`."""
         leaves, tree = flatten(self.answers[c])
         spots, how = [*spots, *spots[:1] * (self.width - len(spots))], (self.rows[c], self.listed[c])
         pairs = zip(zip(*(flatten(output)[0] for output in outputs)), leaves)
@@ -422,7 +423,7 @@ class Loop:
 
     @torch.no_grad()
     def decode(self, state):
-        """Return what the pipeline makes of a last state, (1, ...): floats of 0 to 1, an array (1, ...)."""
+        """Return the pipeline's output for a last state, (1, ...): an array (1, ...) of floats from 0 to 1."""
         last = (lambda steps: steps[-1:]) if len(self.looked.timesteps) == self.N else lambda steps: steps
         answer, c = None, 0
         with contextlib.closing(self._events(last, output_type="np", return_dict=False)) as loop:
@@ -433,18 +434,18 @@ class Loop:
                         answer, c = state.to(self.dtype), 0
                     elif c < len(self.told) and event[0] == self.told[c].name:
                         answer, c = copy.copy(self.answers[c]), c + 1
-                    else:  # one that looks at the image
+                    else:  # a network that looks at the image
                         answer = event[1](*event[2], **event[3])
             except StopIteration as end:
                 return end.value[0]
 
 
-# Calls of networks. A request is a loop, the number of its network, the steps of its first copies, the network, and the
-# leaves and the tree of what this is told of all copies.
+# Network calls. A request is a tuple: a loop, the number of its network, the steps of its first copies, the network,
+# and the leaves and the tree of its arguments for all copies.
 
 
 def kind(loop, c, n, module, leaves, tree):
-    """Return what requests must have in common to be answered by one call: hashable."""
+    """Return what requests must have in common to share a call, hashable."""
     (_, first, changing), rows = loop.told[c], loop.rows[c]
 
     def of(value, before):
@@ -455,13 +456,13 @@ def kind(loop, c, n, module, leaves, tree):
 
     if c not in loop.kinds:
         leaves = (changing[j].shape[1:] if j in changing else of(*pair) for j, pair in enumerate(zip(leaves, first)))
-        limits = loop.max_batch, *loop.sizes, loop.copies or id(loop)  # without copies, its rows cannot be told
+        limits = loop.max_batch, *loop.sizes, loop.copies or id(loop)  # without copies, its rows cannot be told apart
         loop.kinds[c] = id(module), repr(tree), rows, loop.listed[c], limits, *leaves
     return loop.kinds[c]
 
 
 def answered(requests):
-    """Return what the network says to each of some requests of one kind, in as few calls as may be."""
+    """Return the network's output for each of some requests of one kind, in as few calls as possible."""
     (loop, c, _, module, _, tree), *_ = requests
     rows, changing = loop.rows[c], [loop.told[c].changing for loop, c, *_ in requests]
     sizes = [max(1, size // rows) for size in loop.sizes] if loop.copies else []
@@ -478,7 +479,7 @@ def answered(requests):
                 values = torch.stack(values, 1)
                 told[j] = values.expand(max(rows, len(values)), *values.shape[1:]).flatten(0, 1)
         args, kwargs = tree_unflatten(told, tree)
-        # A copy, as the next replay of a CUDA graph writes to the same memory.
+        # Cloned, as the next replay of a CUDA graph writes to the same memory.
         outputs.append(tree_map_only(torch.Tensor, torch.clone, module(*args.values(), **kwargs)))
     places = [[divmod(at, most) for at, (i, _) in enumerate(lanes) if i == own] for own in range(len(requests))]
     for (loop, *_), spots in zip(requests, places):
@@ -487,7 +488,7 @@ def answered(requests):
 
 
 def attempted(requests):
-    """Return what `answered` does, or a request's error; if one call for several fails, each has its own."""
+    """Return the outputs of `answered`, with an error for each that fails; a shared call that fails is split."""
     try:
         return answered(requests)
     except Exception as error:
@@ -497,10 +498,10 @@ def attempted(requests):
 
 @torch.no_grad()
 def side_by_side(function, items, most):
-    """Call a function for each item, at most so many at a time, and yield what calls return; an error ends all.
+    """Call a function for each item, at most `most` at a time, and yield the results; an error ends all.
 
-    Each has a thread of its own, of which one runs at a time, until it comes to a call of a network. Once all have,
-    this thread makes these calls: one for all requests of a kind.
+    Each call has a thread of its own. One thread runs at a time, until it reaches a network call. When all have reached
+    one, the calling thread makes these network calls: one for all requests of a kind.
     """
     items, answers = iter(items), {}
     if most == 1:
@@ -517,7 +518,7 @@ def side_by_side(function, items, most):
                     kinds.setdefault(kind(*request), {})[thread] = request
                 except StopIteration as end:
                     yield end.value
-            # At once, as all are to be closed after an interrupt.
+            # In one assignment: after an interrupt, all threads must be closed.
             answers = {one: said for some in kinds.values() for one, said in zip(some, attempted([*some.values()]))}
     finally:
         for thread in answers:

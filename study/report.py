@@ -52,13 +52,13 @@ def _plain(value):
 
 
 def _source(root, folder, image):
-    """Return the `src` of a sample's image: its content, or a link if `root` is "" (the page is in the run's folder)."""
+    """Return the `src` of a sample's image: its content, or a link if `root` is "": a page in the run's folder."""
     path = f"samples/{folder}/{image}.png"
     return f"data:image/png;base64,{base64.b64encode(read_file(root, path)).decode()}" if root else path
 
 
 def sweep(samples, kinds):
-    """Return the plots of samples with several settings, bytes by name: for each format, one figure."""
+    """Return the plots of samples with several settings, bytes by name: one figure a format."""
     rows = results_rows(samples).assign(run=1)
     draws = [draw for _, some in plots(rows, varied(rows)) for draw in some] if varied(rows) else []
     return {f"sweep.{kind}": utils.plotted(draws, 2, kind) for kind in kinds} if draws else {}
@@ -67,8 +67,8 @@ def sweep(samples, kinds):
 def plots(rows, names):
     """Yield pairs of a caption and two functions, each of which draws a plot on the axes that it is given.
 
-    The first pair plots differences against the cost of refinements, with a line for each setting. Then, each setting in
-    `names` that has three different numbers or more has a pair that plots last refinements against it.
+    The first pair plots differences against the cost of refinements, with a line for each setting. Then, each setting
+    in `names` with three different numbers or more has a pair that plots last refinements against it.
     """
     rows = rows[rows["difference"].notna()]
     if "method" in names:  # leave out settings that depend on the method alone
