@@ -123,6 +123,8 @@ class Bench:
         """Make a sample, see `study.sampling.sample`."""
         # Several side by side would each warm it up, in calls that they share.
         sampler = (self.sampler if self.command.experiment.batch > 1 else self.warm)(task.settings, task.arguments)
+        if task.start:  # before its ground truth is made
+            task.start.check(sampler.shape)
         return sample(sampler, task, self.shared(task.text, task.seed), say)
 
     def follow(self, tasks):

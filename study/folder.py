@@ -95,12 +95,12 @@ class FileError(Failure):
 
 
 @contextlib.contextmanager
-def reporting(path, what="written"):
-    """Turn the system's errors into a FileError that says what cannot be "read" or "written"."""
+def reporting(path):
+    """Turn the system's errors into a FileError that names the path."""
     try:
         yield
     except OSError as error:
-        raise FileError(f"{path} cannot be {what}: {error.strerror or error}") from error
+        raise FileError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 class Folder:

@@ -18,7 +18,7 @@ from diffusion import boundaries
 from models.loading import MIRRORS
 from settings import ROWS, Failure, in_one_line, words_of
 from srds import rehearsal
-from study.folder import load_samples, pack, read_file, read_sample, reporting
+from study.folder import FileError, load_samples, pack, read_file, read_sample
 from study.key import VERSIONS, first_difference, folder_name, recorded, stem
 from study.report import page, sweep
 from study.results import results_table, summary
@@ -191,8 +191,11 @@ class Overview:
 
         def image_of(record, name):
             place = f"samples/{folder_name(record['made_by'])}/{name}.png"
-            with reporting(self.folder.path / place, "read"):
+            try:
                 return np.asarray(Image.open(io.BytesIO(read_file(self.folder.path, place))).convert("RGB"))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                remedy = "run the command again; if that does not help, remove its folder"
+                raise FileError(f"{self.folder.path / place} cannot be read; {remedy}") from error
 
         settings = {str({**record["made_by"], "prompt": None, "seed": None, "start": None}) for record in records}
         kinds = dict.fromkeys(["png", self.command.experiment.plot_format])
