@@ -153,7 +153,7 @@ def events(pipeline, scheduler, steps, encoded, seed, threads, arguments):
 def content(value):
     """Return a hashable key for an argument of an encoder: of a tensor, its content."""
     if isinstance(value, torch.Tensor) and not value.is_meta:
-        return value.dtype, value.shape, value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return value.dtype, value.shape, value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return repr(value)
 
 

@@ -339,6 +339,14 @@ def test_in_a_shared_call_each_sample_has_its_own_conditions(make):
         assert_same(one, together[i])
 
 
+def test_samples_of_a_single_step_share_its_call():
+    """The network is told one time, which is the same for all: a tensor without dimensions."""
+    sampler, seen = Sampler.from_pretrained("fashion", Settings(fine_steps=1, coarse_steps=1), device="cpu"), []
+    with counting(sampler, seen):
+        together = dict(sampler.batch([("", 1), ("", 2)]))
+    assert seen == [2] and all(one.image.any() for one in together.values())
+
+
 def test_samples_that_differ_in_more_than_their_rows_are_made_in_calls_of_their_own(sampler):
     asked = [sampler.encode("a", **more) for more in ({}, {"height": 96, "width": 64}, {"guidance_scale": 1.0})]
     alone, seen = [sampler(prompt) for prompt in asked], []
