@@ -91,7 +91,7 @@ def lines(rows, names, axis=None):
     `names` if the method does not vary; the style shows the others.
     """
     first, *others = sorted(names, key=lambda name: (name != "method", name == "run")) or ["method"]
-    value = rows["method" if first == axis else first].astype(str)
+    value = rows["method" if first == axis else first].map(str)  # a missing one, too
     shades = dict(zip(value.unique(), utils.shades(value.nunique()))) | utils.COLORS
     style = settings_of(rows, [name for name in others if name != axis])
     for text, part in rows.groupby(settings_of(rows, [name for name in names if name != axis]), sort=False):

@@ -67,6 +67,13 @@ def test_fewer_blocks_are_taken_for_few_steps_and_said_and_reproduced_by_the_def
     assert "--coarse-steps" not in run_record(tmp_path)["reproduce"]
 
 
+def test_no_value_is_one_of_a_sweep(tiny, tmp_path):
+    argv = ["--sweep", "negative-prompt=,blue sky", "-fs", "2", "-cs", "2", "--max-iterations", "0"]
+    assert run(tmp_path, tiny, *argv, prompts=PROMPTS[:1]) == 0
+    assert pd.read_csv(tmp_path / "results.csv").negative_prompt.fillna("").tolist() == ["", "blue sky"]
+    assert (tmp_path / "sweep.png").is_file()
+
+
 def test_a_sweep_of_failures_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     def fail(*args, **how):
         raise MemoryError
