@@ -194,10 +194,12 @@ class Sampler:
     def batch(self, asked, most=None) -> Iterator[tuple[int, Sample]]:
         """Sample prompts side by side, in network calls that they share; yield index and `Sample` of each when done.
 
-        asked: a list of tuples (prompt, seed, start), one for each sample; seed and start may be left out. most: the
-        number that are made at a time; None: all. If one fails, the others are made, and then its error is raised.
+        asked: for each sample its prompt, or a tuple (prompt, seed, start), of which the last ones may be left out.
+        most: the number that are made at a time; None: all. If one fails, the others are made, and then its error is
+        raised.
         """
-        self.together, errors = most or len(asked) or 1, []
+        asked = [[each] if isinstance(each, (str, Prompt)) else each for each in asked]
+        self.together, errors = whole(optional=True)("most", most) or len(asked) or 1, []
 
         def made(numbered):
             i, (prompt, *more) = numbered

@@ -339,6 +339,15 @@ def test_in_a_shared_call_each_sample_has_its_own_conditions(make):
         assert_same(one, together[i])
 
 
+def test_a_batch_is_asked_for_by_prompts_alone_or_by_any_iterable(sampler):
+    alone = sampler("moon")
+    for asked in (["a red sun", "moon"], [sampler.encode("a red sun"), ("moon",)], (("moon", None) for _ in range(2))):
+        assert_same(alone, dict(sampler.batch(asked))[1])
+    for most in (0, -1, 1.5):
+        with pytest.raises(SettingError, match="most"):
+            list(sampler.batch(["moon"], most))
+
+
 def test_samples_of_a_single_step_share_its_call():
     """The network is told one time, which is the same for all: a tensor without dimensions."""
     sampler, seen = Sampler.from_pretrained("fashion", Settings(fine_steps=1, coarse_steps=1), device="cpu"), []
