@@ -5,6 +5,7 @@ A record is a sample as in `result.json`, see `study.folder`: a dictionary with 
 
 import io
 import textwrap
+import warnings
 
 import matplotlib
 import numpy as np
@@ -199,7 +200,9 @@ def plotted(draws, columns, kind, title=""):
     figure.suptitle(title, parse_math=False)
     for draw, axes in zip(draws, figure.subplots(len(draws) // columns, columns, squeeze=False).flat):
         draw(axes)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "srds", "pdf.fonttype": 42}):
+    how = {"svg.fonttype": "none", "svg.hashsalt": "srds", "pdf.fonttype": 42}
+    with matplotlib.rc_context(how), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks, as in other pictures
         return saved(figure.savefig, format=kind, dpi=150, transparent=kind == "svg")
 
 

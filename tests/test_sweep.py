@@ -67,11 +67,11 @@ def test_fewer_blocks_are_taken_for_few_steps_and_said_and_reproduced_by_the_def
     assert "--coarse-steps" not in run_record(tmp_path)["reproduce"]
 
 
-def test_no_value_is_one_of_a_sweep(tiny, tmp_path):
-    argv = ["--sweep", "negative-prompt=,blue sky", "-fs", "2", "-cs", "2", "--max-iterations", "0"]
+def test_no_value_and_letters_beyond_the_font_are_values_of_a_sweep(tiny, tmp_path, recwarn):
+    argv = ["--sweep", "negative-prompt=,海 🌊", "-fs", "2", "-cs", "2", "--max-iterations", "0"]
     assert run(tmp_path, tiny, *argv, prompts=PROMPTS[:1]) == 0
-    assert pd.read_csv(tmp_path / "results.csv").negative_prompt.fillna("").tolist() == ["", "blue sky"]
-    assert (tmp_path / "sweep.png").is_file()
+    assert pd.read_csv(tmp_path / "results.csv").negative_prompt.fillna("").tolist() == ["", "海 🌊"]
+    assert (tmp_path / "sweep.png").is_file() and not [each for each in recwarn if "Glyph" in str(each.message)]
 
 
 def test_a_sweep_of_failures_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
