@@ -199,7 +199,8 @@ class Sampler:
         raised.
         """
         asked = [[each] if isinstance(each, (str, Prompt)) else each for each in asked]
-        self.together, errors = whole(optional=True)("most", most) or len(asked) or 1, []
+        most, errors = whole(optional=True)("most", most), []
+        self.together = min(most or len(asked), len(asked)) or 1
 
         def made(numbered):
             i, (prompt, *more) = numbered

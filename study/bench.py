@@ -29,7 +29,8 @@ class Bench:
     def __init__(self, command, processes):
         key.code_digest()  # before the code can change
         loading, experiment = command.loading, command.experiment
-        count = len(command.texts) * len(command.seeds or [0]) * len(command.variants)
+        pairs = len(command.texts or [""]) * len(command.seeds or [0])
+        self.together, count = min(experiment.batch, pairs), pairs * len(command.variants)  # of a pair, one at a time
         parallel = experiment.parallel or ("samples" if count > processes.size else "lanes")
         self.command, self.processes = command, processes
         self.device = processes.join(choose_device(loading), parallel)
@@ -106,7 +107,7 @@ class Bench:
     def sampler(self, settings, arguments):
         """Return a `sampler.Sampler` with these settings and arguments of the pipeline's call."""
         processes = self.processes if self.processes.sharing > 1 else None
-        return Sampler(self.pipeline, settings, arguments, processes=processes, together=self.command.experiment.batch)
+        return Sampler(self.pipeline, settings, arguments, processes=processes, together=self.together)
 
     @functools.cache  # noqa: B019
     def warm(self, settings, arguments):

@@ -511,6 +511,16 @@ def test_a_batch_leaves_what_samples_made_one_by_one_leave(run, tmp_path):
     assert "3 of 3 samples are there already" in run(*argv, "--batch", "3")[2]
 
 
+def test_a_batch_larger_than_the_number_of_samples_takes_no_more_memory(run, monkeypatch):
+    """The first call, before samples are timed, has as many states as there can be."""
+    forward, seen = UNet2DConditionModel.forward, []
+    monkeypatch.setattr(
+        UNet2DConditionModel, "forward", lambda net, x, *a, **kw: seen.append(len(x)) or forward(net, x, *a, **kw)
+    )
+    assert run("--prompt", "a", "--prompt", "b", "--batch", "200")[0] == 0
+    assert max(seen) <= 2 * 2 * 10
+
+
 def test_ctrl_c_ends_a_batch_and_keeps_what_is_finished(run, monkeypatch):
     """In a call of the network, when four of six samples are being made and one is finished."""
     argv = ["--prompt", "a", "--seeds", "1-6", "--tolerance", "0", "--no-ground-truth"]
