@@ -524,7 +524,7 @@ def test_a_batch_larger_than_the_number_of_samples_takes_no_more_memory(run, mon
 def test_ctrl_c_ends_a_batch_and_keeps_what_is_finished(run, monkeypatch):
     """In a call of the network, when four of six samples are being made and one is finished."""
     argv = ["--prompt", "a", "--seeds", "1-6", "--tolerance", "0", "--no-ground-truth"]
-    forward, threads = UNet2DConditionModel.forward, threading.active_count()
+    forward = UNet2DConditionModel.forward
 
     def interrupted(unet, x, *rest, **more):
         if any((tmp / "result.json").is_file() for tmp in (run.out / "samples").glob("a-*")):
@@ -535,7 +535,8 @@ def test_ctrl_c_ends_a_batch_and_keeps_what_is_finished(run, monkeypatch):
     status, out, printed = run(*argv, "--batch", "4")
     monkeypatch.undo()
     made = len(list((out / "samples").glob("a-*")))
-    assert status == 130 and 0 < made < 6 and threading.active_count() == threads
+    assert status == 130 and 0 < made < 6
+    assert not [each for each in threading.enumerate() if "(run)" in each.name], "the threads of samples; tqdm has one"
     assert f"{made} of 6 samples are there already" in run(*argv)[2]
 
 
