@@ -201,8 +201,8 @@ def plotted(draws, columns, kind, title=""):
     for draw, axes in zip(draws, figure.subplots(len(draws) // columns, columns, squeeze=False).flat):
         draw(axes)
     how = {"svg.fonttype": "none", "svg.hashsalt": "srds", "pdf.fonttype": 42}
-    with matplotlib.rc_context(how), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks, as in other pictures
+    # A box stands for a letter that the font lacks, as in other pictures.
+    with matplotlib.rc_context(how), warnings.catch_warnings(action="ignore", category=UserWarning):
         return saved(figure.savefig, format=kind, dpi=150, transparent=kind == "svg")
 
 
