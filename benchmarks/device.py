@@ -15,6 +15,7 @@ the tick), with the ticks counted on the demo; guidance makes two samples of a s
 """
 
 import argparse
+import time
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,16 @@ METHODS = {
 
 
 # Measured
+
+
+def clock(call, device, *inputs):
+    """The seconds of a call until the device has finished."""
+    wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
+    wait()
+    started = time.perf_counter()
+    call(*inputs)
+    wait()
+    return time.perf_counter() - started
 
 
 def images(device, dtypes, N=50, pairs=4):
@@ -122,7 +133,7 @@ def calls(device, compiled, most):
             several = {key: value if key.endswith("_ids") else copies(value) for key, value in inputs.items()}
             with torch.no_grad():
                 call = lambda several=several, network=network: network(**several, return_dict=False)
-                seconds = [common.clock(call, device) for _ in range(10)][3:]
+                seconds = [clock(call, device) for _ in range(10)][3:]
             yield {"network": name, "mode": "compiled" if compiled else "eager", "samples": b,
                    "seconds": np.median(seconds), "least": min(seconds), "most": max(seconds)}  # fmt: skip
         del network, inputs, several
@@ -157,7 +168,7 @@ def runs(device, N, repeats=3):
     found = {way: [] for way in ways}
     for _ in range(repeats):
         for way, call in ways.items():
-            found[way].append(common.clock(call, device))
+            found[way].append(clock(call, device))
             loop.close()
     return [{"network": "Stable Diffusion 2, 512", "mode": "a run", "run": way, "N": N, "seconds": np.median(some),
              "least": min(some), "most": max(some)} for way, some in found.items()]  # fmt: skip

@@ -1,15 +1,17 @@
-"""The N-step image in few network passes: collocation with a window of 1 beside what people use, and all methods.
+"""All methods beside what people use instead, on the same prompts and noise: how far from the image of N steps of DDIM.
 
-    python benchmarks/passes.py                     # an hour or two; writes results/passes.{csv,png}
-    python benchmarks/passes.py --models fashion --steps 28   # some cells; the results of the others stay
+    python benchmarks/methods.py                     # hours; writes results/methods.{csv,png}
+    python benchmarks/methods.py --models fashion --steps 1000   # some cells; the results of the others stay
+    python benchmarks/methods.py --show              # the tables and the picture, from results/methods.csv
 
-For each model, guidance and N, on the same prompts and noise, the difference of each image to that of N sequential
-steps of DDIM. By as many passes M: the first solution of collocation with M nodes and a window of 1; M steps of DDIM,
+By as many network passes M: the first solution of collocation with M nodes and a window of 1; M steps of DDIM,
 DPM-Solver++ (2M, 3M), UniPC and DEIS by diffusers' own pipelines; and N steps of which M have a pass and the others'
 outputs are forecast, by TaylorSeer's rule (arXiv 2503.06923; orders 1 and 2) or Spectrum's (arXiv 2603.01623; a ridge
 regression on Chebyshev polynomials), here applied to the network's outputs. By their own counts: nodes chosen with the
-default tolerance, SRDS, ParaDiGMS, and collocation's defaults. "serial": passes one after the other, "total": states in
-them; "difference" and "worst" in grey levels, PSNR in dB, "time": seconds over the sequential run's, the median.
+default tolerance, and, without guidance and at that of PARALLEL_AT, SRDS, ParaDiGMS (Shih et al., NeurIPS 2023,
+algorithm 1) and collocation with wider windows. "serial": passes one after the other, "total": states in them;
+"difference" and "worst" in grey levels, PSNR in dB, "time": seconds over the sequential run's, the median, with the
+least and the most.
 
 DDIM's few steps and the other solvers aim at the exact solution of the ODE, not at N steps of DDIM, so that a part of
 their difference is what N steps of DDIM miss of it.
@@ -17,6 +19,8 @@ their difference is what N steps of DDIM miss of it.
 
 import argparse
 import copy
+import math
+import re
 import time
 
 import numpy as np
@@ -41,7 +45,8 @@ PARALLEL = {
     "collocation, window 32": {"method": "collocation", "nodes": 100, "window": 32},
     "SRDS, default": {},
     "SRDS, k = 1": {"max_iterations": 1},
-}  # fmt: skip
+}
+PARALLEL_AT = (None, 2)
 
 
 def few_steps(sampler, text, seed, solver, steps):
@@ -99,6 +104,27 @@ def forecast(loop, solver, rule, passes):
     return x
 
 
+def paradigms(sampler, prompt, seed, window, tolerance):
+    """The last state, network calls and evaluations of Picard iterations over a sliding window of steps."""
+    denoise, (signal, noise), step = sampler.loop(prompt).denoise, sampler.solver.grid[1:3], sampler.solver.step
+    N, x, begin, end, serial, total = sampler.settings.fine_steps, sampler.loop("", seed).x, 0, 0, 0, 0
+    # What a state may change by, squared: so many of the variances of ancestral sampling, of the step that follows.
+    variance = (noise[1:] / noise[:-1]) ** 2 * (1 - (signal[:-1] / signal[1:]) ** 2)
+    allowed = tolerance**2 * torch.cat([variance[1:], torch.full((1,), math.inf, dtype=torch.float64)])
+    states = x.expand(N + 1, *x.shape[1:]).clone()
+    while begin < N:
+        states[end + 1 :] = states[end]  # those that the window has not reached start as the last that it has
+        end = min(begin + window, N)
+        n = torch.arange(begin, end)
+        moves = step(states[n], denoise(states[n], n), n, n + 1, states[n])[0] - states[n]
+        new = states[begin] + moves.cumsum(0)
+        moved = (new - states[n + 1]).square().flatten(1).mean(1).double() > allowed[n]
+        states[n + 1] = new
+        serial, total = serial + 1, total + len(n)
+        begin += min(1 + int(moved.nonzero()[0]), len(n)) if moved.any() else len(n)
+    return states[-1:], serial, total
+
+
 def runs(sampler, text, seed, parallel, few):
     """Rows of one prompt and seed. few: images of few steps, by solver and steps, kept from one N to the next."""
     prompt, N = sampler.encode(text), sampler.settings.fine_steps
@@ -136,42 +162,67 @@ def runs(sampler, text, seed, parallel, few):
             row(name, M, M, *few[name, M], M)
     for method, how in PARALLEL.items() if parallel else ():
         refined(method, {"coarse_steps": round(N**0.5)} | how)
-    for tolerance in (0.1, 0.02) if parallel else ():
+    for window, tolerance in ((32, 0.1), (32, 0.02), (200, 0.1)) if parallel else ():
         started = time.perf_counter()
-        state, *counts = common.paradigms(sampler, prompt, seed, min(32, N), tolerance)
-        row(f"ParaDiGMS, {tolerance:g}", *counts, sampler.image(state, prompt, seed), time.perf_counter() - started)
+        state, *counts = paradigms(sampler, prompt, seed, min(window, N), tolerance)
+        image = sampler.image(state, prompt, seed)
+        row(f"ParaDiGMS, window {window}, {tolerance:g}", *counts, image, time.perf_counter() - started)
     return rows
 
 
-def measure(model, guidance, steps, samples, parallel):
-    """Means and worst of each method over samples: a DataFrame."""
-    loaded, rows, few = common.load(model, guidance_scale=guidance), [], {}
+def measure(model, guidance, steps, samples):
+    """Yield for each N the means and worst of each method over samples, half as many above N = 200: a DataFrame."""
+    loaded, few = common.load(model, guidance_scale=guidance), {}
     for N in steps:
-        sampler = loaded.vary(fine_steps=N, coarse_steps=1)
-        for i, (text, seed) in enumerate(common.held_out(samples)):
-            found = runs(sampler, text, seed, N in parallel, few.setdefault(i, {}))
-            rows += [{"model": model, "guidance": guidance or 0, "N": N, **row} for row in found]
-    groups = pd.DataFrame(rows).groupby(["model", "guidance", "N", "method", "passes"], sort=False, dropna=False)
-    table = groups[["serial", "total", "difference", "psnr", "ssim"]].mean().assign(worst=groups.difference.max())
-    return table.assign(time=groups.time.median()).reset_index()
+        sampler, rows = loaded.vary(fine_steps=N, coarse_steps=1), []
+        for i, (text, seed) in enumerate(common.held_out(samples if N <= 200 else samples // 2)):
+            rows += runs(sampler, text, seed, guidance in PARALLEL_AT, few.setdefault(i, {}))
+        groups = pd.DataFrame(rows).groupby(["method", "passes"], sort=False, dropna=False)
+        table = groups[["serial", "total", "difference", "psnr", "ssim"]].mean().assign(worst=groups.difference.max())
+        table = table.assign(time=groups.time.median(), least=groups.time.min(), most=groups.time.max()).reset_index()
+        for place, (name, value) in enumerate({"model": model, "guidance": guidance or 0.0, "N": N}.items()):
+            table.insert(place, name, value)
+        yield table
 
 
-def ratios(table):
-    """For each cell and number of passes: ours, the best classic solver and the best forecast, and ours over both."""
+def few_passes(table):
+    """Differences by model, guidance and N: collocation's with a window of 1, the best solver's, the best forecast's.
+
+    Bold: at most half of the best solver's. !: above the best of all.
+    """
     rows = []
-    for (*cell, M), part in table[table.passes.notna()].groupby(["model", "guidance", "N", "passes"]):
-        found = part.set_index("method").difference
-        classic, guess = found[["DDIM", *SOLVERS]], found[[*FORECASTS]]
-        ours = found["collocation, window 1"]
-        rows.append([*cell, int(M), ours, classic.min(), classic.idxmin(), guess.min(), guess.idxmin(),
-                     ours / classic.min(), ours / min(classic.min(), guess.min())])  # fmt: skip
-    names = ["model", "guidance", "N", "passes", "window 1", "solver", "best solver", "forecast", "best forecast"]
-    return pd.DataFrame(rows, columns=[*names, "of the solver", "of the best"])
+    for cell, part in table[table.passes.notna()].groupby(["model", "guidance", "N"]):
+        row = dict(zip(("model", "guidance", "N"), cell))
+        for M, found in part.groupby("passes"):
+            found = found.set_index("method").difference
+            ours, solvers, forecasts = found["collocation, window 1"], found[["DDIM", *SOLVERS]], found[[*FORECASTS]]
+            best = solvers.min(), forecasts.min()
+            text = f"**{ours:.2f}**" if ours <= best[0] / 2 else f"{ours:.2f}"
+            row[int(M)] = f"{text}{'!' if ours > min(best) else ''}/{best[0]:.2f}/{best[1]:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-LINES = {"collocation, window 1": "C0", "DDIM": "C7", "DPM-Solver++ 2M": "C1", "UniPC": "C2", "TaylorSeer 1": "C4"}
-POINTS = {"collocation, default": "C0", "collocation, window 32": "C0", "SRDS, default": "C3", "SRDS, k = 1": "C3",
-          "ParaDiGMS, 0.1": "C5", "ParaDiGMS, 0.02": "C5"}  # fmt: skip
+def all_methods(table, N, passes=(13, 20)):
+    """A row for each method by its own counts, and for those in the plot by so many passes, for both models."""
+    columns = {}
+    for model, guidance in (("demo", 2), ("fashion", 0)):
+        part = table[(table.model == model) & (table.guidance == guidance) & (table.N == N)]
+        part = part[part.passes.isna() | part.passes.isin(passes) & part.method.isin(LINES)]
+        part = part.set_index(part.method + part.passes.map(", {:.0f}".format).where(part.passes.notna(), ""))
+        texts = {name: part[name].map(form.format) for name, form in DIGITS.items()}
+        texts["difference"] += " (" + texts.pop("worst") + ")"
+        texts["time"] += " (" + texts.pop("least") + "-" + texts.pop("most") + ")"
+        columns |= {f"{model}: {name}": text for name, text in texts.items()}
+    return pd.DataFrame(columns).rename_axis("method").reset_index()
+
+
+COLOURS = {"collocation": "C0", "SRDS": "C3", "ParaDiGMS": "C5", "DDIM": "C7", "DPM-Solver++": "C1", "UniPC": "C2",
+           "TaylorSeer": "C4"}  # fmt: skip
+DIGITS = {"serial": "{:.0f}", "total": "{:.0f}", "difference": "{:.2f}", "worst": "{:.2f}", "psnr": "{:.1f}",
+          "ssim": "{:.4f}", "time": "{:.2f}", "least": "{:.2f}", "most": "{:.2f}"}  # fmt: skip
+LINES = ("collocation, window 1", "DDIM", "DPM-Solver++ 2M", "UniPC", "TaylorSeer 1")
+POINTS = (*PARALLEL, "ParaDiGMS, window 32, 0.1", "ParaDiGMS, window 32, 0.02")
 
 
 def plot(table, path, N=50):
@@ -181,32 +232,34 @@ def plot(table, path, N=50):
     for row, (model, guidance, title) in zip(figure.subplots(2, 2, sharey="row"), cells):
         cell = table[(table.model == model) & (table.guidance == guidance) & (table.N == N)]
         for axes, count in zip(row, ("total", "serial")):
+            axes.set(xscale="log", yscale="log", title=f"{title}, N = {N}")
             labels = []
-            for method, colour in (LINES if count == "total" else {}).items():
-                part = cell[cell.method == method].sort_values("passes")
-                axes.plot(part.total, part.difference, "o-", color=colour, markersize=4)
-                labels += [(part.total.max(), part.difference.iloc[-1], method, colour)]
-            for method, colour in POINTS.items():
-                (point,) = zip(*(cell[cell.method == method][name] for name in (count, "difference")))
-                axes.plot(*point, "D", color=colour)
-                labels += [(*point, method, colour)]
+            for method in (*(LINES if count == "total" else ()), *POINTS):
+                part, colour = (
+                    cell[cell.method == method].sort_values("total"),
+                    COLOURS[re.match(r"[\w+-]+", method)[0]],
+                )
+                axes.plot(part[count], part.difference, "o-" if method in LINES else "D", color=colour, markersize=5)
+                labels.append((part[count].max(), part.difference.iloc[-1], method, colour))
             placed = []
             for x, y, method, colour in sorted(labels, key=lambda label: label[1]):
-                low = max([other for at, other in placed if 0.2 < at / x < 5], default=0) * 1.45
+                low = max([other for at, other in placed if 0.2 < at / x < 5], default=0) * 1.6
                 placed.append((x, max(y, low)))
-                axes.annotate(method, (x, y), xytext=(x * 1.07, max(y, low)), color=colour, fontsize=8, va="center")
-            axes.axvline(N, color="0.6", linestyle=":")
+                how = {"color": colour, "fontsize": 8, "va": "center", "zorder": 1.5}
+                how["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axes.annotate(method.replace("S, window 32", "S"), (x, y), xytext=(x * 1.08, max(y, low)), **how)
+            axes.axvline(N, color="0.6", linestyle=":", zorder=1)
             how = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "fontsize": 8, "color": "0.4"}
-            axes.annotate("sequential", (N * 0.98, 0.03), **how)
-            axes.set(xscale="log", yscale="log", title=f"{title}, N = {N}")
+            axes.annotate("sequential", (N * 0.98, 0.97), va="top", **how)
             axes.set_xlabel(
-                "network passes in all (one device)" if count == "total" else "serial evaluations (batches)"
+                {"total": "evaluations in all (one device)", "serial": "serial evaluations (batches)"}[count]
             )
             ticks = (10, 20, 50, 100, 200) if count == "total" else (10, 20, 50)
             axes.set_xticks(ticks, ticks)
             axes.set_xticks([], minor=True)
-            axes.set_xlim(*((8, 900) if count == "total" else (6, 90)))
+            axes.set_xlim(*((8, 1000) if count == "total" else (6, 90)))
             axes.grid(color="0.93")
+            axes.set_axisbelow(True)
         row[0].set_ylabel("difference to the N-step image, grey levels")
     figure.savefig(path, dpi=110)
 
@@ -216,18 +269,16 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="*", default=["demo", "fashion"])
     parser.add_argument("--guidance", type=float, nargs="*", default=[1, 2, 4, 7.5, 12], help="of the demo")
     parser.add_argument("--steps", type=int, nargs="*", default=[28, 50, 100, 200])
-    parser.add_argument("--parallel", type=int, nargs="*", default=[50], help="steps at which all methods run")
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8, help="half of them above N = 200 (%(default)s)")
+    parser.add_argument("--show", action="store_true", help="print tables and plot from what was measured")
     args = parser.parse_args()
-    path = common.RESULTS / "passes.csv"
-    for model in args.models:
+    for model in () if args.show else args.models:
         for guidance in args.guidance if model == "demo" else [None]:
-            new = measure(model, guidance, args.steps, args.samples, args.parallel)
-            print(ratios(new).round(3).to_string(index=False), flush=True)
-            old = pd.read_csv(path) if path.exists() else new[:0]
-            same = old[["model", "guidance", "N"]].apply(tuple, axis=1).isin({*zip(new.model, new.guidance, new.N)})
-            both = pd.concat([old[~same.astype(bool)], new]).sort_values(["model", "guidance", "N"], kind="stable")
-            both.to_csv(path, index=False, float_format="%.5g")
-    table = pd.read_csv(path)
-    if {("demo", 50), ("fashion", 50)} <= {*zip(table.model, table.N)}:
-        plot(table, common.RESULTS / "passes.png")
+            for new in measure(model, guidance, args.steps, args.samples):
+                common.save(new, "methods", ("model", "guidance", "N"))
+    table = pd.read_csv(common.RESULTS / "methods.csv")
+    common.show(few_passes(table))
+    for N in args.steps:
+        print(f"\nN = {N}:")
+        common.show(all_methods(table, N))
+    plot(table, common.RESULTS / "methods.png")
