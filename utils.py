@@ -111,7 +111,7 @@ def filmstrip(records, image_of, truth):
         texts, final = captions(record), len(record["result"]["refinements"]) - 1
         names = [*dict.fromkeys(image_name(min(k, final)) for k in chosen), *["srds_ddim_gt"] * truth]  # none twice
         images = [image_of(record, name) for name in names]
-        pairs = [[image, change(image, images[-1])][: 1 + truth] for image in images]
+        pairs = [[image, change(image, images[-1])] if truth else [image] for image in images]
         texts["srds_ddim_gt"] = texts.get("srds_ddim_gt", "") + f"\nlower: difference × {GAIN}"
         cells = captioned([np.vstack([*map(fit, pair)]) for pair in pairs], [texts[name] for name in names])
         stop = len(cells) - truth

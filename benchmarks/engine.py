@@ -79,8 +79,8 @@ if __name__ == "__main__":
     for how in RUNS:
         varied = sampler.vary(**how)
         shares = [share(varied) for _ in range(ROUNDS + 1)][1:]
-        rows.append({"N": 100, "method": "srds", **how, "engine, %": pd.Series(shares).median(),
-                     "least": min(shares), "most": max(shares)})  # fmt: skip
+        rows.append({"method": "srds", "fine_steps": varied.settings.fine_steps, **how,
+                     "engine, %": pd.Series(shares).median(), "least": min(shares), "most": max(shares)})  # fmt: skip
     common.save(pd.DataFrame(rows), "engine")
     rows = []
     for method in METHODS:

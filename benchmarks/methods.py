@@ -33,6 +33,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import common
 from collocation import spread
 from refinement import difference
+from utils import COLORS
 
 PASSES = (10, 13, 16, 20, 25)
 SOLVERS = {
@@ -217,8 +218,8 @@ def all_methods(table, N, passes=(13, 20)):
     return pd.DataFrame(columns).rename_axis("method").reset_index()
 
 
-COLOURS = {"collocation": "C0", "SRDS": "C3", "ParaDiGMS": "C5", "DDIM": "C7", "DPM-Solver++": "C1", "UniPC": "C2",
-           "TaylorSeer": "C4"}  # fmt: skip
+COLOURS = {"collocation": COLORS["collocation"], "SRDS": COLORS["srds"], "DDIM": COLORS["sequential"],
+           "ParaDiGMS": "C5", "DPM-Solver++": "C1", "UniPC": "C2", "TaylorSeer": "C4"}  # fmt: skip
 DIGITS = {"serial": "{:.0f}", "total": "{:.0f}", "difference": "{:.2f}", "worst": "{:.2f}", "psnr": "{:.1f}",
           "ssim": "{:.4f}", "time": "{:.2f}", "least": "{:.2f}", "most": "{:.2f}"}  # fmt: skip
 LINES = ("collocation, window 1", "DDIM", "DPM-Solver++ 2M", "UniPC", "TaylorSeer 1")
@@ -235,10 +236,8 @@ def plot(table, path, N=50):
             axes.set(xscale="log", yscale="log", title=f"{title}, N = {N}")
             labels = []
             for method in (*(LINES if count == "total" else ()), *POINTS):
-                part, colour = (
-                    cell[cell.method == method].sort_values("total"),
-                    COLOURS[re.match(r"[\w+-]+", method)[0]],
-                )
+                part = cell[cell.method == method].sort_values("total")
+                colour = COLOURS[re.match(r"[\w+-]+", method)[0]]
                 axes.plot(part[count], part.difference, "o-" if method in LINES else "D", color=colour, markersize=5)
                 labels.append((part[count].max(), part.difference.iloc[-1], method, colour))
             placed = []

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from collocation import collocation
 from diffusion import Grid, Solver, boundaries, normal, sequential
 from srds import srds
+from utils import COLORS
 
 N, B, DIMENSIONS, COMPONENTS, SPREAD = 64, 8, 16, 6, 0.1
 ROUNDING = 2e-6  # of states whose norm is 4
@@ -105,7 +106,7 @@ def plot(samples, path):
     """Plot what `errors` returns for each of several samples, and write the plot to a file."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    looks = {"SRDS": ("#d62728", "o-"), "collocation": ("#1f77b4", "s-")}
+    looks = {"SRDS": (COLORS["srds"], "o-"), "collocation": (COLORS["collocation"], "s-")}
     for refined, _, collocated in samples:
         for (method, (color, mark)), (ticks, far) in zip(looks.items(), (refined.T, collocated.T)):
             how = {"color": color, "alpha": 0.5, "ms": 4, "label": method if refined is samples[0][0] else None}
@@ -113,7 +114,7 @@ def plot(samples, path):
             axes[1].plot(ticks, far, mark, **how)
     theory = torch.stack([bound for _, bound, _ in samples]).max(0)[0]
     axes[0].plot(theory, "k--", label="theory of SRDS, largest of all")
-    axes[1].axvline(N, color="#7f7f7f", linestyle="--", label=f"sequential: N = {N}")
+    axes[1].axvline(N, color=COLORS["sequential"], linestyle="--", label=f"sequential: N = {N}")
     for each, words in zip(axes, ("k", "serial evaluations")):
         each.axhspan(0, ROUNDING, color="0.93", label="rounding of float32")
         each.set_yscale("symlog", linthresh=1e-8)
